@@ -1,0 +1,95 @@
+"""moezoo: mixture of experts for T5 and transformers of your own, after Switch Transformers.
+
+The paper is arXiv 2101.03961. Every name is imported on first use, so `import moezoo` loads neither
+torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Installed, `adapters` lies inside this package; in a bare checkout it lies beside it. Without
+# this, standing in a checkout's root hides the installed moezoo.adapters.
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "adapters").exists() and (_HERE.parent / "adapters" / "__init__.py").is_file():
+    __path__.append(str(_HERE.parent))
+
+if TYPE_CHECKING:
+    from moezoo import capacity, experts, losses, routers
+    from moezoo.adapters.checkpoint import load, save
+    from moezoo.adapters.plug import plug
+    from moezoo.adapters.upcycle import downcycle, upcycle
+    from moezoo.building import build
+    from moezoo.config import SwitchConfig
+    from moezoo.errors import MoezooError
+    from moezoo.layer import MoE, SparseMLP
+    from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
+    from moezoo.presets import list_models
+    from moezoo.quantization import quantize
+    from moezoo.recording import record
+    from moezoo.tokenizer import ByteTokenizer, Tokenizer
+
+_HOME = {
+    "ByteTokenizer": "moezoo.tokenizer",
+    "MoE": "moezoo.layer",
+    "MoezooError": "moezoo.errors",
+    "SparseMLP": "moezoo.layer",
+    "SwitchConfig": "moezoo.config",
+    "SwitchEncoderModel": "moezoo.models",
+    "SwitchForConditionalGeneration": "moezoo.models",
+    "SwitchModel": "moezoo.models",
+    "Tokenizer": "moezoo.tokenizer",
+    "build": "moezoo.building",
+    "downcycle": "moezoo.adapters.upcycle",
+    "list_models": "moezoo.presets",
+    "load": "moezoo.adapters.checkpoint",
+    "plug": "moezoo.adapters.plug",
+    "quantize": "moezoo.quantization",
+    "record": "moezoo.recording",
+    "save": "moezoo.adapters.checkpoint",
+    "upcycle": "moezoo.adapters.upcycle",
+}
+_REGISTRIES = ("capacity", "experts", "losses", "routers")
+
+__all__ = [
+    "ByteTokenizer",
+    "MoE",
+    "MoezooError",
+    "SparseMLP",
+    "SwitchConfig",
+    "SwitchEncoderModel",
+    "SwitchForConditionalGeneration",
+    "SwitchModel",
+    "Tokenizer",
+    "build",
+    "capacity",
+    "downcycle",
+    "experts",
+    "list_models",
+    "load",
+    "losses",
+    "plug",
+    "quantize",
+    "record",
+    "routers",
+    "save",
+    "upcycle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _REGISTRIES:
+        return importlib.import_module(f"moezoo.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'moezoo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,40 @@
+"""What every capacity policy is: it admits proposed pairs up to a limit per (group, expert)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moezoo.records import Assignment, Routing
+from moezoo.registry import Registry
+
+
+class CapacityPolicy(nn.Module):
+    """Turns a proposed routing into the admitted assignment.
+
+    A policy may clear `kept`, reorder pairs, or move a pair that it cleared itself (reroute); nothing else.
+    It is a module without parameters so that `train()` and `eval()` reach it.
+
+    Class or instance attributes:
+        causal: which pairs of a token are kept depends on earlier tokens only, for one choice per token.
+        causal_for_many: the same for several choices per token.
+        counts_padding: padding takes capacity (only for parity with libraries that do so).
+        may_drop: some real pair can be dropped.
+        moves: a pair may come back with another expert (reroute).
+    """
+
+    causal: bool = True
+    causal_for_many: bool = True
+    counts_padding: bool = False
+    may_drop: bool = True
+    moves: bool = False
+
+    def limit(self, routing: Routing) -> int | None:
+        """Slots per (group, expert) for this routing in the current mode; None: no limit."""
+        raise NotImplementedError
+
+    def forward(self, routing: Routing) -> Assignment:
+        """Admit pairs of `routing.assignment`."""
+        raise NotImplementedError
+
+
+registry: Registry[CapacityPolicy] = Registry("capacity policy", CapacityPolicy, "moezoo.capacity")

@@ -1,0 +1,33 @@
+"""What every expert container is: E functions over rows that are sorted by expert."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moezoo.registry import Registry
+
+
+class Experts(nn.Module):
+    """Runs expert e over its `counts[e]` rows; it sees neither tokens nor weights.
+
+    Attributes: num_experts; d_model (input and output width); row_wise: a row's output depends on that row alone.
+    """
+
+    num_experts: int
+    d_model: int
+    row_wise: bool = True
+
+    def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
+        """Apply each expert to its rows.
+
+        Args:
+            slots: (N, D), rows sorted by expert; rows past `counts.sum()` belong to nobody.
+            counts: (E,) int64.
+
+        Returns:
+            (N, D), zero in the rows that belong to nobody. Experts without rows get a zero gradient, never None.
+        """
+        raise NotImplementedError
+
+
+registry: Registry[Experts] = Registry("expert container", Experts, "moezoo.experts")

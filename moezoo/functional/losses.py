@@ -1,0 +1,70 @@
+"""Router losses as functions of plain tensors. Padding never counts; zero real tokens give 0, never NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moezoo.records import Assignment
+
+
+def masked_mean(value_T: Tensor, real: Tensor | None) -> Tensor:
+    """The mean of (T,) over real tokens; 0 when there are none."""
+    if real is None:
+        return value_T.sum() / max(value_T.numel(), 1)
+    # `where` and not a product: a padding row may hold NaN or infinity.
+    total = torch.where(real, value_T, value_T.new_zeros(())).sum()
+    return total / real.sum().clamp(min=1)
+
+
+def z_loss(logits_TE: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean over real tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return masked_mean(logits_TE.logsumexp(dim=-1).square(), real)
+
+
+def expert_fractions(
+    assignment: Assignment, real: Tensor | None = None, group_size: int | None = None
+) -> Tensor:
+    """f (G, E): the share of a group's real tokens whose pairs go to each expert, dropped pairs included.
+
+    Rows sum to the choices per token; rows of padding are 0. `group_size` None: one group, the batch.
+    """
+    a = assignment
+    size = a.num_tokens if group_size is None else group_size
+    groups = a.num_tokens // size if size else 0
+    offered_N = a.kept.new_ones(a.kept.shape) if real is None else real[a.token]
+    key_N = (a.token // max(size, 1)) * a.num_experts + a.expert
+    count = torch.zeros(groups * a.num_experts, dtype=a.weight.dtype, device=a.weight.device)
+    count.index_add_(0, key_N, offered_N.to(count.dtype))
+    return count.view(groups, a.num_experts) / group_counts(a.num_tokens, real, size, count)
+
+
+def group_counts(num_tokens: int, real: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """Real tokens per group as (G, 1), at least 1."""
+    groups = num_tokens // size if size else 0
+    if real is None:
+        return like.new_full((groups, 1), float(max(size, 1)))
+    return real.view(groups, max(size, 1)).sum(1, keepdim=True).clamp(min=1).to(like.dtype)
+
+
+def load_balance(
+    probs_TE: Tensor,
+    assignment: Assignment,
+    real: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+) -> Tensor:
+    """E * sum_e f_e P_e, averaged over groups that hold real tokens (Switch Transformers, eq. 4-6).
+
+    f is the share of tokens sent to expert e, P its mean probability; k at uniform routing.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    size = num_tokens if group_size is None else group_size
+    if num_tokens == 0:
+        return probs_TE.sum()
+    f_GE = expert_fractions(assignment, real, size)
+    groups = f_GE.shape[0]
+    p_TE = probs_TE if real is None else torch.where(real[:, None], probs_TE, probs_TE.new_zeros(()))
+    mean_GE = p_TE.view(groups, size, num_experts).sum(1) / group_counts(num_tokens, real, size, f_GE)
+    loss_G = num_experts * (f_GE.detach() * mean_GE).sum(-1)
+    return masked_mean(loss_G, None if real is None else real.view(groups, size).any(1))

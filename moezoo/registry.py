@@ -1,0 +1,196 @@
+"""Named components: registered by decorator or entry point, built from a spec, options checked by signature.
+
+A component's options are the keyword arguments of its `__init__`, written once. Unknown or mistyped options are
+refused before anything is built, with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+import types
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from moezoo.errors import ConfigError, RegistryError, did_you_mean
+
+T = TypeVar("T")
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A component's name and options; round-trips through JSON as `{"name": ..., **options}`."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: object, *, kind: str = "component") -> Spec:
+        """A spec from a name, a mapping with `name`, or a spec. Raises ConfigError."""
+        if isinstance(value, Spec):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping):
+            options = dict(value)
+            name = options.pop("name", None)
+            if not isinstance(name, str):
+                raise ConfigError(f"a {kind} given as a mapping needs a 'name'", field=kind, found=dict(value))
+            return cls(name, options)
+        raise ConfigError(
+            f"a {kind} is a name, a mapping with 'name', or an instance", field=kind, found=type(value).__name__
+        )
+
+    def to_json(self) -> str | dict[str, Any]:
+        """The shortest JSON value that parses back to this spec."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+class Registry(Generic[T]):
+    """Components of one kind, by name.
+
+    Args:
+        kind: what a component is called in messages, such as "router".
+        base: the class that every component extends.
+        group: the entry-point group in which other packages announce theirs.
+    """
+
+    def __init__(self, kind: str, base: type[T], group: str) -> None:
+        self.kind = kind
+        self.base = base
+        self.group = group
+        self._components: dict[str, type[T]] = {}
+        self._lock = threading.RLock()
+        self._plugins_loaded = False
+
+    def register(self, name: str, *, override: bool = False) -> Callable[[type[T]], type[T]]:
+        """Class decorator: make a component buildable by `name`.
+
+        Raises RegistryError for a bad or taken name, ConfigError for a class of another kind.
+        """
+        if not isinstance(name, str) or not _NAME.match(name):
+            raise RegistryError(f"{name!r} is no name for a {self.kind}", hint="Use snake_case, such as 'top_k'.")
+
+        def add(component: type[T]) -> type[T]:
+            self._check_component(name, component)
+            with self._lock:
+                if name in self._components and not override:
+                    taken = self._components[name].__qualname__
+                    raise RegistryError(
+                        f"{self.kind} {name!r} is registered already, by {taken}",
+                        hint="Choose another name or pass override=True.",
+                    )
+                self._components[name] = component
+            return component
+
+        return add
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load_plugins()
+        return sorted(self._components)
+
+    def get(self, name: str) -> type[T]:
+        """The class registered under `name`. Raises RegistryError naming the nearest."""
+        self._load_plugins()
+        if not isinstance(name, str) or name not in self._components:
+            raise RegistryError(f"unknown {self.kind} {name!r}", hint=did_you_mean(name, self._components))
+        return self._components[name]
+
+    def name_of(self, component: object) -> str | None:
+        """The name under which an instance's class is registered, or None."""
+        matches = (name for name, cls in self._components.items() if cls is type(component))
+        return next(matches, None)
+
+    def build(self, spec: object, **sizes: Any) -> T:
+        """Build a component from a name, a mapping with `name`, a Spec, or pass an instance through.
+
+        `sizes` (d_model, num_experts, ...) reach the constructor as far as its signature names them.
+        Raises RegistryError for an unknown name, ConfigError for an unknown, mistyped or missing option.
+        """
+        if isinstance(spec, self.base):
+            return spec
+        parsed = Spec.parse(spec, kind=self.kind)
+        component = self.get(parsed.name)
+        known = inspect.signature(component).parameters
+        self.check_options(parsed)
+        arguments = {key: value for key, value in sizes.items() if key in known} | dict(parsed.options)
+        for key, parameter in known.items():
+            if parameter.default is parameter.empty and key not in arguments:
+                raise ConfigError(f"{self.kind} {parsed.name!r} needs {key!r}", field=key, hint=f"Pass {key}=...")
+        return component(**arguments)
+
+    def check_options(self, spec: Spec) -> None:
+        """Refuse options that the component's constructor does not take. Raises ConfigError."""
+        component = self.get(spec.name)
+        known = inspect.signature(component).parameters
+        hints = typing.get_type_hints(component.__init__)
+        for key, value in spec.options.items():
+            if key not in known:
+                raise ConfigError(
+                    f"{self.kind} {spec.name!r} has no option {key!r}", field=key, hint=did_you_mean(key, known)
+                )
+            if key in hints and not _matches(value, hints[key]):
+                raise ConfigError(
+                    f"option {key!r} of {self.kind} {spec.name!r} has the wrong type",
+                    field=key,
+                    expected=getattr(hints[key], "__name__", str(hints[key])),
+                    found=repr(value),
+                )
+
+    def _check_component(self, name: str, component: object) -> None:
+        if isinstance(component, type) and issubclass(component, self.base):
+            return
+        wanted = self.base.__name__
+        lacks = [m for m in ("forward",) if not callable(getattr(component, m, None))]
+        because = f": it has no method {lacks[0]!r}" if lacks else ""
+        label = getattr(component, "__qualname__", repr(component))
+        raise ConfigError(
+            f"{label} cannot be registered as {self.kind} {name!r}{because}", hint=f"Extend {wanted}."
+        )
+
+    def _load_plugins(self) -> None:
+        with self._lock:
+            if self._plugins_loaded:
+                return
+            self._plugins_loaded = True
+            for point in entry_points(group=self.group):
+                self._load_plugin(point)
+
+    def _load_plugin(self, point: Any) -> None:
+        # A plugin is foreign code: whatever it raises is its fault alone, and the rest must keep working.
+        try:
+            component = point.load()
+            if point.name not in self._components:
+                self.register(point.name)(component)
+        except Exception as error:  # noqa: BLE001
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"plugin {point.name!r} ({point.value}, group {self.group}) was not loaded: {reason}", stacklevel=4
+            )
+
+
+def _matches(value: object, hint: object) -> bool:
+    """Whether a JSON-like value fits a plain annotation; annotations that are not plain always fit."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    return True

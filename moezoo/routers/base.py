@@ -1,0 +1,46 @@
+"""What every router is: it proposes which experts see which tokens, and with what weight."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moezoo.records import Routing, Tokens
+from moezoo.registry import Registry
+
+
+class Router(nn.Module):
+    """Turns tokens into a routing. A subclass declares its properties; the conformance kit tests what they imply.
+
+    Class or instance attributes:
+        causal: a token's proposed pairs depend on that token alone (or on earlier ones in its group).
+        has_logits, has_probs: `Routing.logits` / `Routing.probs` (rows sum to 1) are set.
+        needs_token_ids: `Tokens.ids` must be given.
+        soft: the assignment is a SoftAssignment; no capacity policy applies.
+        owns_capacity: the router itself bounds how many tokens each expert takes (expert choice, BASE).
+        deterministic: the same tokens give the same routing, in training too.
+        batch_invariant: a token's pairs do not depend on the other tokens of the batch.
+    """
+
+    causal: bool = True
+    has_logits: bool = True
+    has_probs: bool = True
+    needs_token_ids: bool = False
+    soft: bool = False
+    owns_capacity: bool = False
+    deterministic: bool = True
+    batch_invariant: bool = True
+
+    d_model: int
+    num_experts: int
+
+    @property
+    def choices(self) -> int:
+        """Pairs per token, or 0 when the number varies."""
+        return 1
+
+    def forward(self, tokens: Tokens) -> Routing:
+        """Propose an assignment for `tokens`; never changes them."""
+        raise NotImplementedError
+
+
+registry: Registry[Router] = Registry("router", Router, "moezoo.routers")
