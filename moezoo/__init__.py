@@ -26,18 +26,19 @@ if TYPE_CHECKING:
     from moezoo.building import build
     from moezoo.config import SwitchConfig
     from moezoo.errors import MoezooError
-    from moezoo.layer import MoE, SparseMLP
+    from moezoo.layer import MoE
     from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
     from moezoo.presets import list_models
     from moezoo.quantization import quantize
     from moezoo.recording import record
+    from moezoo.sparse_mlp import SparseMLP
     from moezoo.tokenizer import ByteTokenizer, Tokenizer
 
 _HOME = {
     "ByteTokenizer": "moezoo.tokenizer",
     "MoE": "moezoo.layer",
     "MoezooError": "moezoo.errors",
-    "SparseMLP": "moezoo.layer",
+    "SparseMLP": "moezoo.sparse_mlp",
     "SwitchConfig": "moezoo.config",
     "SwitchEncoderModel": "moezoo.models",
     "SwitchForConditionalGeneration": "moezoo.models",

@@ -1,4 +1,6 @@
-"""The one configuration of the T5/Switch architecture: frozen, plain values, JSON both ways. Imports no torch."""
+"""The one configuration of the T5/Switch architecture: frozen, plain values, JSON both ways.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +8,40 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moezoo.errors import ConfigError, did_you_mean
 
-ACTIVATIONS = ("relu", "gelu", "gelu-tanh", "silu", "squared-relu", "gated-gelu", "gated-silu", "gated-relu")
+ACTIVATIONS = (
+    "relu",
+    "gelu",
+    "gelu-tanh",
+    "silu",
+    "squared-relu",
+    "gated-gelu",
+    "gated-silu",
+    "gated-relu",
+)
 LAYOUTS = ("odd", "mixed", "bottom", "middle", "top", "all", "none")
-_MAX_SIZE = 1_000_000  # no published dimension comes near; beyond it a config is corrupt, not ambitious
+_MAX_SIZE = (
+    1_000_000  # no published dimension comes near; beyond it a config is corrupt, not ambitious
+)
 ComponentSpec = str | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SwitchConfig:
-    """A T5 or Switch Transformer (arXiv 1910.10683, 2101.03961). Fields mean what Hugging Face means by them.
+    """A T5 or Switch Transformer (arXiv 1910.10683, 2101.03961). Fields mean what Hugging Face
+    means by them.
 
     A dense T5 is the case without sparse layers (`num_experts=0`). `encoder_sparse_layers` and
-    `decoder_sparse_layers` are a layout name (odd, mixed, bottom, middle, top, all, none) or explicit indices;
-    mixed, bottom, middle and top make half of the layers sparse.
+    `decoder_sparse_layers` are a layout name (odd, mixed, bottom, middle, top, all, none) or
+    explicit indices; mixed, bottom, middle and top make half of the layers sparse. `router`,
+    `capacity` and `experts` are component names or `{"name": ..., **options}`; `capacity=None` is
+    "switch", or "dropless" for routers that bound the load themselves. `router_losses` maps loss
+    names to coefficients; None is load_balance 0.01 and z 0 (the paper's), as far as the router can
+    give them.
     """
 
     vocab_size: int = 32128
@@ -47,9 +65,9 @@ class SwitchConfig:
     scale_decoder_outputs: bool | None = None
     router: ComponentSpec = "switch"
     router_bias: bool = False
-    capacity: ComponentSpec = "switch"
+    capacity: ComponentSpec | None = None
     experts: ComponentSpec = "stacked"
-    router_losses: dict[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
+    router_losses: dict[str, float] | None = None
     group: str | int = "batch"
     allow_noncausal: bool = False
     pad_token_id: int = 0
@@ -72,38 +90,56 @@ class SwitchConfig:
     @property
     def scales_logits(self) -> bool:
         """Whether decoder outputs are scaled by d_model^-0.5 before the head."""
-        return self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
+        return (
+            self.tie_word_embeddings
+            if self.scale_decoder_outputs is None
+            else self.scale_decoder_outputs
+        )
 
     @property
     def encoder_sparse(self) -> tuple[int, ...]:
         """Indices of the encoder's sparse blocks, sorted."""
-        return sparse_layers(self.encoder_sparse_layers, self.num_layers) if self.num_experts else ()
+        return (
+            sparse_layers(self.encoder_sparse_layers, self.num_layers) if self.num_experts else ()
+        )
 
     @property
     def decoder_sparse(self) -> tuple[int, ...]:
         """Indices of the decoder's sparse blocks, sorted."""
-        return sparse_layers(self.decoder_sparse_layers, self.decoder_layers) if self.num_experts else ()
+        return (
+            sparse_layers(self.decoder_sparse_layers, self.decoder_layers)
+            if self.num_experts
+            else ()
+        )
 
     @property
     def is_gated(self) -> bool:
         return self.feed_forward_proj.startswith("gated-")
 
     def replace(self, **changes: Any) -> SwitchConfig:
-        """A copy with fields changed. Raises ConfigError naming the nearest field for an unknown one."""
+        """A copy with fields changed. Raises ConfigError naming the nearest field for an unknown
+        one.
+        """
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise ConfigError(f"unknown config field {name!r}", field=name, hint=did_you_mean(name, known))
+                raise ConfigError(
+                    f"unknown config field {name!r}", field=name, hint=did_you_mean(name, known)
+                )
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal config back."""
         values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SwitchConfig:
-        """The inverse of `to_dict`. Raises ConfigError for unknown, mistyped or contradictory fields."""
+        """The inverse of `to_dict`. Raises ConfigError for unknown, mistyped or contradictory
+        fields.
+        """
         return cls().replace(**dict(values))
 
     def to_json(self) -> str:
@@ -124,32 +160,58 @@ class SwitchConfig:
             value = getattr(self, name)
             wrong_bool = isinstance(value, bool) and bool not in kinds
             if wrong_bool or not isinstance(value, kinds):
-                wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-                raise ConfigError(f"{name} has the wrong type", field=name, expected=wanted, found=repr(value)[:80])
+                wanted = " or ".join(
+                    "null" if kind is type(None) else kind.__name__ for kind in kinds
+                )
+                raise ConfigError(
+                    f"{name} has the wrong type",
+                    field=name,
+                    expected=wanted,
+                    found=repr(value)[:80],
+                )
 
     def _check_values(self) -> None:
-        at_least_one = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets")
+        at_least_one = (
+            "vocab_size",
+            "d_model",
+            "d_kv",
+            "d_ff",
+            "num_heads",
+            "relative_attention_num_buckets",
+        )
         for name in (*at_least_one, "relative_attention_max_distance"):
             _check_range(name, getattr(self, name), 1, _MAX_SIZE * 10)
         for name in ("num_layers", "num_decoder_layers"):
-            _check_range(name, getattr(self, name), 0 if name == "num_decoder_layers" else 1, 10_000)
+            _check_range(
+                name, getattr(self, name), 0 if name == "num_decoder_layers" else 1, 10_000
+            )
         _check_range("num_experts", self.num_experts, 0, _MAX_SIZE)
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             _check_range(name, getattr(self, name), 0, self.vocab_size - 1)
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ConfigError("dropout_rate lies in [0, 1)", field="dropout_rate", found=self.dropout_rate)
+            raise ConfigError(
+                "dropout_rate lies in [0, 1)", field="dropout_rate", found=self.dropout_rate
+            )
         for name in ("layer_norm_epsilon", "initializer_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(f"{name} must be finite and > 0", field=name, found=getattr(self, name))
+                raise ConfigError(
+                    f"{name} must be finite and > 0", field=name, found=getattr(self, name)
+                )
         if self.feed_forward_proj not in ACTIVATIONS:
             hint = did_you_mean(self.feed_forward_proj, ACTIVATIONS)
             raise ConfigError(
-                f"unknown feed_forward_proj {self.feed_forward_proj!r}", field="feed_forward_proj", hint=hint
+                f"unknown feed_forward_proj {self.feed_forward_proj!r}",
+                field="feed_forward_proj",
+                hint=hint,
             )
         _check_group(self.group)
-        for name, coefficient in self.router_losses.items():
+        for name, coefficient in (self.router_losses or {}).items():
             if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
-                raise ConfigError(f"router_losses[{name!r}] must be a number", field="router_losses", found=coefficient)
+                raise ConfigError(
+                    f"router_losses[{name!r}] must be a number",
+                    field="router_losses",
+                    found=coefficient,
+                )
         sparse_layers(self.encoder_sparse_layers, self.num_layers, "encoder_sparse_layers")
         sparse_layers(self.decoder_sparse_layers, self.decoder_layers, "decoder_sparse_layers")
 
@@ -165,24 +227,34 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("encoder_sparse_layers", "decoder_sparse_layers"), (str, tuple)),
     "feed_forward_proj": (str,),
     **dict.fromkeys(
-        ("position_bias_every_layer", "tie_word_embeddings", "router_bias", "allow_noncausal"), (bool,)
+        ("position_bias_every_layer", "tie_word_embeddings", "router_bias", "allow_noncausal"),
+        (bool,),
     ),
     "scale_decoder_outputs": (bool, type(None)),
     **dict.fromkeys(("dropout_rate", "layer_norm_epsilon", "initializer_factor"), (int, float)),
-    **dict.fromkeys(("router", "capacity", "experts"), (str, dict)),
-    "router_losses": (dict,),
+    **dict.fromkeys(("router", "experts"), (str, dict)),
+    "capacity": (str, dict, type(None)),
+    "router_losses": (dict, type(None)),
     "group": (str, int),
 }
 
 
-def sparse_layers(layers: str | tuple[int, ...], num_layers: int, field_name: str = "layers") -> tuple[int, ...]:
-    """The indices that a layout names (zoo.md, placement layouts), or the given ones, checked and sorted.
+def sparse_layers(
+    layers: str | tuple[int, ...], num_layers: int, field_name: str = "layers"
+) -> tuple[int, ...]:
+    """The indices that a layout names (zoo.md, placement layouts), or the given ones, checked and
+    sorted.
 
-    odd: every other layer, layer 0 dense (the paper's); mixed: every other, counted from the top (last one sparse);
-    bottom / middle / top: that half of the stack. Raises ConfigError for unknown names and indices out of range.
+    odd: every other layer, layer 0 dense (the paper's); mixed: every other, counted from the top
+    (last one sparse); bottom / middle / top: that half of the stack. Raises ConfigError for unknown
+    names and indices out of range.
     """
     if not isinstance(layers, str):
-        bad = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_layers]
+        bad = [
+            i
+            for i in layers
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_layers
+        ]
         if bad or len(set(layers)) != len(layers):
             raise ConfigError(
                 f"{field_name} holds layers that do not exist or repeat",
@@ -210,11 +282,15 @@ def sparse_layers(layers: str | tuple[int, ...], num_layers: int, field_name: st
 
 def _check_range(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
-        raise ConfigError(f"{name} is out of range", field=name, expected=f"{low} to {high}", found=value)
+        raise ConfigError(
+            f"{name} is out of range", field=name, expected=f"{low} to {high}", found=value
+        )
 
 
 def _check_group(group: str | int) -> None:
     if isinstance(group, str) and group not in ("batch", "sequence"):
-        raise ConfigError("unknown group", field="group", expected="'batch', 'sequence' or a size", found=group)
+        raise ConfigError(
+            "unknown group", field="group", expected="'batch', 'sequence' or a size", found=group
+        )
     if not isinstance(group, str) and group < 1:
         raise ConfigError("a group size is at least 1", field="group", found=group)

@@ -1,7 +1,8 @@
 """Every error that moezoo raises on purpose: one line that names the culprit and the way out.
 
-Each class is also the built-in error that a caller would expect (`ValueError`, `LookupError`, `OSError`, ...), so
-code that does not know moezoo catches it too. The command line maps the families to exit codes (`exit_code`).
+Each class is also the built-in error that a caller would expect (`ValueError`, `LookupError`,
+`OSError`, ...), so code that does not know moezoo catches it too. The command line maps the
+families to exit codes (`exit_code`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class MoezooError(Exception):
         if self.expected is not None:
             text += f"; expected {self.expected}"
         if self.found is not None:
-            text += f", found {self.found}" if self.expected is not None else f"; found {self.found}"
+            text += (
+                f", found {self.found}" if self.expected is not None else f"; found {self.found}"
+            )
         if self.hint:
             text += f". {self.hint}"
         # A path or a key may hold a newline; one error stays one line.

@@ -1,7 +1,8 @@
-"""Named components: registered by decorator or entry point, built from a spec, options checked by signature.
+"""Named components: registered by decorator or entry point, built from a spec, options checked by
+signature.
 
-A component's options are the keyword arguments of its `__init__`, written once. Unknown or mistyped options are
-refused before anything is built, with the nearest known name.
+A component's options are the keyword arguments of its `__init__`, written once. Unknown or mistyped
+options are refused before anything is built, with the nearest known name.
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ class Spec:
             options = dict(value)
             name = options.pop("name", None)
             if not isinstance(name, str):
-                raise ConfigError(f"a {kind} given as a mapping needs a 'name'", field=kind, found=dict(value))
+                raise ConfigError(
+                    f"a {kind} given as a mapping needs a 'name'", field=kind, found=dict(value)
+                )
             return cls(name, options)
         raise ConfigError(
-            f"a {kind} is a name, a mapping with 'name', or an instance", field=kind, found=type(value).__name__
+            f"a {kind} is a name, a mapping with 'name', or an instance",
+            field=kind,
+            found=type(value).__name__,
         )
 
     def to_json(self) -> str | dict[str, Any]:
@@ -75,7 +80,9 @@ class Registry(Generic[T]):
         Raises RegistryError for a bad or taken name, ConfigError for a class of another kind.
         """
         if not isinstance(name, str) or not _NAME.match(name):
-            raise RegistryError(f"{name!r} is no name for a {self.kind}", hint="Use snake_case, such as 'top_k'.")
+            raise RegistryError(
+                f"{name!r} is no name for a {self.kind}", hint="Use snake_case, such as 'top_k'."
+            )
 
         def add(component: type[T]) -> type[T]:
             self._check_component(name, component)
@@ -100,7 +107,9 @@ class Registry(Generic[T]):
         """The class registered under `name`. Raises RegistryError naming the nearest."""
         self._load_plugins()
         if not isinstance(name, str) or name not in self._components:
-            raise RegistryError(f"unknown {self.kind} {name!r}", hint=did_you_mean(name, self._components))
+            raise RegistryError(
+                f"unknown {self.kind} {name!r}", hint=did_you_mean(name, self._components)
+            )
         return self._components[name]
 
     def name_of(self, component: object) -> str | None:
@@ -109,32 +118,40 @@ class Registry(Generic[T]):
         return next(matches, None)
 
     def build(self, spec: object, **sizes: Any) -> T:
-        """Build a component from a name, a mapping with `name`, a Spec, or pass an instance through.
+        """Build a component from a name, a mapping with `name`, a Spec, or pass an instance
+        through.
 
-        `sizes` (d_model, num_experts, ...) reach the constructor as far as its signature names them.
-        Raises RegistryError for an unknown name, ConfigError for an unknown, mistyped or missing option.
+        `sizes` (d_model, num_experts, ...) reach the constructor as far as its signature names
+        them. Raises RegistryError for an unknown name, ConfigError for an unknown, mistyped or
+        missing option.
         """
         if isinstance(spec, self.base):
             return spec
         parsed = Spec.parse(spec, kind=self.kind)
         component = self.get(parsed.name)
-        known = inspect.signature(component).parameters
+        known = _options(component)
         self.check_options(parsed)
-        arguments = {key: value for key, value in sizes.items() if key in known} | dict(parsed.options)
+        arguments = {key: value for key, value in sizes.items() if key in known} | dict(
+            parsed.options
+        )
         for key, parameter in known.items():
             if parameter.default is parameter.empty and key not in arguments:
-                raise ConfigError(f"{self.kind} {parsed.name!r} needs {key!r}", field=key, hint=f"Pass {key}=...")
+                raise ConfigError(
+                    f"{self.kind} {parsed.name!r} needs {key!r}", field=key, hint=f"Pass {key}=..."
+                )
         return component(**arguments)
 
     def check_options(self, spec: Spec) -> None:
         """Refuse options that the component's constructor does not take. Raises ConfigError."""
         component = self.get(spec.name)
-        known = inspect.signature(component).parameters
+        known = _options(component)
         hints = typing.get_type_hints(component.__init__)
         for key, value in spec.options.items():
             if key not in known:
                 raise ConfigError(
-                    f"{self.kind} {spec.name!r} has no option {key!r}", field=key, hint=did_you_mean(key, known)
+                    f"{self.kind} {spec.name!r} has no option {key!r}",
+                    field=key,
+                    hint=did_you_mean(key, known),
                 )
             if key in hints and not _matches(value, hints[key]):
                 raise ConfigError(
@@ -152,7 +169,8 @@ class Registry(Generic[T]):
         because = f": it has no method {lacks[0]!r}" if lacks else ""
         label = getattr(component, "__qualname__", repr(component))
         raise ConfigError(
-            f"{label} cannot be registered as {self.kind} {name!r}{because}", hint=f"Extend {wanted}."
+            f"{label} cannot be registered as {self.kind} {name!r}{because}",
+            hint=f"Extend {wanted}.",
         )
 
     def _load_plugins(self) -> None:
@@ -164,20 +182,31 @@ class Registry(Generic[T]):
                 self._load_plugin(point)
 
     def _load_plugin(self, point: Any) -> None:
-        # A plugin is foreign code: whatever it raises is its fault alone, and the rest must keep working.
+        # A plugin is foreign code: whatever it raises is its fault alone, and the rest must keep
+        # working.
         try:
             component = point.load()
             if point.name not in self._components:
                 self.register(point.name)(component)
         except Exception as error:  # noqa: BLE001
+            plugin = f"plugin {point.name!r} ({point.value}, group {self.group})"
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"plugin {point.name!r} ({point.value}, group {self.group}) was not loaded: {reason}", stacklevel=4
-            )
+            warnings.warn(f"{plugin} was not loaded: {reason}", stacklevel=4)
+
+
+def _options(component: type) -> dict[str, inspect.Parameter]:
+    """The constructor's named parameters; `*args, **kwargs` inherited from a base are not
+    options.
+    """
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(component).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in variadic}
 
 
 def _matches(value: object, hint: object) -> bool:
-    """Whether a JSON-like value fits a plain annotation; annotations that are not plain always fit."""
+    """Whether a JSON-like value fits a plain annotation; annotations that are not plain always
+    fit.
+    """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in typing.get_args(hint))

@@ -11,15 +11,17 @@ from moezoo.registry import Registry
 class CapacityPolicy(nn.Module):
     """Turns a proposed routing into the admitted assignment.
 
-    A policy may clear `kept`, reorder pairs, or move a pair that it cleared itself (reroute); nothing else.
-    It is a module without parameters so that `train()` and `eval()` reach it.
+    A policy may clear `kept`, reorder pairs, or move a pair that it cleared itself (reroute);
+    nothing else. It is a module without parameters so that `train()` and `eval()` reach it.
 
     Class or instance attributes:
-        causal: which pairs of a token are kept depends on earlier tokens only, for one choice per token.
+        causal: which pairs of a token are kept depends on earlier tokens only, for one choice per
+            token.
         causal_for_many: the same for several choices per token.
         counts_padding: padding takes capacity (only for parity with libraries that do so).
         may_drop: some real pair can be dropped.
         moves: a pair may come back with another expert (reroute).
+        required_group: the only grouping under which the policy means anything, or None.
     """
 
     causal: bool = True
@@ -27,6 +29,7 @@ class CapacityPolicy(nn.Module):
     counts_padding: bool = False
     may_drop: bool = True
     moves: bool = False
+    required_group: str | None = None
 
     def limit(self, routing: Routing) -> int | None:
         """Slots per (group, expert) for this routing in the current mode; None: no limit."""

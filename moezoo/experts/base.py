@@ -10,7 +10,8 @@ from moezoo.registry import Registry
 class Experts(nn.Module):
     """Runs expert e over its `counts[e]` rows; it sees neither tokens nor weights.
 
-    Attributes: num_experts; d_model (input and output width); row_wise: a row's output depends on that row alone.
+    Attributes: num_experts; d_model (input and output width); row_wise: a row's output depends on
+    that row alone.
     """
 
     num_experts: int
@@ -25,7 +26,8 @@ class Experts(nn.Module):
             counts: (E,) int64.
 
         Returns:
-            (N, D), zero in the rows that belong to nobody. Experts without rows get a zero gradient, never None.
+            (N, D), zero in the rows that belong to nobody. Experts without rows get a zero
+            gradient, never None.
         """
         raise NotImplementedError
 

@@ -1,1 +1,3 @@
-"""Pure functions of tensors and records: gates, assignments, queues, dispatch and combine, losses."""
+"""Pure functions of tensors and records: gates, assignments, queues, dispatch and combine,
+losses.
+"""

@@ -9,9 +9,11 @@ from moezoo.records import Assignment, Tokens
 
 
 def best_experts(choice_TE: Tensor, k: int) -> Tensor:
-    """Indices (T, k) of the k highest scores of each row, highest first; ties go to the lowest index.
+    """Indices (T, k) of the k highest scores of each row, highest first; ties go to the lowest
+    index.
 
-    `torch.topk` breaks ties arbitrarily; k passes of `argmax`, which takes the first maximum, do not.
+    `torch.topk` breaks ties arbitrarily; k passes of `argmax`, which takes the first maximum, do
+    not.
     """
     if k == 1:
         return choice_TE.argmax(dim=-1, keepdim=True)
@@ -40,7 +42,9 @@ def token_choice(choice: Tensor, gate: Tensor, k: int, tokens: Tokens) -> Assign
 
 
 def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tokens) -> Assignment:
-    """The rank-major assignment of chosen experts (T, K) and weights (T, K); padding is not kept."""
+    """The rank-major assignment of chosen experts (T, K) and weights (T, K); padding is not
+    kept.
+    """
     num_tokens, k = expert_TK.shape
     token_N = torch.arange(num_tokens, device=expert_TK.device).repeat(k)
     weight_N = weight_TK.t().reshape(-1)
@@ -48,7 +52,8 @@ def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tok
         kept_N = torch.ones_like(token_N, dtype=torch.bool)
     else:
         kept_N = tokens.real.repeat(k)
-        # A padding row may hold anything, NaN included; `where` keeps it out of weights and gradients.
+        # A padding row may hold anything, NaN included; `where` keeps it out of weights and
+        # gradients.
         weight_N = torch.where(kept_N, weight_N, weight_N.new_zeros(()))
     return Assignment(
         token=token_N,

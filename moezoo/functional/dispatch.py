@@ -12,7 +12,8 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
     """Copy kept tokens into rows sorted by expert.
 
     Returns:
-        The slots (N rows; those past the kept ones belong to nobody), and order (N,): the pair in each row.
+        The slots (N rows; those past the kept ones belong to nobody), and order (N,): the pair in
+        each row.
     """
     a = assignment
     key_N = torch.where(a.kept, a.expert, a.num_experts)
@@ -23,7 +24,9 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
 
 
 def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
-    """Weigh the experts' rows and add them up per token: (T, D), zero for tokens without a kept pair."""
+    """Weigh the experts' rows and add them up per token: (T, D), zero for tokens without a kept
+    pair.
+    """
     a = assignment
     weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))[order_N]
     weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
@@ -31,7 +34,9 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
         by_token_N = torch.empty_like(order_N)
         by_token_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
         rows_N = by_token_N[a.token.argsort(stable=True)]
-        return weighted_ND.index_select(0, rows_N).view(a.num_tokens, a.choices, -1).sum(1)
+        return (
+            weighted_ND.index_select(0, rows_N).view(a.num_tokens, a.choices, y_ND.shape[1]).sum(1)
+        )
     out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
     return out_TD.index_add(0, a.token[order_N], weighted_ND)
 
@@ -39,15 +44,15 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
 def soft_dispatch(x_TD: Tensor, assignment: SoftAssignment) -> Slots:
     """Mix tokens into slots: rows sorted by expert, then group, then slot (Soft MoE, eq. 1)."""
     groups, size, experts, slots = assignment.dispatch.shape
-    x_GSD = x_TD.view(groups, size, -1)
+    x_GSD = x_TD.view(groups, size, x_TD.shape[1])
     mixed = torch.einsum("gsd,gsep->egpd", x_GSD, assignment.dispatch.to(x_TD.dtype))
     count_E = torch.full((experts,), groups * slots, dtype=torch.int64, device=x_TD.device)
-    return Slots(mixed.reshape(experts * groups * slots, -1), count_E)
+    return Slots(mixed.reshape(experts * groups * slots, x_TD.shape[1]), count_E)
 
 
 def soft_combine(y_ND: Tensor, assignment: SoftAssignment) -> Tensor:
     """Mix slots back into tokens: (T, D) (Soft MoE, eq. 3)."""
     groups, size, experts, slots = assignment.combine.shape
-    y_EGPD = y_ND.view(experts, groups, slots, -1)
+    y_EGPD = y_ND.view(experts, groups, slots, y_ND.shape[1])
     out_GSD = torch.einsum("egpd,gsep->gsd", y_EGPD, assignment.combine.to(y_ND.dtype))
-    return out_GSD.reshape(groups * size, -1)
+    return out_GSD.reshape(groups * size, y_ND.shape[1])

@@ -1,4 +1,6 @@
-"""Gates: scores of experts, always computed in float32 or better (selective precision, section 2.4)."""
+"""Gates: scores of experts, always computed in float32 or better (selective precision, section
+2.4).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ def gate_dtype(dtype: torch.dtype) -> torch.dtype:
 def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Expert scores (T, E) of tokens (T, D) for a classifier (E, D) [+ (E,)].
 
-    Switch Transformers, eq. 1 before the softmax. Autocast is switched off around the product: under
-    it, a float32 gate would silently run in bfloat16.
+    Switch Transformers, eq. 1 before the softmax. Autocast is switched off around the product:
+    under it, a float32 gate would silently run in bfloat16.
     """
     dtype = gate_dtype(x_TD.dtype)
     with torch.autocast(x_TD.device.type, enabled=False):

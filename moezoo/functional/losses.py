@@ -1,4 +1,6 @@
-"""Router losses as functions of plain tensors. Padding never counts; zero real tokens give 0, never NaN."""
+"""Router losses as functions of plain tensors. Padding never counts; zero real tokens give 0, never
+NaN.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,17 @@ def z_loss(logits_TE: Tensor, real: Tensor | None = None) -> Tensor:
 def expert_fractions(
     assignment: Assignment, real: Tensor | None = None, group_size: int | None = None
 ) -> Tensor:
-    """f (G, E): the share of a group's real tokens whose pairs go to each expert, dropped pairs included.
+    """f (G, E): the pairs that each expert is offered, per real token of the group.
 
-    Rows sum to the choices per token; rows of padding are 0. `group_size` None: one group, the batch.
+    `assignment` is the router's own, before any capacity policy. Rows sum to the choices per token;
+    rows of padding are 0. `group_size` None: one group, the batch.
     """
     a = assignment
     size = a.num_tokens if group_size is None else group_size
     groups = a.num_tokens // size if size else 0
-    offered_N = a.kept.new_ones(a.kept.shape) if real is None else real[a.token]
     key_N = (a.token // max(size, 1)) * a.num_experts + a.expert
     count = torch.zeros(groups * a.num_experts, dtype=a.weight.dtype, device=a.weight.device)
-    count.index_add_(0, key_N, offered_N.to(count.dtype))
+    count.index_add_(0, key_N, a.kept.to(count.dtype))
     return count.view(groups, a.num_experts) / group_counts(a.num_tokens, real, size, count)
 
 
@@ -64,7 +66,11 @@ def load_balance(
         return probs_TE.sum()
     f_GE = expert_fractions(assignment, real, size)
     groups = f_GE.shape[0]
-    p_TE = probs_TE if real is None else torch.where(real[:, None], probs_TE, probs_TE.new_zeros(()))
-    mean_GE = p_TE.view(groups, size, num_experts).sum(1) / group_counts(num_tokens, real, size, f_GE)
+    p_TE = (
+        probs_TE if real is None else torch.where(real[:, None], probs_TE, probs_TE.new_zeros(()))
+    )
+    mean_GE = p_TE.view(groups, size, num_experts).sum(1) / group_counts(
+        num_tokens, real, size, f_GE
+    )
     loss_G = num_experts * (f_GE.detach() * mean_GE).sum(-1)
     return masked_mean(loss_G, None if real is None else real.view(groups, size).any(1))

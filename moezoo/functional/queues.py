@@ -1,4 +1,6 @@
-"""Queues: the pairs of one (group, expert) in priority order. Time and memory are linear in pairs."""
+"""Queues: the pairs of one (group, expert) in priority order. Time and memory are linear in
+pairs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from moezoo.records import Assignment
 
 
 def queue_keys(assignment: Assignment, *, everyone: bool = False) -> Tensor:
-    """The queue number (N,) of each pair, group * E + expert; pairs not kept share the last one, G * E.
+    """The queue number (N,) of each pair, group * E + expert; pairs not kept share the last one, G
+    * E.
 
     `everyone=True` gives pairs that are not kept (padding) a place in their queue too.
     """
@@ -59,5 +62,7 @@ def reorder(assignment: Assignment, order_N: Tensor) -> Assignment:
 
 
 def token_major(assignment: Assignment) -> Assignment:
-    """Each token's pairs side by side, in list order: an earlier token never waits for a later one."""
+    """Each token's pairs side by side, in list order: an earlier token never waits for a later
+    one.
+    """
     return reorder(assignment, assignment.token.argsort(stable=True))

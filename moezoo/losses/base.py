@@ -9,7 +9,8 @@ from moezoo.registry import Registry
 
 
 class RouterLoss(nn.Module):
-    """One unweighted scalar per routing. `needs` names the Routing fields that must be there ("logits", "probs",
+    """One unweighted scalar per routing. `needs` names the Routing fields that must be there
+    ("logits", "probs",
     "assignment") or, as "losses.NAME", an entry that the router computes itself."""
 
     needs: frozenset[str] = frozenset()

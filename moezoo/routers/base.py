@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from torch import nn
 
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.registry import Registry
 
 
 class Router(nn.Module):
-    """Turns tokens into a routing. A subclass declares its properties; the conformance kit tests what they imply.
+    """Turns tokens into a routing.
+
+    A subclass declares its properties; the conformance kit tests what they imply.
 
     Class or instance attributes:
-        causal: a token's proposed pairs depend on that token alone (or on earlier ones in its group).
+        causal: a token's proposed pairs depend on that token alone (or on earlier ones in its
+            group).
         has_logits, has_probs: `Routing.logits` / `Routing.probs` (rows sum to 1) are set.
         needs_token_ids: `Tokens.ids` must be given.
         soft: the assignment is a SoftAssignment; no capacity policy applies.
-        owns_capacity: the router itself bounds how many tokens each expert takes (expert choice, BASE).
+        owns_capacity: the router itself bounds how many tokens each expert takes (expert choice,
+            BASE).
         deterministic: the same tokens give the same routing, in training too.
         batch_invariant: a token's pairs do not depend on the other tokens of the batch.
+        own_losses: names of the losses that the router returns in `Routing.losses`.
     """
 
     causal: bool = True
@@ -29,6 +34,7 @@ class Router(nn.Module):
     owns_capacity: bool = False
     deterministic: bool = True
     batch_invariant: bool = True
+    own_losses: frozenset[str] = frozenset()
 
     d_model: int
     num_experts: int
@@ -41,6 +47,12 @@ class Router(nn.Module):
     def forward(self, tokens: Tokens) -> Routing:
         """Propose an assignment for `tokens`; never changes them."""
         raise NotImplementedError
+
+    def reweigh(self, admitted: Assignment) -> Assignment:
+        """Weights as the router wants them once a policy has admitted pairs; the same by
+        default.
+        """
+        return admitted
 
 
 registry: Registry[Router] = Registry("router", Router, "moezoo.routers")

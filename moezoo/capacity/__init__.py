@@ -1,0 +1,23 @@
+"""Capacity policies: which of the proposed pairs are computed. One file per policy."""
+
+from moezoo.capacity.base import CapacityPolicy, registry
+from moezoo.capacity.dropless import Dropless
+from moezoo.capacity.first_come import FirstCome
+from moezoo.capacity.switch import SwitchCapacity
+from moezoo.capacity.transformers import TransformersCapacity
+
+register = registry.register
+names = registry.names
+build = registry.build
+
+__all__ = [
+    "CapacityPolicy",
+    "Dropless",
+    "FirstCome",
+    "SwitchCapacity",
+    "TransformersCapacity",
+    "build",
+    "names",
+    "register",
+    "registry",
+]

@@ -1,0 +1,20 @@
+"""No limit: every real pair is kept."""
+
+from __future__ import annotations
+
+from moezoo.capacity.base import CapacityPolicy, registry
+from moezoo.records import Assignment, Routing
+
+
+@registry.register("dropless")
+class Dropless(CapacityPolicy):
+    """Keep every pair that the router proposed (MegaBlocks, arXiv 2211.15841)."""
+
+    may_drop = False
+
+    def limit(self, routing: Routing) -> int | None:
+        return None
+
+    def forward(self, routing: Routing) -> Assignment:
+        assert isinstance(routing.assignment, Assignment)
+        return routing.assignment

@@ -1,0 +1,9 @@
+"""Expert containers: E functions over rows that are sorted by expert. One file per container."""
+
+from moezoo.experts.base import Experts, registry
+
+register = registry.register
+names = registry.names
+build = registry.build
+
+__all__ = ["Experts", "build", "names", "register", "registry"]

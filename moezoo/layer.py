@@ -1,0 +1,169 @@
+"""The verb: a mixture-of-experts layer is two linear maps around a stack of experts.
+
+y[t] = sum over slots s of  combine[t, s] * f_e(s)( sum over t' of dispatch[t', s] * x[t'] )
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.capacity.base import CapacityPolicy
+from moezoo.errors import ConfigError, DtypeError, ShapeError
+from moezoo.experts.base import Experts
+from moezoo.functional.dispatch import combine, dispatch, soft_combine, soft_dispatch
+from moezoo.pairing import check_pair
+from moezoo.records import Routing, SoftAssignment, Tokens
+from moezoo.routers.base import Router
+
+
+class MoE(nn.Module):
+    """Router, capacity policy and experts as one layer; takes modules, never names.
+
+    Args:
+        router, experts, capacity: the components; their sizes must agree.
+        shared: a branch that every token takes besides, x -> y of the same width (DeepSeekMoE).
+        group: what capacity is counted over: "batch" (the paper's, per device), "sequence" (the
+            last but one dimension of x) or a number of tokens.
+
+    Raises ConfigError for sizes that disagree and for pairs that make no sense.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        capacity: CapacityPolicy,
+        shared: nn.Module | None = None,
+        group: str | int = "batch",
+    ) -> None:
+        super().__init__()
+        for size in ("num_experts", "d_model"):
+            ours, theirs = getattr(router, size), getattr(experts, size)
+            if ours != theirs:
+                raise ConfigError(f"router has {size} {ours}, experts have {theirs}", field=size)
+        check_pair(router, capacity)
+        check_group(group)
+        self.router = router
+        self.capacity = capacity
+        self.experts = experts
+        self.shared = shared
+        self.group = capacity.required_group or group
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Send each token through its experts.
+
+        Args:
+            x: (..., D) floating.
+            mask: (...) bool or integer; False or 0 marks padding, whose output is 0, which takes no
+                capacity and counts in no loss.
+            token_ids: (...) integer, for routers that route by token.
+
+        Returns:
+            y like x, and the Routing: `.assignment` as admitted, `.proposed` as the router's.
+
+        Raises ShapeError, DtypeError or ConfigError naming the argument.
+        """
+        tokens = self._tokens(x, mask, token_ids)
+        routing = self.route(tokens)
+        if isinstance(routing.assignment, SoftAssignment):
+            slots = soft_dispatch(tokens.x, routing.assignment)
+            y_TD = soft_combine(self.experts(slots.x, slots.counts), routing.assignment)
+        else:
+            slots, order_N = dispatch(tokens.x, routing.assignment)
+            y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order_N)
+        if self.shared is not None:
+            shared_TD = self.shared(tokens.x)
+            if tokens.real is not None:
+                shared_TD = torch.where(tokens.real[:, None], shared_TD, shared_TD.new_zeros(()))
+            y_TD = y_TD + shared_TD
+        num_tokens = x.numel() // x.shape[-1]
+        return y_TD[:num_tokens].reshape(x.shape).to(x.dtype), routing
+
+    def route(self, tokens: Tokens) -> Routing:
+        """The router's proposal, admitted by the capacity policy: the seam for replaying a
+        trace.
+        """
+        routing: Routing = self.router(tokens)
+        if isinstance(routing.assignment, SoftAssignment):
+            return routing
+        admitted = self.router.reweigh(self.capacity(routing))
+        return replace(routing, assignment=admitted, proposed=routing.assignment)
+
+    def extra_repr(self) -> str:
+        return f"group={self.group!r}"
+
+    def _tokens(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> Tokens:
+        self._check_input(x, mask, token_ids)
+        x_TD = x.reshape(-1, x.shape[-1])
+        num_tokens = x_TD.shape[0]
+        ids_T = None if token_ids is None else token_ids.reshape(-1).long()
+        real_T = None if mask is None else mask.reshape(-1).bool()
+        if real_T is not None and not self.capacity.counts_padding:
+            # Padding may hold anything: as zeros it reaches neither a value nor a gradient.
+            x_TD = torch.where(real_T[:, None], x_TD, x_TD.new_zeros(()))
+        if self.group == "batch" or num_tokens == 0:
+            return Tokens(x_TD, ids_T, real_T, num_tokens)
+        if self.group == "sequence":
+            return Tokens(x_TD, ids_T, real_T, x.shape[-2] if x.dim() > 1 else 1)
+        return filled_up(Tokens(x_TD, ids_T, real_T, num_tokens), int(self.group))
+
+    def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
+        if not x.is_floating_point():
+            raise DtypeError("x must be floating", field="x", expected="floating", found=x.dtype)
+        if x.dim() < 1 or x.shape[-1] != self.router.d_model:
+            wanted, found = f"(..., {self.router.d_model})", tuple(x.shape)
+            raise ShapeError("x has the wrong shape", field="x", expected=wanted, found=found)
+        for name, value in (("mask", mask), ("token_ids", token_ids)):
+            if value is None:
+                continue
+            if value.shape != x.shape[:-1]:
+                shape = tuple(value.shape)
+                wanted = str(tuple(x.shape[:-1]))
+                raise ShapeError(f"{name} does not fit x", field=name, expected=wanted, found=shape)
+            if value.is_floating_point() or value.is_complex():
+                hint = (
+                    "Pass True or 1 for real tokens, False or 0 for padding."
+                    if name == "mask"
+                    else None
+                )
+                raise DtypeError(
+                    f"{name} must be bool or integer", field=name, found=value.dtype, hint=hint
+                )
+        parameter = next(self.parameters(), None)
+        if parameter is not None and parameter.device.type != x.device.type:
+            where = f"x on {x.device}, weights on {parameter.device}"
+            raise ConfigError("x and the layer are on different devices", field="x", found=where)
+        if self.router.needs_token_ids and token_ids is None:
+            name = type(self.router).__name__
+            raise ConfigError(f"{name} routes by token: it needs token_ids", field="token_ids")
+
+
+def check_group(group: str | int) -> None:
+    """Refuse a group that is neither "batch", "sequence" nor a size >= 1. Raises ConfigError."""
+    named = isinstance(group, str) and group in ("batch", "sequence")
+    sized = isinstance(group, int) and not isinstance(group, bool) and group >= 1
+    if not (named or sized):
+        wanted = "'batch', 'sequence' or a number of tokens >= 1"
+        raise ConfigError("unknown group", field="group", expected=wanted, found=repr(group))
+
+
+def filled_up(tokens: Tokens, group_size: int) -> Tokens:
+    """The tokens in groups of `group_size`, the last one filled up with padding."""
+    missing = -tokens.num_tokens % group_size
+    if not missing:
+        return replace(tokens, group_size=group_size)
+    x, ids, real = tokens.x, tokens.ids, tokens.real
+    if real is None:
+        real = torch.ones(tokens.num_tokens, dtype=torch.bool, device=x.device)
+    return Tokens(
+        torch.cat([x, x.new_zeros(missing, x.shape[1])]),
+        None if ids is None else torch.cat([ids, ids.new_zeros(missing)]),
+        torch.cat([real, real.new_zeros(missing)]),
+        group_size,
+    )

@@ -1,0 +1,143 @@
+"""Recording: what every sparse layer of a model did while a `with` block ran. Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moezoo import losses as router_losses
+from moezoo.errors import ConfigError, NonFiniteInput, RoutingError
+from moezoo.functional.statistics import LayerStats, layer_stats
+from moezoo.layer import MoE
+from moezoo.losses.base import RouterLoss
+from moezoo.pairing import loss_refusal
+from moezoo.records import Routing
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The routings of a block, by the layer's module name, in call order."""
+
+    layers: Mapping[str, MoE]
+    by_layer: dict[str, list[Routing]] = field(default_factory=dict)
+
+    def loss(self, weights: Mapping[str, float]) -> Tensor:
+        """The weighted sum of router losses, each averaged over all recorded calls.
+
+        Args:
+            weights: coefficient by loss name, such as `{"load_balance": 0.01, "z": 0.001}`.
+
+        Raises RegistryError for an unknown loss, ConfigError for one that a router cannot feed,
+        RoutingError when the routing has no gradient although the router wants one (reentrant
+        activation checkpointing, or a block run under no_grad).
+        """
+        self._check_gradient()
+        total = torch.zeros(())
+        for name, weight in weights.items():
+            values = self._values(name)
+            if values:
+                total = weight * torch.stack(values).mean() + total.to(values[0].device)
+        return total
+
+    def losses(self, name: str) -> dict[str, Tensor]:
+        """One router loss per layer, averaged over the layer's calls, unweighted."""
+        loss = router_losses.build(name)
+        found = {}
+        for layer, routings in self.by_layer.items():
+            self._check_loss(layer, loss, name)
+            found[layer] = torch.stack([loss(routing) for routing in routings]).mean()
+        return found
+
+    def stats(self) -> dict[str, LayerStats]:
+        """Statistics by layer (see `LayerStats`). Synchronises with the device."""
+        return {name: layer_stats(routings) for name, routings in self.by_layer.items()}
+
+    def _values(self, name: str) -> list[Tensor]:
+        loss = router_losses.build(name)
+        values = []
+        for layer, routings in self.by_layer.items():
+            self._check_loss(layer, loss, name)
+            values += [loss(routing) for routing in routings]
+        return values
+
+    def _check_loss(self, layer: str, loss: RouterLoss, name: str) -> None:
+        reason = loss_refusal(self.layers[layer].router, loss, name)
+        if reason:
+            raise ConfigError(f"layer {layer!r}: {reason}", field=name)
+
+    def _check_gradient(self) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for name, routings in self.by_layer.items():
+            wants = any(p.requires_grad for p in self.layers[name].router.parameters())
+            if wants and any(_lacks_gradient(routing) for routing in routings):
+                reason = (
+                    f"the routing of layer {name!r} has no gradient: its loss would train nothing"
+                )
+                raise RoutingError(reason, hint=_NO_GRADIENT)
+
+
+_NO_GRADIENT = (
+    "Reentrant activation checkpointing does this: pass use_reentrant=False; "
+    "or take the loss under torch.no_grad()."
+)
+
+
+def _lacks_gradient(routing: Routing) -> bool:
+    scores = routing.probs if routing.logits is None else routing.logits
+    return scores is not None and not scores.requires_grad
+
+
+@contextmanager
+def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
+    """Record the routing of every `MoE` inside `model` while the block runs.
+
+    Recomputation under activation checkpointing is not recorded a second time.
+
+    Args:
+        model: any module that holds `MoE` layers (`SparseMLP` holds one).
+        checked: raise NonFiniteInput, naming layer and position, for NaN or infinity in a layer's
+            input. Synchronises with the device.
+
+    Raises ConfigError when the model has no sparse layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no MoE layer to record", field="model")
+    tape = Tape(layers)
+    handles = []
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_hook(_recorder(tape, name)))
+        if checked:
+            handles.append(layer.register_forward_pre_hook(_checker(name)))
+    try:
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(tape: Tape, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: object, output: tuple[Tensor, Routing]) -> None:
+        # Inside backward this is the recomputation of a checkpointed block, seen before.
+        if torch._C._current_graph_task_id() == -1:
+            tape.by_layer.setdefault(name, []).append(output[1])
+
+    return hook
+
+
+def _checker(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        bad = ~torch.isfinite(x).all(-1)
+        if bool(bad.any()):
+            position = bad.nonzero()[0].tolist()
+            raise NonFiniteInput(
+                f"layer {name!r} got NaN or infinity at position {position}", field="x"
+            )
+
+    return hook
