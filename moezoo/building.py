@@ -1,0 +1,72 @@
+"""From a name or a config to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError, did_you_mean
+from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
+from moezoo.presets import preset
+
+TASKS: dict[str, type[nn.Module]] = {
+    "conditional_generation": SwitchForConditionalGeneration,
+    "model": SwitchModel,
+    "encoder": SwitchEncoderModel,
+}
+
+
+def build(
+    name_or_config: str | SwitchConfig,
+    /,
+    *,
+    task: str = "conditional_generation",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model with random weights, in evaluation mode as `load` gives it.
+
+    Args:
+        name_or_config: a preset (`moezoo.list_models()`) or a SwitchConfig.
+        task: "conditional_generation", "model" (no head) or "encoder".
+        device: "meta" builds without memory.
+        dtype: of the parameters, float32 by default.
+        seed: of the weights; the global generator is left as it was.
+        overrides: any field of SwitchConfig, such as `num_experts=16` or `router="top_k"`.
+
+    Raises RegistryError for an unknown name, ConfigError for a bad task, field or combination.
+    """
+    config = preset(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    if not isinstance(config, SwitchConfig):
+        found = type(config).__name__
+        raise ConfigError("build takes a preset's name or a SwitchConfig", found=found)
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}", field="task", hint=did_you_mean(task, TASKS))
+    config = config.replace(**overrides)
+    if seed is None:
+        return _construct(TASKS[task], config, device, dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _construct(TASKS[task], config, device, dtype)
+
+
+def _construct(
+    model: type[nn.Module],
+    config: SwitchConfig,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError("dtype must be floating", field="dtype", found=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device(device or "cpu"):
+            return model(config).eval()
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,69 @@
+"""E equal feed-forward networks as stacked parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.errors import ConfigError
+from moezoo.experts.base import Experts, registry
+from moezoo.functional.activations import activation as activation_of
+from moezoo.ops.grouped_linear import grouped_linear
+
+
+@registry.register("stacked")
+class StackedExperts(Experts):
+    """FFN_e(x) = fn(x wi_e^T) wo_e^T, or gated with wi_0 and wi_1 (Switch Transformers, section
+    2.1).
+
+    Args:
+        d_model, d_ff, num_experts: sizes; wi is (E, F, D), wo (E, D, F).
+        activation: see `moezoo.functional.activations`.
+        dropout: expert dropout, on the hidden units in training (section 2.4).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                wanted = "a whole number >= 1"
+                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError("dropout lies in [0, 1)", field="dropout", found=dropout)
+        self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
+        self.activation = activation
+        self.function, self.gated = activation_of(activation)
+        self.dropout = nn.Dropout(dropout)
+        inner, outer = (num_experts, d_ff, d_model), (num_experts, d_model, d_ff)
+        if self.gated:
+            self.wi_0 = nn.Parameter(torch.empty(inner))
+            self.wi_1 = nn.Parameter(torch.empty(inner))
+        else:
+            self.wi = nn.Parameter(torch.empty(inner))
+        self.wo = nn.Parameter(torch.empty(outer))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normals of variance 1 / fan-in."""
+        for parameter in self.parameters():
+            std = parameter.shape[-1] ** -0.5
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
+        if self.gated:
+            gate = self.function(grouped_linear(slots, self.wi_0, counts))
+            hidden = gate * grouped_linear(slots, self.wi_1, counts)
+        else:
+            hidden = self.function(grouped_linear(slots, self.wi, counts))
+        return grouped_linear(self.dropout(hidden), self.wo, counts)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"

@@ -1,0 +1,74 @@
+"""One transformer block: attention, cross-attention in decoders, and an MLP, dense or sparse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.assemble import make_moe
+from moezoo.config import SwitchConfig
+from moezoo.layer import MoE
+from moezoo.models.attention import Attention
+from moezoo.models.cache import DecoderCache
+from moezoo.models.feed_forward import DenseMLP
+from moezoo.models.norm import RMSNorm
+from moezoo.records import Routing
+
+
+class Block(nn.Module):
+    """x + attention, x + cross-attention (decoder), x + MLP; each on the normed x (pre-norm)."""
+
+    def __init__(self, config: SwitchConfig, *, decoder: bool, layer: int) -> None:
+        super().__init__()
+        own_bias = layer == 0 or config.position_bias_every_layer
+        self.attention_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.attention = Attention(config, decoder=decoder, layer=layer, position_bias=own_bias)
+        if decoder:
+            self.cross_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+            self.cross_attention = Attention(config, decoder=True, layer=layer)
+        self.mlp_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        sparse = layer in (config.decoder_sparse if decoder else config.encoder_sparse)
+        self.mlp: MoE | DenseMLP
+        if sparse:
+            self.mlp = make_moe(config, decoder=decoder)
+        else:
+            self.mlp = DenseMLP(
+                config.d_model,
+                config.d_ff,
+                activation_name=config.feed_forward_proj,
+                dropout=config.dropout_rate,
+            )
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x (B, L, D) -> (B, L, D) and, for a sparse block, its Routing."""
+        x = finite(x + self.dropout(self.attention(self.attention_norm(x), bias, cache)))
+        if memory is not None:
+            attended = self.cross_attention.cross(self.cross_norm(x), memory, memory_bias, cache)
+            x = finite(x + self.dropout(attended))
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(normed, mask=mask, token_ids=token_ids)
+        else:
+            y, routing = self.mlp(normed), None
+        return finite(x + self.dropout(y)), routing
+
+
+def finite(x: Tensor) -> Tensor:
+    """Clamp float16 activations, which overflow in large T5s; every other dtype passes
+    untouched.
+    """
+    if x.dtype != torch.float16:
+        return x
+    limit = torch.finfo(torch.float16).max - 1000
+    return x.clamp(-limit, limit)

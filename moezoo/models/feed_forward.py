@@ -1,0 +1,38 @@
+"""The dense MLP of T5, plain or gated."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moezoo.functional.activations import activation
+
+
+class DenseMLP(nn.Module):
+    """y = dropout(fn(x wi^T)) wo^T, or fn(x wi_0^T) * (x wi_1^T) in the middle (GLU, 2002.05202).
+
+    Args:
+        d_model, d_ff: widths. activation: see `moezoo.functional.activations`.
+        dropout: on the hidden units, in training.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation_name: str = "relu", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.function, self.gated = activation(activation_name)
+        if self.gated:
+            self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
+            self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(d_model, d_ff, bias=False)
+        self.wo = nn.Linear(d_ff, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        if self.gated:
+            hidden = self.function(self.wi_0(x)) * self.wi_1(x)
+        else:
+            hidden = self.function(self.wi(x))
+        y: Tensor = self.wo(self.dropout(hidden))
+        return y

@@ -1,0 +1,137 @@
+"""Generation: greedy, sampling and beam search, batched, with a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moezoo.models.beam import beam_search
+from moezoo.models.cache import DecoderCache
+from moezoo.models.sampling import GenerationOptions, adjusted, sampled
+
+if TYPE_CHECKING:
+    from moezoo.models.switch import SwitchForConditionalGeneration
+
+
+@torch.no_grad()
+def generate(
+    self: SwitchForConditionalGeneration,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    max_new_tokens: int = 20,
+    min_new_tokens: int = 0,
+    num_beams: int = 1,
+    num_return_sequences: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    use_cache: bool = True,
+) -> Tensor:
+    """Generate target ids for a batch of sources.
+
+    Args:
+        input_ids: (B, Ls), or inputs_embeds (B, Ls, D). attention_mask: (B, Ls), 1 for real tokens.
+        max_new_tokens, min_new_tokens: bounds on the generated length, the start token not counted.
+        num_beams: 1 is greedy search (or sampling); more is beam search. length_penalty: beams are
+            ranked by log probability / length^penalty. early_stopping: stop as soon as num_beams
+            sequences are complete. num_return_sequences: best beams, or samples, per source.
+        do_sample: draw tokens; temperature, top_k (0: all) and top_p (1.0: all) shape the draw.
+        repetition_penalty, no_repeat_ngram_size: discourage or forbid repetition.
+        use_cache: keep keys and values; without, every step recomputes the prefix.
+
+    Returns:
+        (B * num_return_sequences, <= 1 + max_new_tokens) ids, starting with the start token; after
+        eos comes padding.
+
+    Raises ConfigError naming a bad option.
+    """
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        num_beams=num_beams,
+        num_return_sequences=num_return_sequences,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        use_cache=use_cache,
+    )
+    memory, _ = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+    copies = options.num_beams if options.num_beams > 1 else options.num_return_sequences
+    memory = memory.repeat_interleave(copies, dim=0)
+    mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, dim=0)
+    stepper = Stepper(self, memory, mask, use_cache=use_cache)
+    if options.num_beams > 1:
+        return beam_search(stepper, options, self.config)
+    return _one_by_one(stepper, options, self)
+
+
+class Stepper:
+    """Scores of the next token for a batch of prefixes, with or without a cache."""
+
+    def __init__(
+        self,
+        model: SwitchForConditionalGeneration,
+        memory: Tensor,
+        mask: Tensor | None,
+        *,
+        use_cache: bool,
+    ) -> None:
+        self.model, self.memory, self.mask = model, memory, mask
+        self.cache = DecoderCache() if use_cache else None
+
+    def start(self) -> Tensor:
+        """The first decoder column (B, 1)."""
+        shape = (self.memory.shape[0], 1)
+        start = self.model.config.decoder_start_token_id
+        return torch.full(shape, start, dtype=torch.int64, device=self.memory.device)
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """float32 logits (B, V) of the token after ids (B, L)."""
+        model = self.model
+        new = ids if self.cache is None else ids[:, self.cache.length :]
+        hidden, _ = model.decoder(
+            model.shared(new),
+            token_ids=new,
+            memory=self.memory,
+            memory_mask=self.mask,
+            cache=self.cache,
+        )
+        return model.head(hidden[:, -1]).float()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Continue from the given rows of the batch."""
+        if self.cache is not None:
+            self.cache.reorder(rows)
+
+
+def _one_by_one(
+    stepper: Stepper, options: GenerationOptions, model: SwitchForConditionalGeneration
+) -> Tensor:
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
+    ids = stepper.start()
+    done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    for _ in range(options.max_new_tokens):
+        if ids.shape[0] == 0:
+            break
+        scores = adjusted(stepper.scores(ids), ids, options, eos)
+        token = sampled(scores, options) if options.do_sample else scores.argmax(-1)
+        token = torch.where(done, pad, token)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        done = done | (token == eos)
+        if bool(done.all()):
+            break
+    return ids

@@ -1,0 +1,30 @@
+"""What a model returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moezoo.models.cache import DecoderCache
+from moezoo.records import Routing
+
+
+@dataclass(frozen=True)
+class SwitchOutput:
+    """Results of one forward pass; what a task does not compute is None.
+
+    logits (B, L, V). loss: cross entropy plus the configured router losses. losses: its parts,
+    unweighted: "cross_entropy" when labels were given, and each configured router loss as the mean
+    over sparse layers. last_hidden_state (B, L, D) of the last stack that ran;
+    encoder_last_hidden_state (B, Ls, D). routing: one Routing per sparse layer, encoder first.
+    cache: the decoder's keys and values, when asked for.
+    """
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    last_hidden_state: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    routing: tuple[Routing, ...] = ()
+    cache: DecoderCache | None = None

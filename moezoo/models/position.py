@@ -1,0 +1,59 @@
+"""Relative position bias of T5 (arXiv 1910.10683, section 2.1): one learned number per bucket and
+head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def relative_buckets(
+    distance: Tensor, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Tensor:
+    """The bucket of each relative distance (key position - query position), int64 of the same
+    shape.
+
+    Half of the buckets hold exact distances, the other half grow logarithmically up to
+    `max_distance`; bidirectional attention spends half of all on each direction.
+    """
+    bucket = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket = bucket + (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    max_exact = num_buckets // 2
+    if max_exact == 0:
+        return bucket
+    span = math.log(max_distance / max_exact) if max_distance > max_exact else 1.0
+    ratio = torch.log(distance.float().clamp(min=1) / max_exact) / span
+    far = (max_exact + (ratio * (num_buckets - max_exact)).long()).clamp(max=num_buckets - 1)
+    return bucket + torch.where(distance < max_exact, distance, far)
+
+
+class PositionBias(nn.Embedding):
+    """The table (buckets, H) and its expansion to an additive attention bias."""
+
+    def __init__(
+        self, num_buckets: int, num_heads: int, *, max_distance: int, bidirectional: bool
+    ) -> None:
+        super().__init__(num_buckets, num_heads)
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+
+    def bias(self, query_length: int, key_length: int, *, offset: int = 0) -> Tensor:
+        """(1, H, Lq, Lk) for queries at positions offset ... offset + Lq - 1 and keys from 0."""
+        device = self.weight.device
+        query = torch.arange(offset, offset + query_length, device=device)[:, None]
+        distance = torch.arange(key_length, device=device)[None, :] - query
+        bucket = relative_buckets(
+            distance,
+            bidirectional=self.bidirectional,
+            num_buckets=self.num_embeddings,
+            max_distance=self.max_distance,
+        )
+        return self(bucket).permute(2, 0, 1).unsqueeze(0)

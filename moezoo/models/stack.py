@@ -1,0 +1,93 @@
+"""An encoder or a decoder: blocks that share masks and position biases."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moezoo.config import SwitchConfig
+from moezoo.models.attention import causal_mask, key_mask, merged_bias
+from moezoo.models.block import Block
+from moezoo.models.cache import DecoderCache
+from moezoo.models.norm import RMSNorm
+from moezoo.records import Routing
+
+
+class Stack(nn.Module):
+    """`num_layers` (or `decoder_layers`) blocks and a final norm.
+
+    `gradient_checkpointing`: recompute each block in backward instead of keeping its activations
+    (non-reentrant; the recomputation sees the same random numbers and so the same routing).
+    """
+
+    def __init__(self, config: SwitchConfig, *, decoder: bool) -> None:
+        super().__init__()
+        layers = config.decoder_layers if decoder else config.num_layers
+        self.blocks = nn.ModuleList(
+            Block(config, decoder=decoder, layer=layer) for layer in range(layers)
+        )
+        self.final_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.decoder = decoder
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        token_ids: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Run the blocks.
+
+        Args:
+            x: (B, L, D) embeddings.
+            mask: (B, Lk) real tokens, cached ones included; None: all.
+            token_ids: (B, L), for routers that route by token.
+            memory, memory_mask: the encoder's output (B, Lm, D) and its real tokens (B, Lm).
+            cache: extended in place by the L new tokens.
+
+        Returns:
+            (B, L, D), and the routing of each sparse block.
+        """
+        length = x.shape[1]
+        offset = 0 if cache is None else cache.length
+        masks = self._masks(x, mask, length, offset)
+        memory_bias = key_mask(memory_mask, x.dtype)
+        new_mask = None if mask is None else mask[:, offset:]
+        routings, bias = [], None
+        x = self.dropout(x)
+        for block in cast("list[Block]", self.blocks):
+            table = block.attention.position_bias
+            if table is not None:
+                position = table.bias(length, offset + length, offset=offset)
+                bias = merged_bias(position.to(x.dtype), masks)
+            arguments = {
+                "mask": new_mask,
+                "token_ids": token_ids,
+                "memory": memory,
+                "memory_bias": memory_bias,
+                "cache": cache,
+            }
+            if self.gradient_checkpointing and self.training:
+                x, routing = checkpoint(block, x, bias, use_reentrant=False, **arguments)
+            else:
+                x, routing = block(x, bias, **arguments)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.advance(length)
+        return self.dropout(self.final_norm(x)), tuple(routings)
+
+    def _masks(self, x: Tensor, mask: Tensor | None, length: int, offset: int) -> Tensor | None:
+        padding = key_mask(mask, x.dtype)
+        if not self.decoder or length == 1:
+            return padding
+        causal = causal_mask(length, offset + length, x.dtype, x.device)
+        return causal if padding is None else torch.minimum(causal, padding)
