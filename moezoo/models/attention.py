@@ -73,8 +73,7 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0
             )
-        batch, length = x.shape[:2]
-        merged: Tensor = self.o(mixed.transpose(1, 2).reshape(batch, length, -1))
+        merged: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return merged
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random-weight transformers models and their weights under moezoo's names, written independently of the adapters."""
+"""Random-weight transformers models and their weights under our names, without the adapters."""
 
 from __future__ import annotations
 

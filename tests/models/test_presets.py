@@ -1,0 +1,73 @@
+"""Every preset has the published parameter count, on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+
+import moezoo
+from moezoo.presets import preset
+
+EXACT = {
+    "switch-base-64": 3_790_748_928,
+    "switch-base-256": 14_664_154_368,
+    "switch-large-128": 26_309_291_008,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-v1_1-small": 76_961_152,
+    "t5-v1_1-base": 247_577_856,
+    "t5-v1_1-large": 783_150_080,
+    "t5-v1_1-xl": 2_849_757_184,
+    "t5-v1_1-xxl": 11_135_332_352,
+    "mt5-small": 300_176_768,
+    "byt5-small": 299_637_760,
+}
+ROUNDED = {  # billions, as published
+    "switch-base-8": 0.619,
+    "switch-base-16": 1.072,
+    "switch-base-32": 1.979,
+    "switch-base-128": 7.415,
+    "switch-xxl-128": 394.7,
+    "switch-c-2048": 1571.3,
+    "t5-3b": 2.85,
+    "t5-11b": 11.3,
+}
+
+
+def count(name: str) -> int:
+    return sum(p.numel() for p in moezoo.build(name, device="meta").parameters())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    assert count(name) == EXACT[name]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_parameter_count_rounds_to_the_published_one(name: str) -> None:
+    digits = len(str(ROUNDED[name]).partition(".")[2])
+    assert round(count(name) / 1e9, digits) == ROUNDED[name]
+
+
+def test_every_preset_builds_on_meta() -> None:
+    for name in moezoo.list_models():
+        model = moezoo.build(name, device="meta")
+        assert all(p.is_meta for p in model.parameters()), name
+
+
+def test_list_models_filters_by_pattern() -> None:
+    names = moezoo.list_models("switch-base-*")
+    assert names == [f"switch-base-{e}" for e in (8, 16, 32, 64, 128, 256)]
+    assert moezoo.list_models("nothing*") == []
+
+
+def test_half_of_the_base_layers_are_sparse_and_all_of_c() -> None:
+    assert preset("switch-base-8").encoder_sparse == (1, 3, 5, 7, 9, 11)
+    assert preset("switch-c-2048").decoder_sparse == tuple(range(15))
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(moezoo.MoezooError, match="switch-base-8"):
+        moezoo.build("swich-base-8")
+    with pytest.raises(LookupError):
+        moezoo.build("../etc/passwd")
