@@ -24,6 +24,22 @@ def z_loss(logits_TE: Tensor, real: Tensor | None = None) -> Tensor:
     return masked_mean(logits_TE.logsumexp(dim=-1).square(), real)
 
 
+def squared_variation(value_E: Tensor) -> Tensor:
+    """CV^2, the variance of (E,) over the square of its mean; 0 where all are 0 (1701.06538, eq.
+    7).
+    """
+    mean = value_E.mean()
+    tiny = torch.finfo(value_E.dtype).tiny
+    return (value_E - mean).square().mean() / mean.square().clamp(min=tiny)
+
+
+def importance(assignment: Assignment) -> Tensor:
+    """CV^2 of the weight that every expert gets from the kept pairs (1701.06538, eq. 6-7)."""
+    weight_N = torch.where(assignment.kept, assignment.weight, 0.0)
+    total_E = weight_N.new_zeros(assignment.num_experts)
+    return squared_variation(total_E.index_add(0, assignment.expert, weight_N))
+
+
 def expert_fractions(
     assignment: Assignment, real: Tensor | None = None, group_size: int | None = None
 ) -> Tensor:

@@ -46,6 +46,13 @@ def positions_in_runs(key_N: Tensor, num_keys: int) -> Tensor:
     return torch.empty_like(rank_N).index_copy_(0, order_N, rank_N)
 
 
+def pairs_per_expert(assignment: Assignment) -> Tensor:
+    """How many kept pairs every expert has, (E,) int64, without leaving the device."""
+    kept_N = assignment.kept.to(torch.int64)
+    count_E = torch.zeros(assignment.num_experts, dtype=torch.int64, device=kept_N.device)
+    return count_E.index_add_(0, assignment.expert, kept_N)
+
+
 def reorder(assignment: Assignment, order_N: Tensor) -> Assignment:
     """The same pairs in another priority order: entry i of the result is entry order[i]."""
     a = assignment

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
 
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.registry import Registry
@@ -53,6 +56,22 @@ class Router(nn.Module):
         default.
         """
         return admitted
+
+    def adapt(self, routings: Sequence[Routing]) -> None:
+        """Adapt state that no gradient trains (balancing biases, thresholds), once per optimizer
+        step, from that step's routings; nothing by default. Never done inside `forward`:
+        recomputation under activation checkpointing would do it twice and route differently.
+        """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # Balancing buffers stay float32 in a bfloat16 model: their small steps would be lost.
+        before = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
 
 registry: Registry[Router] = Registry("router", Router, "moezoo.routers")
