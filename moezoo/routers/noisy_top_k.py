@@ -1,0 +1,78 @@
+"""Noisy top-k gating, the router of the first large mixture-of-experts models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.gates import gate_logits
+from moezoo.functional.losses import squared_variation
+from moezoo.records import Routing, Tokens
+from moezoo.routers.base import Router, registry
+from moezoo.routers.switch import check_sizes, classifier
+
+
+@registry.register("noisy_top_k")
+class NoisyTopKRouter(Router):
+    """Send tokens to their k experts of highest noisy score (Shazeer et al., 1701.06538, eq. 3-5).
+
+    H = x W_g + N(0, 1) * softplus(x W_n); a token's weights are the softmax over its k chosen H
+    (over all experts for k = 1, where it would be constant). The noise is drawn in training only.
+    The router gives the load loss of appendix A, CV^2 of the smooth expected load.
+
+    Args:
+        d_model, num_experts: sizes of the classifier and of the noise gate, both (E, D).
+        k: experts per token.
+        bias: give the classifier a bias.
+    """
+
+    deterministic = False
+    own_losses = frozenset({"load"})
+
+    def __init__(self, d_model: int, num_experts: int, *, k: int = 2, bias: bool = False) -> None:
+        super().__init__()
+        check_sizes(d_model, num_experts, k)
+        self.d_model, self.num_experts, self.k = d_model, num_experts, k
+        self.classifier = classifier(d_model, num_experts, bias=bias)
+        self.noise = nn.Linear(d_model, num_experts, bias=False)
+        nn.init.zeros_(self.noise.weight)  # as in the paper: equal noise for everybody at first
+
+    @property
+    def choices(self) -> int:
+        return self.k
+
+    def forward(self, tokens: Tokens) -> Routing:
+        clean_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        scale_TE = F.softplus(gate_logits(tokens.x, self.noise.weight))
+        noisy_TE = clean_TE
+        if self.training:
+            noisy_TE = clean_TE + torch.randn_like(clean_TE) * scale_TE
+        expert_TK = best_experts(noisy_TE, self.k)
+        if self.k > 1:
+            weight_TK = noisy_TE.gather(1, expert_TK).softmax(dim=-1)
+        else:
+            weight_TK = noisy_TE.softmax(dim=-1).gather(1, expert_TK)
+        load_TE = self._expected_load(clean_TE, noisy_TE, scale_TE)
+        if tokens.real is not None:
+            load_TE = torch.where(tokens.real[:, None], load_TE, 0.0)
+        return Routing(
+            pairs_of(expert_TK, weight_TK, self.num_experts, tokens),
+            logits=clean_TE,
+            probs=clean_TE.softmax(dim=-1),
+            losses={"load": squared_variation(load_TE.sum(0))},
+            real=tokens.real,
+        )
+
+    def _expected_load(self, clean_TE: Tensor, noisy_TE: Tensor, scale_TE: Tensor) -> Tensor:
+        """P(x, i) (T, E): the chance that expert i is chosen if its noise is drawn anew (eq. 9)."""
+        if self.k == self.num_experts:
+            return torch.ones_like(clean_TE)
+        top_TK = noisy_TE.topk(self.k + 1, dim=-1).values
+        last_in_T1, first_out_T1 = top_TK[:, -2:-1], top_TK[:, -1:]
+        # The k-th highest score of the others: one further down for those who are in themselves.
+        bar_TE = torch.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
+        tiny = torch.finfo(scale_TE.dtype).tiny
+        chance_TE: Tensor = torch.special.ndtr((clean_TE - bar_TE) / scale_TE.clamp(min=tiny))
+        return chance_TE
