@@ -1,8 +1,11 @@
 """Capacity policies: which of the proposed pairs are computed. One file per policy."""
 
 from moezoo.capacity.base import CapacityPolicy, registry
+from moezoo.capacity.batch_priority import BatchPriority
 from moezoo.capacity.dropless import Dropless
 from moezoo.capacity.first_come import FirstCome
+from moezoo.capacity.random_order import RandomOrder
+from moezoo.capacity.reroute import Reroute
 from moezoo.capacity.switch import SwitchCapacity
 from moezoo.capacity.transformers import TransformersCapacity
 
@@ -11,9 +14,12 @@ names = registry.names
 build = registry.build
 
 __all__ = [
+    "BatchPriority",
     "CapacityPolicy",
     "Dropless",
     "FirstCome",
+    "RandomOrder",
+    "Reroute",
     "SwitchCapacity",
     "TransformersCapacity",
     "build",
