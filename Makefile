@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both need Python 3.11 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs examples bench mutants clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## a dense T5 becomes a Switch model, on text that ships with Python
+	OMP_NUM_THREADS=2 $(BIN)/moezoo demo --out out/demo
+
+test: $(STAMP)  ## all tests
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -q
+
+lint: $(STAMP)  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## code blocks, links and component pages of the documentation
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+examples: $(STAMP)  ## every example, as a program
+	$(BIN)/python -m pytest -q tests/test_examples.py
+
+bench: $(STAMP)  ## timings side by side with transformers
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks
+
+mutants: $(STAMP)  ## seeded bugs; every one must be caught
+	$(BIN)/python -m tests.mutants
+
+clean:  ## remove the environment and outputs
+	rm -rf $(VENV) out build *.egg-info

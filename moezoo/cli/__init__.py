@@ -1,0 +1,117 @@
+"""The command line: `moezoo VERB ...`. One file per verb; nothing here imports torch.
+
+A verb is a module `moezoo/cli/<verb>.py` (dashes become underscores) with two functions:
+
+    configure(parser: argparse.ArgumentParser) -> None    adds its arguments; imports no torch
+    run(arguments: argparse.Namespace) -> int              does the work; returns the exit code
+
+and one line in `VERBS` below, so that `--help` reads no other module. Raise MoezooError for what the
+user can mend: it is printed as one line, and its class decides the exit code (2 user error, 3 bad
+input, 4 write failed). Print results to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moezoo.errors import MoezooError
+
+VERBS = {
+    "list": "names of the models that `build` knows",
+    "info": "parameters, FLOPs and bytes of a model, before anything is allocated",
+    "zoo": "every router, capacity policy, expert container and loss, and what goes together",
+    "plan": "what an upcycling would read, write and cost; reads headers only",
+    "upcycle": "turn a dense T5 on disk into a Switch model",
+    "verify": "prove that a converted model computes what its source computed",
+    "downcycle": "turn an upcycled model back into the dense one",
+    "grow": "turn a Switch model into one with more experts",
+    "shrink": "merge or prune experts by a saved routing trace",
+    "merge": "several fine-tuned T5s of one shape become the experts of one model",
+    "export": "change layout or dtype, or take out single experts",
+    "train": "pre-train by span corruption, from scratch or from a checkpoint",
+    "finetune": "fine-tune on pairs: translation, summarisation, your own",
+    "evaluate": "loss and task metrics of a checkpoint",
+    "generate": "text from a checkpoint",
+    "demo": "the main job on the text that ships with Python, end to end",
+    "doctor": "what this installation has and lacks",
+}
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the nearest verb or flag in its errors."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [w for w in message.split() if w.startswith("--")]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = [m for w in unknown for m in difflib.get_close_matches(w.split("=")[0], flags, n=1)]
+        hint = f" Did you mean {near[0]}?" if near and near[0] not in unknown else ""
+        self.exit(2, f"{self.prog}: {message}.{hint} See `{self.prog} --help`.\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is None:
+        return _without_verb(words)
+    if verb not in available():
+        near = difflib.get_close_matches(verb, available(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"moezoo: unknown verb {verb!r}.{hint} See `moezoo --help`.", file=sys.stderr)
+        return 2
+    words.remove(verb)
+    module = importlib.import_module(f"moezoo.cli.{verb}")
+    parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.configure(parser)
+    parsed = parser.parse_args(words)
+    return _guarded(module.run, parsed)
+
+
+def available() -> list[str]:
+    """The verbs whose module is there, in the order of `VERBS`."""
+    here = os.path.dirname(__file__)
+    return [verb for verb in VERBS if os.path.isfile(os.path.join(here, f"{verb}.py"))]
+
+
+def _without_verb(words: list[str]) -> int:
+    if "--version" in words:
+        from moezoo import __version__
+
+        print(f"moezoo {__version__}")
+        return 0
+    unknown = [word for word in words if word not in ("-h", "--help")]
+    stream = sys.stderr if unknown or not words else sys.stdout
+    if unknown:
+        print(f"moezoo: unknown option {unknown[0]}", file=stream)
+    print("usage: moezoo VERB ...   (moezoo VERB --help tells more)\n", file=stream)
+    for verb in available():
+        print(f"  {verb:<10} {VERBS[verb]}", file=stream)
+    return 2 if unknown or not words else 0
+
+
+def _guarded(run: object, parsed: argparse.Namespace) -> int:
+    """Run a verb; an error becomes one line and an exit code."""
+    assert callable(run)
+    try:
+        return int(run(parsed) or 0)
+    except MoezooError as error:
+        if parsed.debug:
+            traceback.print_exc()
+        print(f"moezoo: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("moezoo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing more to say, and no traceback at shutdown either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
