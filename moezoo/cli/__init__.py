@@ -5,9 +5,9 @@ A verb is a module `moezoo/cli/<verb>.py` (dashes become underscores) with two f
     configure(parser: argparse.ArgumentParser) -> None    adds its arguments; imports no torch
     run(arguments: argparse.Namespace) -> int              does the work; returns the exit code
 
-and one line in `VERBS` below, so that `--help` reads no other module. Raise MoezooError for what the
-user can mend: it is printed as one line, and its class decides the exit code (2 user error, 3 bad
-input, 4 write failed). Print results to standard output, progress and errors to standard error.
+and one line in `VERBS` below, so that `--help` reads no other module. Raise MoezooError for what
+the user can mend: it is printed as one line, and its class decides the exit code (2 user error, 3
+bad input, 4 write failed). Results go to standard output, progress and errors to standard error.
 """
 
 from __future__ import annotations

@@ -56,4 +56,5 @@ class PositionBias(nn.Embedding):
             num_buckets=self.num_embeddings,
             max_distance=self.max_distance,
         )
-        return self(bucket).permute(2, 0, 1).unsqueeze(0)
+        table: Tensor = self(bucket)
+        return table.permute(2, 0, 1).unsqueeze(0)

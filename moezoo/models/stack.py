@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +69,18 @@ class Stack(nn.Module):
             if table is not None:
                 position = table.bias(length, offset + length, offset=offset)
                 bias = merged_bias(position.to(x.dtype), masks)
-            arguments = {
+            arguments: dict[str, Any] = {
                 "mask": new_mask,
                 "token_ids": token_ids,
                 "memory": memory,
                 "memory_bias": memory_bias,
                 "cache": cache,
             }
+            run = partial(block, **arguments)
             if self.gradient_checkpointing and self.training:
-                x, routing = checkpoint(block, x, bias, use_reentrant=False, **arguments)
+                x, routing = checkpoint(run, x, bias, use_reentrant=False)
             else:
-                x, routing = block(x, bias, **arguments)
+                x, routing = run(x, bias)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

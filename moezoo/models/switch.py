@@ -155,7 +155,7 @@ class SwitchForConditionalGeneration(SwitchModel):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -1,0 +1,21 @@
+"""The linear map of the models: no bias, fast for the few rows of a decoding step."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moezoo.ops.few_rows import few_rows_linear
+
+
+class Linear(nn.Linear):
+    """y = x W^T with W (out, in); zero until `initialize` draws the weights of a whole model."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        # Drawn once, by `initialize`: the default draw would double the time to build a model.
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return few_rows_linear(x, self.weight)
