@@ -157,7 +157,7 @@ class Registry(Generic[T]):
                 raise ConfigError(
                     f"option {key!r} of {self.kind} {spec.name!r} has the wrong type",
                     field=key,
-                    expected=getattr(hints[key], "__name__", str(hints[key])),
+                    expected=_described(hints[key]),
                     found=repr(value),
                 )
 
@@ -201,6 +201,13 @@ def _options(component: type) -> dict[str, inspect.Parameter]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(component).parameters
     return {name: p for name, p in parameters.items() if p.kind not in variadic}
+
+
+def _described(hint: object) -> str:
+    """An annotation in a reader's words: the allowed words of a Literal, or the type's name."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(repr(word) for word in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _matches(value: object, hint: object) -> bool:
