@@ -1,0 +1,1 @@
+"""Checkpoints and other libraries: containers, families, upcycling, plugs."""

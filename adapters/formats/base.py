@@ -1,0 +1,219 @@
+"""What every container looks like to the rest: named tensors whose bytes can be read by range."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moezoo.adapters.formats.files import quoted
+from moezoo.errors import CorruptFile, TensorMismatch, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+}
+FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+    "C64": "complex64",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a container: its name there, safetensors dtype, shape and place.
+
+    `path` and `offset` say where its little-endian, row-major bytes lie; `path` is None when the
+    container holds it in another form, and only `Source.read` gives the bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path | None = None
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BITS[self.dtype] // 8
+
+
+class Source(abc.ABC):
+    """An open checkpoint. Use it as a context manager, or call `close`.
+
+    Attributes:
+        path: what was opened.
+        directory: where its config and tokenizer files lie.
+        kind: "safetensors", "torch", "flax", "t5x" or "gguf".
+        files: every weight file, in a fixed order.
+        tensors: every tensor by its name in the container, ordered by file and offset.
+        metadata: the container's own string metadata.
+    """
+
+    kind: str
+
+    def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
+        self.path = path
+        self.directory = path if path.is_dir() else path.parent
+        self.files = files
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor called `name`. Raises TensorMismatch naming the nearest."""
+        if name not in self.tensors:
+            raise TensorMismatch(
+                f"no tensor {quoted(name)}",
+                path=self.path,
+                key=name,
+                hint=did_you_mean(name, list(self.tensors)[:500]),
+            )
+        return self.tensors[name]
+
+    @abc.abstractmethod
+    def read(self, name: str) -> bytes | memoryview:
+        """The tensor's little-endian, row-major bytes."""
+
+    @abc.abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, sharing memory with the file where the container allows."""
+
+    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[memoryview]:
+        """The tensor's bytes in order, `size` at a time; each is valid until the next is taken."""
+        info = self.info(name)
+        if info.path is None:
+            whole = memoryview(self.read(name))
+            for start in range(0, len(whole), size):
+                yield whole[start : start + size]
+            return
+        buffer = memoryview(bytearray(min(size, max(info.nbytes, 1))))
+        descriptor, done = self._descriptor(info.path), 0
+        while done < info.nbytes:
+            part = buffer[: min(len(buffer), info.nbytes - done)]
+            _read_exactly(descriptor, part, info.offset + done, info.path)
+            yield part
+            done += len(part)
+
+    def close(self) -> None:
+        """Let go of the files. Tensors given out before stay valid."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._maps.clear()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[path]
+
+    def _read_range(self, info: TensorInfo) -> memoryview:
+        assert info.path is not None
+        buffer = memoryview(bytearray(info.nbytes))
+        _read_exactly(self._descriptor(info.path), buffer, info.offset, info.path)
+        return buffer
+
+    def _mapped(self, info: TensorInfo) -> torch.Tensor:
+        import torch
+
+        assert info.path is not None
+        if info.path not in self._maps:
+            # ACCESS_COPY: torch wants writable memory; a write stays private to this process.
+            self._maps[info.path] = mmap.mmap(
+                self._descriptor(info.path), 0, access=mmap.ACCESS_COPY
+            )
+        dtype = torch_dtype(info.dtype)
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        flat = torch.frombuffer(
+            self._maps[info.path], dtype=torch.uint8, count=info.nbytes, offset=info.offset
+        )
+        if info.offset % dtype.itemsize:
+            flat = flat.clone()  # an unaligned tensor cannot be viewed in place
+        return flat.view(dtype).view(info.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype that safetensors calls `name`."""
+    import torch
+
+    dtype = getattr(torch, _TORCH_NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """What safetensors calls a torch dtype, or None when it has no word for it."""
+    wanted = str(dtype).removeprefix("torch.")
+    return next((name for name, torch_name in _TORCH_NAMES.items() if torch_name == wanted), None)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's row-major bytes, in its own memory when it is contiguous. Needs no numpy."""
+    tensor = tensor.detach().contiguous()
+    count = tensor.numel() * tensor.element_size()
+    if not count:
+        return memoryview(b"")
+    window = (ctypes.c_ubyte * count).from_address(tensor.data_ptr())
+    window.owner = tensor  # type: ignore[attr-defined]  # keeps the memory alive with the view
+    return memoryview(window).cast("B")
+
+
+def _read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise CorruptFile(
+                "the file ended early", path=path, expected=f"{offset + len(buffer)} bytes"
+            )
+        done += count

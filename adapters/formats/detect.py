@@ -1,0 +1,78 @@
+"""Which container a path holds: by file name in a directory, by first bytes for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moezoo.adapters.formats.base import Source
+from moezoo.adapters.formats.files import read_start, refuse_pointer, regular_file
+from moezoo.adapters.formats.safetensors import SafetensorsSource
+from moezoo.adapters.formats.torch_bin import TorchSource
+from moezoo.errors import CheckpointError, CorruptFile
+
+# In the order in which transformers looks for them.
+_IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
+    ("model.safetensors", lambda path, file: SafetensorsSource(path, file=file)),
+    ("model.safetensors.index.json", lambda path, file: SafetensorsSource(path, index=file)),
+    ("pytorch_model.bin", lambda path, file: TorchSource(path, file=file)),
+    ("pytorch_model.bin.index.json", lambda path, file: TorchSource(path, index=file)),
+)
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a checkpoint directory, weight file or shard index, whatever its container.
+
+    Headers are read and checked; weights are not. Raises CheckpointError (CorruptFile,
+    IndexFileError, UnsafeCheckpoint) naming the file.
+    """
+    path = Path(path).expanduser()
+    if _is_directory(path):
+        return _open_directory(path)
+    regular_file(path)
+    return _open_file(path)
+
+
+def _open_directory(path: Path) -> Source:
+    for name, open_it in _IN_DIRECTORY:
+        file = path / name
+        if file.exists() or file.is_symlink():
+            return open_it(path, file)
+    try:
+        single = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened: {error.strerror}", path=path) from None
+    if len(single) == 1:
+        return SafetensorsSource(path, file=single[0])
+    wanted = ", ".join(name for name, _ in _IN_DIRECTORY)
+    if single:
+        raise CheckpointError(
+            f"{len(single)} safetensors files and no index that joins them",
+            path=path,
+            hint="Pass one of the files, or restore model.safetensors.index.json.",
+        )
+    raise CheckpointError("no weights here", path=path, expected=f"one of {wanted}")
+
+
+def _open_file(path: Path) -> Source:
+    start = read_start(path, 64)
+    refuse_pointer(path, start)
+    if path.name.endswith(".index.json"):
+        kind = TorchSource if ".bin." in path.name else SafetensorsSource
+        return kind(path, index=path)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return SafetensorsSource(path)
+    if path.suffix in (".bin", ".pt", ".pth") or start.startswith(b"PK\x03\x04"):
+        return TorchSource(path)
+    raise CorruptFile(
+        "not a checkpoint container that moezoo knows",
+        path=path,
+        expected="safetensors or a PyTorch .bin",
+    )
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be opened: {error}", path=str(path)) from None

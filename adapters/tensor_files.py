@@ -1,0 +1,191 @@
+"""Writing safetensors files tensor by tensor, in any order, with one small buffer. No torch.
+
+All tensors are planned first (names, dtypes, shapes); then each tensor's bytes go to their place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moezoo.adapters.formats.base import DTYPE_BITS
+from moezoo.errors import ConfigError, SaveError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from 5_000_000, "5GB" or "4.5GiB". Raises ConfigError."""
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
+        unit = _UNITS.get((match[2] or "B").upper()) if match else None
+        if match and unit:
+            size = int(float(match[1]) * unit)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigError(
+            "not a size", field="max_shard_size", expected="such as '5GB'", found=repr(size)[:80]
+        )
+    return size
+
+
+def shard(
+    tensors: Iterable[TensorPlan], max_shard_size: int | str | None, stem: str = "model"
+) -> dict[str, list[TensorPlan]]:
+    """The tensors per file, in order, none larger than `max_shard_size` unless one tensor is.
+
+    One shard is called `model.safetensors`, several `model-00001-of-00003.safetensors`.
+    """
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    groups: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if limit is not None and groups[-1] and filled + tensor.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    count = len(groups)
+    return {f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def shard_index(shards: Mapping[str, Iterable[TensorPlan]]) -> bytes:
+    """The index file that names the shard of every tensor."""
+    weight_map = {tensor.name: file for file, group in shards.items() for tensor in group}
+    total = sum(tensor.nbytes for group in shards.values() for tensor in group)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2).encode() + b"\n"
+
+
+def header(tensors: Iterable[TensorPlan], metadata: Mapping[str, str]) -> bytes:
+    """The length and JSON header of a safetensors file; the data after it is 8-byte aligned."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class TensorFile:
+    """One safetensors file being written: put each tensor's bytes in any order, then `close`.
+
+    `close` raises SaveError naming the first tensor that is not whole. An existing file is written
+    over in place, which is how a conversion resumes.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Iterable[TensorPlan], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self._order = list(self.tensors.values())
+        start = header(self._order, metadata or {})
+        self._header_size = len(start)
+        self._offsets: dict[str, int] = {}
+        end = len(start)
+        for tensor in self._order:
+            self._offsets[tensor.name] = end
+            end += tensor.nbytes
+        self.nbytes = end
+        self._written = dict.fromkeys(self.tensors, 0)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        os.ftruncate(self._descriptor, end)
+        self._put(start, 0)
+
+    def put(self, name: str, content: bytes | memoryview, offset: int = 0) -> None:
+        """Write bytes of a tensor, `offset` bytes into it. Each byte is to be written once."""
+        tensor = self.tensors[name]
+        if offset + len(content) > tensor.nbytes:
+            raise SaveError(f"more bytes than the tensor {name!r} has", path=self.path, key=name)
+        self._put(content, self._offsets[name] + offset)
+        self._written[name] += len(content)
+
+    def holds(self, name: str, content: bytes | memoryview, offset: int = 0) -> bool:
+        """Whether the file holds these bytes already; if so they count as written."""
+        found = os.pread(self._descriptor, len(content), self._offsets[name] + offset)
+        if found != content:
+            return False
+        self._written[name] += len(content)
+        return True
+
+    def rewrite_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata by other metadata of the same length."""
+        start = header(self._order, metadata)
+        assert len(start) == self._header_size, "metadata may change its values, not its length"
+        self._put(start, 0)
+
+    def close(self) -> None:
+        """Check that every tensor is whole, flush to disk, close."""
+        short = next((t for t in self._order if self._written[t.name] != t.nbytes), None)
+        if short is not None:
+            self.abandon()
+            raise SaveError(
+                f"the tensor {short.name!r} was not written whole", path=self.path, key=short.name
+            )
+        os.fsync(self._descriptor)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without a check."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _put(self, content: bytes | memoryview, position: int) -> None:
+        rest = memoryview(content)
+        while rest:
+            count = os.pwrite(self._descriptor, rest, position)
+            rest, position = rest[count:], position + count
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, tuple[TensorPlan, bytes | memoryview]],
+    *,
+    max_shard_size: int | str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write tensors that are in memory as `model.safetensors`, or as shards with an index.
+
+    For use inside `replacing_directory`, which makes it atomic. Returns the files written.
+    """
+    shards = shard((plan for plan, _ in tensors.values()), max_shard_size)
+    for name, group in shards.items():
+        file = TensorFile(directory / name, group, metadata)
+        try:
+            for plan in group:
+                file.put(plan.name, tensors[plan.name][1])
+            file.close()
+        finally:
+            file.abandon()
+    files = [directory / name for name in shards]
+    if len(shards) > 1:
+        files.append(directory / "model.safetensors.index.json")
+        files[-1].write_bytes(shard_index(shards))
+    return files
