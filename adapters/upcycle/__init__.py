@@ -1,0 +1,1 @@
+"""Dense models into sparse ones, and back: on disk (streamed) and live."""

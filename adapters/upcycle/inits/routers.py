@@ -1,0 +1,185 @@
+"""Registered ways to draw the router of an upcycled layer."""
+
+from __future__ import annotations
+
+import abc
+from array import array
+from typing import TYPE_CHECKING
+
+from moezoo.adapters.upcycle.keyed import keyed_generator, keyed_normals
+from moezoo.errors import ConfigError
+from moezoo.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Small enough that E times the winning probability is 1 to 1e-5, large enough that tokens still
+# spread evenly: the error is linear in the deviation, the balance does not depend on it.
+EXACT_STD = 5e-7
+
+
+class RouterInit(abc.ABC):
+    """How the rows (E, D) of a layer's router are drawn.
+
+    Attributes:
+        needs_inputs: `rows` needs what the layer reads on sample text (a calibration pass).
+    """
+
+    needs_inputs = False
+
+    @abc.abstractmethod
+    def rows(
+        self,
+        num_experts: int,
+        d_model: int,
+        *,
+        key: str,
+        seed: int,
+        inputs: Tensor | None = None,
+    ) -> array[float]:
+        """The router's weight, row-major, float32.
+
+        Args:
+            key: the layer's name; random numbers depend on it and on `seed` alone.
+            inputs: (T, D) float32, the layer's inputs on sample text.
+        """
+
+
+router_inits: Registry[RouterInit] = Registry(
+    "router initialisation",
+    RouterInit,  # type: ignore[type-abstract]
+    "moezoo.router_inits",
+)
+
+
+@router_inits.register("normal")
+class NormalRouter(RouterInit):
+    """N(0, std^2). The default is tiny: tokens spread evenly and the gate is 1/E to 1e-5."""
+
+    def __init__(self, std: float = EXACT_STD) -> None:
+        _check_std(std)
+        self.std = std
+
+    def rows(
+        self,
+        num_experts: int,
+        d_model: int,
+        *,
+        key: str,
+        seed: int,
+        inputs: Tensor | None = None,
+    ) -> array[float]:
+        return keyed_normals(seed, f"{key}.router", num_experts * d_model, self.std)
+
+
+@router_inits.register("zero")
+class ZeroRouter(RouterInit):
+    """All zero: the gate is exactly 1/E, but every token goes to expert 0 until trained."""
+
+    def rows(
+        self,
+        num_experts: int,
+        d_model: int,
+        *,
+        key: str,
+        seed: int,
+        inputs: Tensor | None = None,
+    ) -> array[float]:
+        return array("f", bytes(4 * num_experts * d_model))
+
+
+@router_inits.register("mean_orthogonal")
+class MeanOrthogonalRouter(RouterInit):
+    """Normal rows made orthogonal to the mean input, w <- w - (w.mu) mu / |mu|^2.
+
+    A common mean of the activations would otherwise send most tokens to one expert.
+    """
+
+    needs_inputs = True
+
+    def __init__(self, std: float = EXACT_STD) -> None:
+        _check_std(std)
+        self.std = std
+
+    def rows(
+        self,
+        num_experts: int,
+        d_model: int,
+        *,
+        key: str,
+        seed: int,
+        inputs: Tensor | None = None,
+    ) -> array[float]:
+        import torch
+
+        inputs = _inputs(inputs, key)
+        draws = keyed_normals(seed, f"{key}.router", num_experts * d_model, self.std)
+        rows = torch.tensor(draws, dtype=torch.float64).view(num_experts, d_model)
+        mean = inputs.double().mean(dim=0)
+        square = mean.dot(mean).clamp(min=torch.finfo(torch.float64).tiny)
+        return _flat(rows - (rows @ mean)[:, None] * mean / square)
+
+
+@router_inits.register("centroids")
+class CentroidsRouter(RouterInit):
+    """Rows point at the centroids of the layer's inputs (spherical k-means on sample text).
+
+    Args:
+        std: root mean square of the rows. steps: rounds of k-means.
+    """
+
+    needs_inputs = True
+
+    def __init__(self, std: float = EXACT_STD, steps: int = 10) -> None:
+        _check_std(std)
+        self.std, self.steps = std, steps
+
+    def rows(
+        self,
+        num_experts: int,
+        d_model: int,
+        *,
+        key: str,
+        seed: int,
+        inputs: Tensor | None = None,
+    ) -> array[float]:
+        import torch
+        from torch.nn.functional import normalize
+
+        inputs = _inputs(inputs, key)
+        if len(inputs) < num_experts:
+            raise ConfigError(
+                "centroids need at least one sample token per expert",
+                field="calibration",
+                expected=f">= {num_experts} tokens",
+                found=len(inputs),
+            )
+        points = normalize(inputs.double() - inputs.double().mean(dim=0), dim=1)
+        order = torch.randperm(len(points), generator=keyed_generator(seed, f"{key}.router"))
+        centres = points[order[:num_experts]]
+        for _ in range(self.steps):
+            member = (points @ centres.T).argmax(dim=1)
+            sums = torch.zeros_like(centres).index_add_(0, member, points)
+            empty = torch.bincount(member, minlength=num_experts) == 0
+            centres = normalize(torch.where(empty[:, None], centres, sums), dim=1)
+        return _flat(centres * (self.std * d_model**0.5))
+
+
+def _inputs(inputs: Tensor | None, key: str) -> Tensor:
+    if inputs is None or inputs.numel() == 0:
+        raise ConfigError(
+            f"this router initialisation needs sample text for {key}",
+            field="calibration",
+            hint="Pass calibration=..., or use router_init='normal'.",
+        )
+    return inputs
+
+
+def _flat(rows: Tensor) -> array[float]:
+    values: list[float] = rows.flatten().tolist()
+    return array("f", values)
+
+
+def _check_std(std: float) -> None:
+    if not 0.0 <= std < 1e3:
+        raise ConfigError("std must be a number >= 0", field="std", found=std)
