@@ -45,9 +45,11 @@ def build(
     if not isinstance(config, SwitchConfig):
         found = type(config).__name__
         raise ConfigError("build takes a preset's name or a SwitchConfig", found=found)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ConfigError(f"unknown task {task!r}", field="task", hint=did_you_mean(task, TASKS))
     config = config.replace(**overrides)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError("seed must be a whole number", field="seed", found=repr(seed))
     if seed is None:
         return _construct(TASKS[task], config, device, dtype)
     with torch.random.fork_rng():
@@ -61,12 +63,21 @@ def _construct(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError("dtype must be floating", field="dtype", found=dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError("dtype must be a floating torch.dtype", field="dtype", found=repr(dtype))
+    place = torch.get_default_device() if device is None else _device(device)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
-        with torch.device(device or "cpu"):
+        with place:
             return model(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"unknown device: {reason}", field="device", found=repr(name)) from None

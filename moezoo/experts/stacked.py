@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
+from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.ops.grouped_linear import grouped_linear
 
 
@@ -54,8 +55,7 @@ class StackedExperts(Experts):
     def reset_parameters(self) -> None:
         """Truncated normals of variance 1 / fan-in."""
         for parameter in self.parameters():
-            std = parameter.shape[-1] ** -0.5
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            truncated_normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         if self.gated:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.config import SwitchConfig
+from moezoo.functional.dropout import dropout
 from moezoo.models.cache import DecoderCache
+from moezoo.models.linear import Linear
 from moezoo.models.position import PositionBias
 
 
@@ -16,7 +18,7 @@ class Attention(nn.Module):
 
     Args:
         config: widths, heads, buckets, dropout.
-        decoder: causal self-attention with one-sided position buckets.
+        decoder: one-sided position buckets.
         layer: index in its stack, the key into a cache.
         position_bias: own a table of relative position biases.
     """
@@ -28,10 +30,10 @@ class Attention(nn.Module):
         inner = config.num_heads * config.d_kv
         self.num_heads, self.d_kv, self.layer = config.num_heads, config.d_kv, layer
         self.dropout = config.dropout_rate
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
         self.position_bias = (
             PositionBias(
                 config.relative_attention_num_buckets,
@@ -50,35 +52,60 @@ class Attention(nn.Module):
         key, value = self._heads(self.k(x)), self._heads(self.v(x))
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        return self._attend(x, key, value, bias)
+        mixed = self._attend(self._heads(self.q(x)), key, value, bias)
+        y: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return y
 
     def cross(
         self, x: Tensor, memory: Tensor, bias: Tensor | None, cache: DecoderCache | None = None
     ) -> Tensor:
-        """Attention to the encoder's output: x (B, L, D), memory (B, Lm, D) -> (B, L, D)."""
+        """Attention to the encoder's output: x (B, L, D), memory (B, Lm, D) -> (B, L, D).
+
+        A memory of B / n rows serves n rows of x each (beams, samples): they are attended as n * L
+        queries of one row, so that keys and values are neither copied nor read n times.
+        """
         pair = None if cache is None else cache.cross_attention.get(self.layer)
         if pair is None:
             pair = self._heads(self.k(memory)), self._heads(self.v(memory))
             if cache is not None:
                 cache.cross_attention[self.layer] = pair
-        return self._attend(x, *pair, bias)
+        rows, length, sources = x.shape[0], x.shape[1], memory.shape[0]
+        query = self.q(x)
+        if rows != sources:
+            query = query.reshape(sources, rows // sources * length, self.o.in_features)
+        mixed = self._attend(self._heads(query), *pair, bias)
+        y: Tensor = self.o(mixed.transpose(1, 2).reshape(rows, length, self.o.in_features))
+        return y
 
-    def _attend(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        query = self._heads(self.q(x))
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """softmax(q k^T + bias) v, (B, H, L, dk)."""
         if key.shape[2] == 0:  # nothing to attend to: the mean over no value is 0
-            mixed = torch.zeros_like(query)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            mask = None if bias is None else bias.to(query.dtype)
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0
-            )
-        merged: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
-        return merged
+            return torch.zeros_like(query)
+        if bias is not None and bias.dtype != query.dtype:
+            # Autocast: a narrower type may not hold the lowest float32, and -inf would give NaN.
+            bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        rate = self.dropout if self.training else 0.0
+        if rate and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _attend_with_dropout(query, key, value, bias, rate)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=rate, scale=1.0
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         batch, length = x.shape[:2]
         return x.view(batch, length, self.num_heads, self.d_kv).transpose(1, 2)
+
+
+def _attend_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, rate: float
+) -> Tensor:
+    # With dropout torch has no fused kernel on a CPU and draws one number per weight; this is its
+    # composite path with the cheap mask.
+    scores = query @ key.transpose(2, 3)
+    if bias is not None:
+        scores = scores + bias
+    weights = dropout(scores.softmax(-1), rate, training=True)
+    return weights.to(value.dtype) @ value
 
 
 def key_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -102,14 +129,9 @@ def causal_mask(length: int, key_length: int, dtype: torch.dtype, device: torch.
     return low.triu(key_length - length + 1)[None, None]
 
 
-def merged_bias(*parts: Tensor | None) -> Tensor | None:
-    """The sum of additive biases, clamped to the lowest finite number so that no row is all
-    -inf.
-    """
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    total = present[0]
-    for part in present[1:]:
-        total = total + part
-    return total.clamp(min=torch.finfo(total.dtype).min) if len(present) > 1 else total
+def merged_bias(position: Tensor, mask: Tensor | None) -> Tensor:
+    """Position bias plus additive mask, not below the lowest finite number: no row is all -inf."""
+    if mask is None:
+        return position
+    total = position + mask
+    return total.clamp_(min=torch.finfo(total.dtype).min)

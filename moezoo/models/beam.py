@@ -36,11 +36,16 @@ class _Finished:
         self.entries.sort(key=lambda entry: -entry[0])
         del self.entries[self.size :]
 
-    def is_final(self, best_running: float, generated: int, *, early: bool) -> bool:
-        """Whether no running beam can still enter."""
+    def is_final(self, best_running: float, generated: int, options: GenerationOptions) -> bool:
+        """Whether no running beam can still enter, as far as `early_stopping` lets us tell."""
         if len(self.entries) < self.size:
             return False
-        return early or self.entries[-1][0] >= best_running / generated**self.length_penalty
+        if options.early_stopping is True:
+            return True
+        if options.early_stopping == "never" and self.length_penalty > 0:
+            generated = options.max_new_tokens  # the length at which a running beam scores best
+        best_possible: float = best_running / generated**self.length_penalty
+        return self.entries[-1][0] >= best_possible
 
 
 def beam_search(stepper: Steps, options: GenerationOptions, config: SwitchConfig) -> Tensor:
@@ -79,7 +84,7 @@ def beam_search(stepper: Steps, options: GenerationOptions, config: SwitchConfig
         stepper.reorder(rows)
         for source, entry in enumerate(finished):
             best = float(total[source, 0])
-            final[source] |= entry.is_final(best, step, early=options.early_stopping)
+            final[source] |= entry.is_final(best, step, options)
         if all(final):
             break
     best_ids = [e[1] for entry in finished for e in entry.entries[: options.num_return_sequences]]

@@ -10,9 +10,12 @@ from moezoo.config import SwitchConfig
 from moezoo.layer import MoE
 from moezoo.models.attention import Attention
 from moezoo.models.cache import DecoderCache
+from moezoo.models.dropout import Dropout
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import RMSNorm
 from moezoo.records import Routing
+
+_FLOAT16_MARGIN = 1000.0
 
 
 class Block(nn.Module):
@@ -38,27 +41,30 @@ class Block(nn.Module):
                 activation_name=config.feed_forward_proj,
                 dropout=config.dropout_rate,
             )
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def forward(
         self,
         x: Tensor,
         bias: Tensor | None,
         *,
-        mask: Tensor | None = None,
+        routed: Tensor | None = None,
         token_ids: Tensor | None = None,
         memory: Tensor | None = None,
         memory_bias: Tensor | None = None,
         cache: DecoderCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """x (B, L, D) -> (B, L, D) and, for a sparse block, its Routing."""
+        """x (B, L, D) -> (B, L, D) and, for a sparse block, its Routing.
+
+        `routed` (B, L) marks the tokens that experts see; see `Stack.forward` for the rest.
+        """
         x = finite(x + self.dropout(self.attention(self.attention_norm(x), bias, cache)))
         if memory is not None:
             attended = self.cross_attention.cross(self.cross_norm(x), memory, memory_bias, cache)
             x = finite(x + self.dropout(attended))
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(normed, mask=mask, token_ids=token_ids)
+            y, routing = self.mlp(normed, mask=routed, token_ids=token_ids)
         else:
             y, routing = self.mlp(normed), None
         return finite(x + self.dropout(y)), routing
@@ -70,5 +76,5 @@ def finite(x: Tensor) -> Tensor:
     """
     if x.dtype != torch.float16:
         return x
-    limit = torch.finfo(torch.float16).max - 1000
+    limit = torch.finfo(torch.float16).max - _FLOAT16_MARGIN
     return x.clamp(-limit, limit)

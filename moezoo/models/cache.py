@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+_FIRST_SIZE = 32
+
 
 @dataclass
 class DecoderCache:
@@ -27,31 +29,33 @@ class DecoderCache:
         end = self.length + key.shape[2]
         buffers = self.self_attention.get(layer)
         if buffers is None or buffers[0].shape[2] < end:
+            old_keys, old_values = (None, None) if buffers is None else buffers
             buffers = (
-                _grown(buffers, key, self.length, end),
-                _grown(buffers, value, self.length, end, 1),
+                _grown(old_keys, key, self.length, end),
+                _grown(old_values, value, self.length, end),
             )
             self.self_attention[layer] = buffers
-        for buffer, new in zip(buffers, (key, value), strict=True):
-            buffer[:, :, self.length : end] = new
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+        keys, values = buffers
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Count tokens once all layers have appended them."""
         self.length += tokens
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the given batch rows, in that order (beam search)."""
-        for layers in (self.self_attention, self.cross_attention):
-            for layer, (key, value) in layers.items():
-                layers[layer] = (key.index_select(0, rows), value.index_select(0, rows))
+        """Keep the given rows of the self-attention, in that order (beam search).
+
+        Cross-attention stays: the beams of a source share the encoder's output.
+        """
+        for layer, (keys, values) in self.self_attention.items():
+            self.self_attention[layer] = (keys.index_select(0, rows), values.index_select(0, rows))
 
 
-def _grown(
-    buffers: tuple[Tensor, Tensor] | None, like: Tensor, length: int, end: int, which: int = 0
-) -> Tensor:
+def _grown(buffer: Tensor | None, like: Tensor, length: int, end: int) -> Tensor:
     batch, heads, _, width = like.shape
-    grown = like.new_zeros(batch, heads, max(2 * length, end, 16), width)
-    if buffers is not None:
-        grown[:, :, :length] = buffers[which][:, :, :length]
+    grown = like.new_zeros(batch, heads, max(2 * length, end, _FIRST_SIZE), width)
+    if buffer is not None:
+        grown[:, :, :length] = buffer[:, :, :length]
     return grown

@@ -5,13 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moezoo.functional.activations import activation
+from moezoo.models.dropout import Dropout
+from moezoo.models.linear import Linear
 
 
 class DenseMLP(nn.Module):
     """y = dropout(fn(x wi^T)) wo^T, or fn(x wi_0^T) * (x wi_1^T) in the middle (GLU, 2002.05202).
 
     Args:
-        d_model, d_ff: widths. activation: see `moezoo.functional.activations`.
+        d_model, d_ff: widths.
+        activation_name: see `moezoo.functional.activations`.
         dropout: on the hidden units, in training.
     """
 
@@ -21,12 +24,12 @@ class DenseMLP(nn.Module):
         super().__init__()
         self.function, self.gated = activation(activation_name)
         if self.gated:
-            self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
-            self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
+            self.wi_0 = Linear(d_model, d_ff)
+            self.wi_1 = Linear(d_model, d_ff)
         else:
-            self.wi = nn.Linear(d_model, d_ff, bias=False)
-        self.wo = nn.Linear(d_ff, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
+            self.wi = Linear(d_model, d_ff)
+        self.wo = Linear(d_ff, d_model)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

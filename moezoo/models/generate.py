@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moezoo.config import SwitchConfig
 from moezoo.models.beam import beam_search
 from moezoo.models.cache import DecoderCache
 from moezoo.models.sampling import GenerationOptions, adjusted, sampled
@@ -27,7 +28,7 @@ def generate(
     num_beams: int = 1,
     num_return_sequences: int = 1,
     length_penalty: float = 1.0,
-    early_stopping: bool = False,
+    early_stopping: bool | str = False,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -42,8 +43,9 @@ def generate(
         input_ids: (B, Ls), or inputs_embeds (B, Ls, D). attention_mask: (B, Ls), 1 for real tokens.
         max_new_tokens, min_new_tokens: bounds on the generated length, the start token not counted.
         num_beams: 1 is greedy search (or sampling); more is beam search. length_penalty: beams are
-            ranked by log probability / length^penalty. early_stopping: stop as soon as num_beams
-            sequences are complete. num_return_sequences: best beams, or samples, per source.
+            ranked by log probability / length^penalty. early_stopping: True stops as soon as
+            num_beams sequences are complete, False when no running beam is likely to win, "never"
+            when none can. num_return_sequences: best beams, or samples, per source.
         do_sample: draw tokens; temperature, top_k (0: all) and top_p (1.0: all) shape the draw.
         repetition_penalty, no_repeat_ngram_size: discourage or forbid repetition.
         use_cache: keep keys and values; without, every step recomputes the prefix.
@@ -69,45 +71,44 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size,
         use_cache=use_cache,
     )
-    memory, _ = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+    memory, real, _ = self._encode(input_ids, attention_mask, inputs_embeds)
     copies = options.num_beams if options.num_beams > 1 else options.num_return_sequences
-    memory = memory.repeat_interleave(copies, dim=0)
-    mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, dim=0)
-    stepper = Stepper(self, memory, mask, use_cache=use_cache)
+    stepper = Stepper(self, memory, real, copies=copies, use_cache=use_cache)
     if options.num_beams > 1:
         return beam_search(stepper, options, self.config)
-    return _one_by_one(stepper, options, self)
+    return _one_by_one(stepper, options, self.config)
 
 
 class Stepper:
-    """Scores of the next token for a batch of prefixes, with or without a cache."""
+    """Scores of the next token for a batch of prefixes, `copies` side by side per source."""
 
     def __init__(
         self,
         model: SwitchForConditionalGeneration,
         memory: Tensor,
-        mask: Tensor | None,
+        real: Tensor | None,
         *,
+        copies: int,
         use_cache: bool,
     ) -> None:
-        self.model, self.memory, self.mask = model, memory, mask
+        self.model, self.memory, self.real = model, memory, real
+        self.rows = memory.shape[0] * copies
         self.cache = DecoderCache() if use_cache else None
 
     def start(self) -> Tensor:
-        """The first decoder column (B, 1)."""
-        shape = (self.memory.shape[0], 1)
+        """The first decoder column (B * copies, 1)."""
         start = self.model.config.decoder_start_token_id
-        return torch.full(shape, start, dtype=torch.int64, device=self.memory.device)
+        return torch.full((self.rows, 1), start, dtype=torch.int64, device=self.memory.device)
 
     def scores(self, ids: Tensor) -> Tensor:
-        """float32 logits (B, V) of the token after ids (B, L)."""
+        """float32 logits (B * copies, V) of the token after ids (B * copies, L)."""
         model = self.model
         new = ids if self.cache is None else ids[:, self.cache.length :]
         hidden, _ = model.decoder(
             model.shared(new),
             token_ids=new,
             memory=self.memory,
-            memory_mask=self.mask,
+            memory_mask=self.real,
             cache=self.cache,
         )
         return model.head(hidden[:, -1]).float()
@@ -118,20 +119,20 @@ class Stepper:
             self.cache.reorder(rows)
 
 
-def _one_by_one(
-    stepper: Stepper, options: GenerationOptions, model: SwitchForConditionalGeneration
-) -> Tensor:
-    eos, pad = model.config.eos_token_id, model.config.pad_token_id
-    ids = stepper.start()
+def _one_by_one(stepper: Stepper, options: GenerationOptions, config: SwitchConfig) -> Tensor:
+    eos, pad = config.eos_token_id, config.pad_token_id
+    start = stepper.start()
+    ids = start.new_full((start.shape[0], 1 + options.max_new_tokens), pad)
+    ids[:, :1] = start
+    if ids.shape[0] == 0:
+        return start
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    for _ in range(options.max_new_tokens):
-        if ids.shape[0] == 0:
-            break
-        scores = adjusted(stepper.scores(ids), ids, options, eos)
+    for length in range(1, ids.shape[1]):
+        prefix = ids[:, :length]
+        scores = adjusted(stepper.scores(prefix), prefix, options, eos)
         token = sampled(scores, options) if options.do_sample else scores.argmax(-1)
-        token = torch.where(done, pad, token)
-        ids = torch.cat([ids, token[:, None]], dim=1)
+        ids[:, length] = torch.where(done, pad, token)
         done = done | (token == eos)
         if bool(done.all()):
-            break
+            return ids[:, : length + 1].clone()
     return ids

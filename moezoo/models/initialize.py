@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from moezoo.config import SwitchConfig
 from moezoo.experts.base import Experts
+from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.models.attention import Attention
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import RMSNorm
@@ -71,6 +70,4 @@ def _draw(weight: Tensor, std: float, config: SwitchConfig) -> None:
     if config.num_experts == 0:
         nn.init.normal_(weight, std=std)
         return
-    # Variance scaling divides by the standard deviation of a normal truncated at 2 sigma.
-    scaled = std * math.sqrt(SWITCH_SCALE) / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=scaled, a=-2 * scaled, b=2 * scaled)
+    truncated_normal_(weight, std=std * SWITCH_SCALE**0.5)

@@ -13,11 +13,7 @@ IGNORED = -100
 
 
 def embedded(
-    table: nn.Embedding,
-    ids: Tensor | None,
-    embeds: Tensor | None,
-    mask: Tensor | None,
-    name: str,
+    table: nn.Embedding, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, name: str
 ) -> Tensor:
     """Embeddings (B, L, D) of ids (B, L), or the given ones with their padding zeroed."""
     embeds_name = name.replace("input_ids", "inputs_embeds")
@@ -27,17 +23,11 @@ def embedded(
         raise ConfigError(reason, field=name, expected="exactly one", found=found)
     if ids is not None:
         check_ids(ids, table.num_embeddings, name)
+        _check_device(ids, table.weight, name)
         return table(ids)  # type: ignore[no-any-return]
     assert embeds is not None
-    if embeds.dim() != 3 or embeds.shape[2] != table.embedding_dim:
-        wanted = f"(B, L, {table.embedding_dim})"
-        found_shape = tuple(embeds.shape)
-        raise ShapeError(
-            f"{embeds_name} has the wrong shape",
-            field=embeds_name,
-            expected=wanted,
-            found=found_shape,
-        )
+    check_hidden(embeds, table.embedding_dim, embeds_name)
+    _check_device(embeds, table.weight, embeds_name)
     if mask is None or mask.shape != embeds.shape[:2]:
         return embeds
     return torch.where(mask.bool()[:, :, None], embeds, embeds.new_zeros(()))
@@ -69,12 +59,33 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     _check_range(torch.where(labels == IGNORED, 0, labels), 0, vocab_size, "labels")
 
 
-def check_mask(
+def check_hidden(x: Tensor, d_model: int, name: str) -> None:
+    """Refuse hidden states that are not (B, L, d_model) floating."""
+    if x.dim() != 3 or x.shape[2] != d_model:
+        found = tuple(x.shape)
+        wanted = f"(B, L, {d_model})"
+        raise ShapeError(f"{name} has the wrong shape", field=name, expected=wanted, found=found)
+    if not x.is_floating_point():
+        raise DtypeError(f"{name} must be floating", field=name, found=x.dtype)
+
+
+def check_batch(x: Tensor, rows: int, name: str, other: str) -> None:
+    """Refuse a tensor whose batch differs from that of what it goes with."""
+    if x.shape[0] != rows:
+        reason = f"{name} and {other} have different batch sizes"
+        raise ShapeError(reason, field=name, expected=rows, found=x.shape[0])
+
+
+def real_tokens(
     mask: Tensor | None, x: Tensor, name: str, cache: DecoderCache | None = None
-) -> None:
-    """Refuse a mask that does not fit x (B, L, D) and the cached positions before it."""
+) -> Tensor | None:
+    """A checked mask (B, Lk) as bool, or None where every token is real.
+
+    Raises ShapeError or DtypeError for a mask that does not fit x (B, L, D) and the cached
+    positions before it.
+    """
     if mask is None:
-        return
+        return None
     wanted = (x.shape[0], x.shape[1] + (0 if cache is None else cache.length))
     if tuple(mask.shape) != wanted:
         found = tuple(mask.shape)
@@ -82,6 +93,11 @@ def check_mask(
     if mask.is_floating_point() or mask.is_complex():
         hint = "Pass 1 or True for real tokens, 0 or False for padding."
         raise DtypeError(f"{name} must be bool or integer", field=name, found=mask.dtype, hint=hint)
+    real = mask.bool()
+    # Attention and experts are faster without a mask; on other devices looking would wait.
+    if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    return real
 
 
 def shifted_right(labels: Tensor, config: SwitchConfig) -> Tensor:
@@ -89,6 +105,24 @@ def shifted_right(labels: Tensor, config: SwitchConfig) -> Tensor:
     shifted = labels.new_full(labels.shape, config.decoder_start_token_id)
     shifted[:, 1:] = labels[:, :-1]
     return torch.where(shifted == IGNORED, config.pad_token_id, shifted)
+
+
+def up_to_last_label(labels: Tensor) -> Tensor | None:
+    """True (B, L) up to each row's last label; None where that is everywhere.
+
+    What lies behind is padding: no label and, attention being causal, no label's position needs it,
+    so experts need not see it and router losses must not count it.
+    """
+    real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    return real
+
+
+def _check_device(x: Tensor, weight: Tensor, name: str) -> None:
+    if x.device.type != weight.device.type:
+        found = f"{name} on {x.device}, weights on {weight.device}"
+        raise ConfigError("input and model are on different devices", field=name, found=found)
 
 
 def _check_range(ids: Tensor, low: int, high: int, name: str) -> None:

@@ -18,7 +18,7 @@ class SwitchOutput:
     unweighted: "cross_entropy" when labels were given, and each configured router loss as the mean
     over sparse layers. last_hidden_state (B, L, D) of the last stack that ran;
     encoder_last_hidden_state (B, Ls, D). routing: one Routing per sparse layer, encoder first.
-    cache: the decoder's keys and values, when asked for.
+    past_key_values: the decoder's keys and values, when asked for.
     """
 
     logits: Tensor | None = None
@@ -27,4 +27,4 @@ class SwitchOutput:
     last_hidden_state: Tensor | None = None
     encoder_last_hidden_state: Tensor | None = None
     routing: tuple[Routing, ...] = ()
-    cache: DecoderCache | None = None
+    past_key_values: DecoderCache | None = None

@@ -46,15 +46,22 @@ class PositionBias(nn.Embedding):
         self.bidirectional = bidirectional
 
     def bias(self, query_length: int, key_length: int, *, offset: int = 0) -> Tensor:
-        """(1, H, Lq, Lk) for queries at positions offset ... offset + Lq - 1 and keys from 0."""
-        device = self.weight.device
-        query = torch.arange(offset, offset + query_length, device=device)[:, None]
-        distance = torch.arange(key_length, device=device)[None, :] - query
+        """(1, H, Lq, Lk) for queries at positions offset ... offset + Lq - 1 and keys from 0.
+
+        Only the Lq + Lk - 1 distances are looked up: the bias is constant along its diagonals.
+        """
+        distances = query_length + key_length - 1
+        if query_length == 0 or key_length == 0:
+            return self.weight.new_zeros(1, self.embedding_dim, query_length, key_length)
+        first = 1 - query_length - offset
+        distance = torch.arange(first, first + distances, device=self.weight.device)
         bucket = relative_buckets(
             distance,
             bidirectional=self.bidirectional,
             num_buckets=self.num_embeddings,
             max_distance=self.max_distance,
         )
-        table: Tensor = self(bucket)
-        return table.permute(2, 0, 1).unsqueeze(0)
+        by_distance: Tensor = self(bucket).t()  # (H, Lq + Lk - 1)
+        if query_length == 1:
+            return by_distance[None, :, None, :]
+        return by_distance.unfold(1, key_length, 1).flip(1).unsqueeze(0)

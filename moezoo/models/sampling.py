@@ -20,7 +20,7 @@ class GenerationOptions:
     num_beams: int = 1
     num_return_sequences: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | str = False
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
@@ -30,24 +30,27 @@ class GenerationOptions:
     use_cache: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("max_new_tokens", 1),
-            ("min_new_tokens", 0),
-            ("num_beams", 1),
-            ("num_return_sequences", 1),
-            ("top_k", 0),
-            ("no_repeat_ngram_size", 0),
-        ):
+        for name, low in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 wanted = f"a whole number >= {low}"
-                raise ConfigError("bad option", field=name, expected=wanted, found=repr(value))
-        for name in ("temperature", "repetition_penalty"):
+                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
+        for name in ("temperature", "repetition_penalty", "top_p", "length_penalty"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be finite and > 0", field=name, found=value)
-        if not 0.0 < self.top_p <= 1.0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or (value <= 0 and name != "length_penalty"):
+                wanted = "a finite number" if name == "length_penalty" else "a finite number > 0"
+                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
+        if self.top_p > 1.0:
             raise ConfigError("top_p lies in (0, 1]", field="top_p", found=self.top_p)
+        for name in ("do_sample", "use_cache", "early_stopping"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (name, value) != ("early_stopping", "never"):
+                wanted = "true, false" + (' or "never"' if name == "early_stopping" else "")
+                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
+        self._check_together()
+
+    def _check_together(self) -> None:
         if self.do_sample and self.num_beams > 1:
             hint = "Sample with num_beams=1, or search with do_sample=False."
             raise ConfigError(
@@ -58,6 +61,19 @@ class GenerationOptions:
             found = self.num_return_sequences
             reason = "num_return_sequences is larger than num_beams"
             raise ConfigError(reason, field="num_return_sequences", found=found, hint=hint)
+        if self.min_new_tokens > self.max_new_tokens:
+            reason = f"min_new_tokens is larger than max_new_tokens = {self.max_new_tokens}"
+            raise ConfigError(reason, field="min_new_tokens", found=self.min_new_tokens)
+
+
+_WHOLE_NUMBERS = {
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "top_k": 0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 def adjusted(scores: Tensor, ids: Tensor, options: GenerationOptions, eos: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from moezoo.config import SwitchConfig
 from moezoo.models.attention import causal_mask, key_mask, merged_bias
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
+from moezoo.models.dropout import Dropout
 from moezoo.models.norm import RMSNorm
 from moezoo.records import Routing
 
@@ -20,8 +21,9 @@ from moezoo.records import Routing
 class Stack(nn.Module):
     """`num_layers` (or `decoder_layers`) blocks and a final norm.
 
-    `gradient_checkpointing`: recompute each block in backward instead of keeping its activations
-    (non-reentrant; the recomputation sees the same random numbers and so the same routing).
+    `gradient_checkpointing`: in training, recompute each block in backward instead of keeping its
+    activations (non-reentrant; the recomputation sees the same random numbers and so the same
+    routing).
     """
 
     def __init__(self, config: SwitchConfig, *, decoder: bool) -> None:
@@ -31,7 +33,7 @@ class Stack(nn.Module):
             Block(config, decoder=decoder, layer=layer) for layer in range(layers)
         )
         self.final_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.decoder = decoder
         self.gradient_checkpointing = False
 
@@ -40,6 +42,7 @@ class Stack(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         *,
+        routed: Tensor | None = None,
         token_ids: Tensor | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
@@ -50,8 +53,10 @@ class Stack(nn.Module):
         Args:
             x: (B, L, D) embeddings.
             mask: (B, Lk) real tokens, cached ones included; None: all.
+            routed: (B, L) tokens that experts see; None: those of `mask`.
             token_ids: (B, L), for routers that route by token.
-            memory, memory_mask: the encoder's output (B, Lm, D) and its real tokens (B, Lm).
+            memory, memory_mask: the encoder's output (B, Lm, D) and its real tokens (B, Lm), or
+                fewer rows that divide B.
             cache: extended in place by the L new tokens.
 
         Returns:
@@ -60,27 +65,28 @@ class Stack(nn.Module):
         length = x.shape[1]
         offset = 0 if cache is None else cache.length
         masks = self._masks(x, mask, length, offset)
-        memory_bias = key_mask(memory_mask, x.dtype)
-        new_mask = None if mask is None else mask[:, offset:]
-        routings, bias = [], None
+        if routed is None and mask is not None:
+            routed = mask[:, offset:]
+        arguments = {
+            "routed": routed,
+            "token_ids": token_ids,
+            "memory": memory,
+            "memory_bias": key_mask(memory_mask, x.dtype),
+            "cache": cache,
+        }
+        recompute = self.gradient_checkpointing and self.training and cache is None
+        routings: list[Routing] = []
+        bias = masks
         x = self.dropout(x)
         for block in cast("list[Block]", self.blocks):
             table = block.attention.position_bias
             if table is not None:
                 position = table.bias(length, offset + length, offset=offset)
                 bias = merged_bias(position.to(x.dtype), masks)
-            arguments: dict[str, Any] = {
-                "mask": new_mask,
-                "token_ids": token_ids,
-                "memory": memory,
-                "memory_bias": memory_bias,
-                "cache": cache,
-            }
             run = partial(block, **arguments)
-            if self.gradient_checkpointing and self.training:
-                x, routing = checkpoint(run, x, bias, use_reentrant=False)
-            else:
-                x, routing = run(x, bias)
+            x, routing = (
+                checkpoint(run, x, bias, use_reentrant=False) if recompute else run(x, bias)
+            )
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

@@ -4,21 +4,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.config import SwitchConfig
-from moezoo.errors import ConfigError
+from moezoo.errors import ConfigError, ShapeError
 from moezoo.models.cache import DecoderCache
 from moezoo.models.generate import generate
 from moezoo.models.initialize import initialize
-from moezoo.models.inputs import check_labels, check_mask, embedded, shifted_right
+from moezoo.models.inputs import (
+    IGNORED,
+    check_batch,
+    check_hidden,
+    check_labels,
+    embedded,
+    real_tokens,
+    shifted_right,
+    up_to_last_label,
+)
+from moezoo.models.linear import Linear
 from moezoo.models.losses import ModelLosses
 from moezoo.models.output import SwitchOutput
 from moezoo.models.stack import Stack
+from moezoo.ops.few_rows import few_rows_linear
 
 
 class SwitchEncoderModel(nn.Module):
@@ -32,6 +43,10 @@ class SwitchEncoderModel(nn.Module):
         self.router_losses = ModelLosses(config, [self.encoder])
         initialize(self, config)
 
+    def gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute blocks in backward instead of keeping their activations."""
+        self.encoder.gradient_checkpointing = enabled
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -41,8 +56,8 @@ class SwitchEncoderModel(nn.Module):
     ) -> SwitchOutput:
         """Encode input_ids (B, L), or inputs_embeds (B, L, D); see `SwitchModel.forward`."""
         x = embedded(self.shared, input_ids, inputs_embeds, attention_mask, "input_ids")
-        check_mask(attention_mask, x, "attention_mask")
-        hidden, routing = self.encoder(x, attention_mask, token_ids=input_ids)
+        real = real_tokens(attention_mask, x, "attention_mask")
+        hidden, routing = self.encoder(x, real, token_ids=input_ids)
         losses = self.router_losses(routing)
         return SwitchOutput(
             last_hidden_state=hidden,
@@ -78,19 +93,6 @@ class SwitchModel(nn.Module):
         self.encoder.gradient_checkpointing = enabled
         self.decoder.gradient_checkpointing = enabled
 
-    def encode(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The encoder's output (B, L, D) and the routing of its sparse layers."""
-        x = embedded(self.shared, input_ids, inputs_embeds, attention_mask, "input_ids")
-        check_mask(attention_mask, x, "attention_mask")
-        hidden, routing = self.encoder(x, attention_mask, token_ids=input_ids)
-        return hidden, routing
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -101,7 +103,8 @@ class SwitchModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         encoder_last_hidden_state: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        past_key_values: DecoderCache | None = None,
+        use_cache: bool = False,
     ) -> SwitchOutput:
         """Encode a source and run the decoder over a target prefix.
 
@@ -111,27 +114,53 @@ class SwitchModel(nn.Module):
             attention_mask: (B, Ls), 1 for real tokens. Padding never changes a real token's output.
             decoder_input_ids: (B, L), or decoder_inputs_embeds (B, L, D).
             decoder_attention_mask: (B, L), cached positions included when a cache is given.
-            cache: keys and values of earlier target tokens; extended in place.
+            past_key_values: keys and values of earlier target tokens; extended in place.
+            use_cache: start a cache where none is given; it is returned.
 
         Raises ConfigError, ShapeError or DtypeError naming the argument.
         """
-        if encoder_last_hidden_state is None:
-            memory, encoder_routing = self.encode(
-                input_ids, attention_mask, inputs_embeds=inputs_embeds
-            )
-        else:
-            memory, encoder_routing = encoder_last_hidden_state, ()
-        name = "decoder_input_ids"
-        x = embedded(
-            self.shared, decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, name
+        return self._run(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            encoder_last_hidden_state=encoder_last_hidden_state,
+            cache=DecoderCache() if use_cache and past_key_values is None else past_key_values,
         )
-        check_mask(decoder_attention_mask, x, "decoder_attention_mask", cache)
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None,
+        decoder_inputs_embeds: Tensor | None,
+        encoder_last_hidden_state: Tensor | None,
+        cache: DecoderCache | None,
+        routed: Tensor | None = None,
+    ) -> SwitchOutput:
+        memory, real, encoder_routing = self._encode(
+            input_ids, attention_mask, inputs_embeds, encoder_last_hidden_state
+        )
+        x = embedded(
+            self.shared,
+            decoder_input_ids,
+            decoder_inputs_embeds,
+            decoder_attention_mask,
+            "decoder_input_ids",
+        )
+        check_batch(x, memory.shape[0], "decoder_input_ids", "the source")
         hidden, decoder_routing = self.decoder(
             x,
-            decoder_attention_mask,
+            real_tokens(decoder_attention_mask, x, "decoder_attention_mask", cache),
+            routed=routed,
             token_ids=decoder_input_ids,
             memory=memory,
-            memory_mask=attention_mask,
+            memory_mask=real,
             cache=cache,
         )
         routing = (*encoder_routing, *decoder_routing)
@@ -142,8 +171,24 @@ class SwitchModel(nn.Module):
             losses=losses,
             loss=self.router_losses.weighted(losses),
             routing=routing,
-            cache=cache,
+            past_key_values=cache,
         )
+
+    def _encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        encoded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, tuple[object, ...]]:
+        """The encoder's output (B, L, D), its real tokens (B, L), and the routing."""
+        if encoded is not None:
+            check_hidden(encoded, self.config.d_model, "encoder_last_hidden_state")
+            return encoded, real_tokens(attention_mask, encoded, "attention_mask"), ()
+        x = embedded(self.shared, input_ids, inputs_embeds, attention_mask, "input_ids")
+        real = real_tokens(attention_mask, x, "attention_mask")
+        hidden, routing = self.encoder(x, real, token_ids=input_ids)
+        return hidden, real, routing
 
 
 class SwitchForConditionalGeneration(SwitchModel):
@@ -153,7 +198,7 @@ class SwitchForConditionalGeneration(SwitchModel):
 
     def _make_head(self, config: SwitchConfig) -> None:
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Linear(config.d_model, config.vocab_size)
 
     def forward(
         self,
@@ -166,45 +211,43 @@ class SwitchForConditionalGeneration(SwitchModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         encoder_last_hidden_state: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        past_key_values: DecoderCache | None = None,
+        use_cache: bool = False,
     ) -> SwitchOutput:
         """As `SwitchModel.forward`, and logits (B, L, V).
 
         Args:
             labels: (B, L) target ids, -100 where nothing is to be predicted. Without
-                decoder_input_ids the decoder reads them shifted right. Adds `.loss`: cross entropy
-                (mean over labels; 0 when there are none) plus the weighted router losses.
+                decoder_input_ids the decoder reads them shifted right, and what lies behind a row's
+                last label is padding, which experts do not see. With labels there is a `.loss`:
+                cross entropy (mean over labels; 0 when there are none) plus the weighted router
+                losses.
         """
+        routed = None
         if labels is not None:
             check_labels(labels, self.config.vocab_size)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = shifted_right(labels, self.config)
-        output = super().forward(
+                routed = None if decoder_attention_mask is not None else up_to_last_label(labels)
+        output = self._run(
             input_ids,
             attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             encoder_last_hidden_state=encoder_last_hidden_state,
-            cache=cache,
+            cache=DecoderCache() if use_cache and past_key_values is None else past_key_values,
+            routed=routed,
         )
-        hidden = output.last_hidden_state
-        assert hidden is not None
-        logits = self.head(hidden)
-        losses, loss = dict(output.losses), output.loss
-        if labels is not None:
-            losses = {"cross_entropy": cross_entropy(logits, labels), **losses}
-            loss = losses["cross_entropy"] + (0.0 if loss is None else loss)
-        return SwitchOutput(
-            logits=logits,
-            loss=loss,
-            losses=losses,
-            last_hidden_state=hidden,
-            encoder_last_hidden_state=output.encoder_last_hidden_state,
-            routing=output.routing,
-            cache=cache,
-        )
+        assert output.last_hidden_state is not None
+        logits = self.head(output.last_hidden_state)
+        if labels is None:
+            return replace(output, logits=logits, loss=None)
+        loss = cross_entropy(logits, labels)
+        total = loss if output.loss is None else loss + output.loss
+        losses = {"cross_entropy": loss, **output.losses}
+        return replace(output, logits=logits, loss=total, losses=losses)
 
     generate = generate
 
@@ -212,13 +255,20 @@ class SwitchForConditionalGeneration(SwitchModel):
         """Logits (..., V) of hidden states (..., D)."""
         if self.config.scales_logits:
             hidden = hidden * self.config.d_model**-0.5
-        weight = self.shared.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return (
+            few_rows_linear(hidden, self.shared.weight)
+            if self.lm_head is None
+            else self.lm_head(hidden)
+        )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over labels that are not -100, in float32 (or float64); 0 when there are none."""
+    if logits.shape[:2] != labels.shape:
+        wanted, found = tuple(logits.shape[:2]), tuple(labels.shape)
+        reason = "labels do not fit the decoder's input"
+        raise ShapeError(reason, field="labels", expected=wanted, found=found)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     flat, targets = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1)
-    total = F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
+    total = F.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)

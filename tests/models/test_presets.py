@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import moezoo
@@ -14,13 +17,17 @@ EXACT = {
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,
-    "t5-v1_1-small": 76_961_152,
-    "t5-v1_1-base": 247_577_856,
-    "t5-v1_1-large": 783_150_080,
-    "t5-v1_1-xl": 2_849_757_184,
-    "t5-v1_1-xxl": 11_135_332_352,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
+    "t5-v1.1-large": 783_150_080,
+    "t5-v1.1-xl": 2_849_757_184,
+    "t5-v1.1-xxl": 11_135_332_352,
+    "flan-t5-base": 247_577_856,
     "mt5-small": 300_176_768,
+    "mt5-base": 582_401_280,
+    "umt5-small": 306_601_984,
     "byt5-small": 299_637_760,
+    "byt5-base": 581_653_248,
 }
 ROUNDED = {  # billions, as published
     "switch-base-8": 0.619,
@@ -31,6 +38,12 @@ ROUNDED = {  # billions, as published
     "switch-c-2048": 1571.3,
     "t5-3b": 2.85,
     "t5-11b": 11.3,
+    "mt5-large": 1.23,
+    "mt5-xl": 3.74,
+    "mt5-xxl": 12.9,
+    "byt5-large": 1.23,
+    "byt5-xl": 3.74,
+    "byt5-xxl": 12.9,
 }
 
 
@@ -71,3 +84,13 @@ def test_an_unknown_model_names_the_nearest() -> None:
         moezoo.build("swich-base-8")
     with pytest.raises(LookupError):
         moezoo.build("../etc/passwd")
+
+
+def test_the_hubs_spelling_of_v1_1_is_understood() -> None:
+    assert preset("t5-v1_1-base") == preset("t5-v1.1-base")
+    assert moezoo.list_models("t5-v1_1-*") == moezoo.list_models("t5-v1.1-*") != []
+
+
+def test_presets_import_no_torch() -> None:
+    code = "import sys, moezoo; moezoo.list_models(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

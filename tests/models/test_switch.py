@@ -82,7 +82,9 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(overrides: dict[str, ob
     cache, steps = DecoderCache(), []
     for start, end in ((0, 1), (1, 2), (2, 5), (5, 9)):
         out = model(
-            decoder_input_ids=target[:, start:end], encoder_last_hidden_state=memory, cache=cache
+            decoder_input_ids=target[:, start:end],
+            encoder_last_hidden_state=memory,
+            past_key_values=cache,
         )
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
