@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from moezoo import capacity as capacity_policies
 from moezoo import experts as expert_containers
@@ -10,14 +13,13 @@ from moezoo import losses as router_losses
 from moezoo import routers
 from moezoo.capacity.base import CapacityPolicy
 from moezoo.config import SwitchConfig
-from moezoo.errors import ConfigError
+from moezoo.errors import ConfigError, did_you_mean
+from moezoo.experts import SharedExpert
 from moezoo.layer import MoE
 from moezoo.losses.base import RouterLoss
 from moezoo.pairing import check_causal, loss_refusal
 from moezoo.registry import Spec
 from moezoo.routers.base import Router
-
-DEFAULT_LOSSES = {"load_balance": 0.01, "z": 0.0}
 
 
 def make_moe(config: SwitchConfig, *, decoder: bool) -> MoE:
@@ -38,7 +40,14 @@ def make_moe(config: SwitchConfig, *, decoder: bool) -> MoE:
         activation=config.feed_forward_proj,
         dropout=config.dropout_rate,
     )
-    return MoE(router, experts, capacity=policy, group=config.group)
+    shared = make_shared(
+        config.shared_expert,
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        activation=config.feed_forward_proj,
+        dropout=config.dropout_rate,
+    )
+    return MoE(router, experts, capacity=policy, shared=shared, group=config.group)
 
 
 def make_router(spec: object, config: SwitchConfig) -> Router:
@@ -57,16 +66,46 @@ def make_capacity(spec: object | None, router: Router) -> CapacityPolicy:
     return capacity_policies.build(spec)
 
 
+def make_shared(
+    options: nn.Module | Mapping[str, Any] | None,
+    *,
+    d_model: int,
+    d_ff: int,
+    activation: str,
+    dropout: float,
+) -> nn.Module | None:
+    """The branch that every token takes: a module as it is, or a `SharedExpert` from its options
+    (`d_ff`, `gated`, `activation`, `dropout`). Raises ConfigError for an unknown option.
+    """
+    if options is None or isinstance(options, nn.Module):
+        return options
+    if not isinstance(options, Mapping):
+        wanted = "a mapping of options, or a module"
+        raise ConfigError(
+            "bad shared expert", field="shared_expert", expected=wanted, found=repr(options)
+        )
+    chosen: dict[str, Any] = {"d_ff": d_ff, "activation": activation, "dropout": dropout}
+    known = [*chosen, "gated"]
+    for name in options:
+        if name not in known:
+            reason = f"a shared expert has no option {name!r}"
+            raise ConfigError(reason, field="shared_expert", hint=did_you_mean(name, known))
+    chosen |= options
+    return SharedExpert(d_model, chosen.pop("d_ff"), **chosen)
+
+
 def make_losses(config: SwitchConfig, router: Router) -> dict[str, tuple[RouterLoss, float]]:
-    """The configured router losses with their coefficients, by name.
+    """The configured router losses with their coefficients, by name; else the router's defaults.
 
     Raises ConfigError for a loss that the router cannot feed; the defaults are left out silently
     where they do not apply.
     """
-    chosen = DEFAULT_LOSSES if config.router_losses is None else config.router_losses
+    chosen = router.default_losses if config.router_losses is None else config.router_losses
     made: dict[str, tuple[RouterLoss, float]] = {}
-    for name, coefficient in chosen.items():
-        loss = router_losses.build(Spec(name))
+    for name, setting in chosen.items():
+        options = dict(setting) if isinstance(setting, Mapping) else {"coefficient": setting}
+        coefficient = options.pop("coefficient", 0.0)
+        loss = router_losses.build(Spec(name, options))
         reason = loss_refusal(router, loss, name)
         if reason is None:
             made[name] = (loss, float(coefficient))

@@ -39,9 +39,10 @@ class SwitchConfig:
     `decoder_sparse_layers` are a layout name (odd, mixed, bottom, middle, top, all, none) or
     explicit indices; mixed, bottom, middle and top make half of the layers sparse. `router`,
     `capacity` and `experts` are component names or `{"name": ..., **options}`; `capacity=None` is
-    "switch", or "dropless" for routers that bound the load themselves. `router_losses` maps loss
-    names to coefficients; None is load_balance 0.01 and z 0 (the paper's), as far as the router can
-    give them.
+    "switch", or "dropless" for routers that bound the load themselves. `shared_expert` holds the
+    options of a branch that every token takes (`{}` for the defaults). `router_losses` maps loss
+    names to coefficients, or to `{"coefficient": ..., **options}`; None is the router's
+    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's).
     """
 
     vocab_size: int = 32128
@@ -67,7 +68,8 @@ class SwitchConfig:
     router_bias: bool = False
     capacity: ComponentSpec | None = None
     experts: ComponentSpec = "stacked"
-    router_losses: dict[str, float] | None = None
+    shared_expert: dict[str, Any] | None = None
+    router_losses: dict[str, Any] | None = None
     group: str | int = "batch"
     allow_noncausal: bool = False
     pad_token_id: int = 0
@@ -205,12 +207,13 @@ class SwitchConfig:
                 hint=hint,
             )
         _check_group(self.group)
-        for name, coefficient in (self.router_losses or {}).items():
+        for name, setting in (self.router_losses or {}).items():
+            coefficient = setting.get("coefficient") if isinstance(setting, dict) else setting
             if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
                 raise ConfigError(
-                    f"router_losses[{name!r}] must be a number",
+                    f"router_losses[{name!r}] must be a number, or options with a coefficient",
                     field="router_losses",
-                    found=coefficient,
+                    found=setting,
                 )
         sparse_layers(self.encoder_sparse_layers, self.num_layers, "encoder_sparse_layers")
         sparse_layers(self.decoder_sparse_layers, self.decoder_layers, "decoder_sparse_layers")
@@ -234,6 +237,7 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("dropout_rate", "layer_norm_epsilon", "initializer_factor"), (int, float)),
     **dict.fromkeys(("router", "experts"), (str, dict)),
     "capacity": (str, dict, type(None)),
+    "shared_expert": (dict, type(None)),
     "router_losses": (dict, type(None)),
     "group": (str, int),
 }

@@ -89,7 +89,8 @@ class MoE(nn.Module):
         """The router's proposal, admitted by the capacity policy: the seam for replaying a
         trace.
         """
-        routing: Routing = self.router(tokens)
+        proposal: Routing = self.router(tokens)
+        routing = replace(proposal, sequence_length=tokens.sequence_length)
         if isinstance(routing.assignment, SoftAssignment):
             return routing
         admitted = self.router.reweigh(self.capacity(routing))
@@ -107,11 +108,12 @@ class MoE(nn.Module):
         if real_T is not None and not self.capacity.counts_padding:
             # Padding may hold anything: as zeros it reaches neither a value nor a gradient.
             x_TD = torch.where(real_T[:, None], x_TD, x_TD.new_zeros(()))
+        length = x.shape[-2] if x.dim() > 1 else 1
         if self.group == "batch" or num_tokens == 0:
-            return Tokens(x_TD, ids_T, real_T, num_tokens)
+            return Tokens(x_TD, ids_T, real_T, num_tokens, length)
         if self.group == "sequence":
-            return Tokens(x_TD, ids_T, real_T, x.shape[-2] if x.dim() > 1 else 1)
-        return filled_up(Tokens(x_TD, ids_T, real_T, num_tokens), int(self.group))
+            return Tokens(x_TD, ids_T, real_T, length, length)
+        return filled_up(Tokens(x_TD, ids_T, real_T, num_tokens, length), int(self.group))
 
     def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():
@@ -166,4 +168,5 @@ def filled_up(tokens: Tokens, group_size: int) -> Tokens:
         None if ids is None else torch.cat([ids, ids.new_zeros(missing)]),
         torch.cat([real, real.new_zeros(missing)]),
         group_size,
+        tokens.sequence_length,
     )

@@ -27,7 +27,7 @@ class Tokens:
     """A flat batch of tokens, in G contiguous groups of `group_size`.
 
     Fields: x (T, D) floating; ids (T,) int64 or None; real (T,) bool or None (None: all real; False
-    marks padding).
+    marks padding); sequence_length: tokens per sequence, 0 when unknown.
     Invariants: 1 x has two dimensions; 2 group_size divides T; 3 ids and real have length T.
     """
 
@@ -35,6 +35,7 @@ class Tokens:
     ids: Tensor | None = None
     real: Tensor | None = None
     group_size: int = 0  # 0: one group holds the whole batch
+    sequence_length: int = 0
 
     def __post_init__(self) -> None:
         if self.x.dim() != 2:
@@ -176,7 +177,8 @@ class Routing:
     float32 or None;
     losses: unweighted scalars that only the router can compute; real (T,) bool or None as in
     Tokens;
-    proposed: the router's own assignment, set by the layer once a policy has admitted it.
+    proposed: the router's own assignment, set by the layer once a policy has admitted it;
+    sequence_length: tokens per sequence as the layer was given them, 0 when unknown.
     """
 
     assignment: Assignment | SoftAssignment
@@ -185,6 +187,7 @@ class Routing:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     real: Tensor | None = None
     proposed: Assignment | SoftAssignment | None = None
+    sequence_length: int = 0
 
     @property
     def offered(self) -> Assignment | SoftAssignment:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from moezoo import experts as expert_containers
 from moezoo import routers
-from moezoo.assemble import make_capacity
+from moezoo.assemble import make_capacity, make_shared
 from moezoo.layer import MoE
 from moezoo.pairing import check_causal
 
@@ -22,7 +23,8 @@ class SparseMLP(nn.Module):
             `capacity=None` is "switch", or "dropless" for routers that bound the load themselves.
         activation: see `moezoo.functional.activations`.
         dropout: expert dropout, on the hidden units.
-        shared: a branch that every token takes besides.
+        shared: a branch that every token takes besides: a module, or the options of a
+            `SharedExpert`, such as `{"d_ff": 64, "gated": True}`.
         group: what capacity is counted over (see `MoE`).
         vocab_size: for routers that route by token id.
         causal: refuse pairs of router and policy that let a token see later ones.
@@ -41,7 +43,7 @@ class SparseMLP(nn.Module):
         experts: object = "stacked",
         activation: str = "relu",
         dropout: float = 0.0,
-        shared: nn.Module | None = None,
+        shared: nn.Module | Mapping[str, Any] | None = None,
         group: str | int = "batch",
         vocab_size: int | None = None,
         causal: bool = False,
@@ -62,7 +64,10 @@ class SparseMLP(nn.Module):
             activation=activation,
             dropout=dropout,
         )
-        self.moe = MoE(built, container, capacity=policy, shared=shared, group=group)
+        branch = make_shared(
+            shared, d_model=d_model, d_ff=d_ff, activation=activation, dropout=dropout
+        )
+        self.moe = MoE(built, container, capacity=policy, shared=branch, group=group)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, token_ids: Tensor | None = None

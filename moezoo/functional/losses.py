@@ -4,9 +4,12 @@ NaN.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from moezoo.functional.collective import num_ranks, summed_over_ranks
 from moezoo.records import Assignment
 
 
@@ -80,6 +83,8 @@ def load_balance(
     size = num_tokens if group_size is None else group_size
     if num_tokens == 0:
         return probs_TE.sum()
+    if num_tokens % size:
+        return _filled_up_load_balance(probs_TE, assignment, real, size)
     f_GE = expert_fractions(assignment, real, size)
     groups = f_GE.shape[0]
     p_TE = (
@@ -90,3 +95,35 @@ def load_balance(
     )
     loss_G = num_experts * (f_GE.detach() * mean_GE).sum(-1)
     return masked_mean(loss_G, None if real is None else real.view(groups, size).any(1))
+
+
+def _filled_up_load_balance(
+    probs_TE: Tensor, assignment: Assignment, real: Tensor | None, size: int
+) -> Tensor:
+    """`load_balance` when padding at the end does not fill up a whole sequence."""
+    missing = -probs_TE.shape[0] % size
+    if real is None:
+        real = torch.ones(probs_TE.shape[0], dtype=torch.bool, device=probs_TE.device)
+    longer = replace(assignment, num_tokens=assignment.num_tokens + missing)
+    probs_TE = torch.cat([probs_TE, probs_TE.new_zeros(missing, probs_TE.shape[1])])
+    real = torch.cat([real, real.new_zeros(missing)])
+    return load_balance(probs_TE, longer, real, group_size=size)
+
+
+def global_load_balance(
+    probs_TE: Tensor, assignment: Assignment, real: Tensor | None = None
+) -> Tensor:
+    """E * sum_e f_e P_e with f over the tokens of all ranks (arXiv 2501.11873, eq. 4).
+
+    A rank's value is its part times the number of ranks, so that the mean over ranks, of values and
+    of gradients, is the loss of all tokens together. Every rank must call it.
+    """
+    counted = torch.where(assignment.kept, 1.0, 0.0).to(probs_TE.dtype)
+    load_E = counted.new_zeros(assignment.num_experts)
+    load_E = load_E.index_add(0, assignment.expert, counted)
+    num_real = load_E.new_tensor(probs_TE.shape[0]) if real is None else real.sum().to(load_E.dtype)
+    everywhere = summed_over_ranks(torch.cat([load_E, num_real[None]]))
+    total = everywhere[-1].clamp(min=1)
+    p_TE = probs_TE if real is None else torch.where(real[:, None], probs_TE, 0.0)
+    share_E = p_TE.sum(0) * num_ranks() / total
+    return assignment.num_experts * (everywhere[:-1] / total * share_E).sum()

@@ -1,6 +1,9 @@
 """Router losses: unweighted scalars of a routing. One file per loss."""
 
 from moezoo.losses.base import RouterLoss, registry
+from moezoo.losses.importance import ImportanceLoss
+from moezoo.losses.l1 import L1Loss
+from moezoo.losses.load import LoadLoss
 from moezoo.losses.load_balance import LoadBalanceLoss
 from moezoo.losses.z import ZLoss
 
@@ -8,4 +11,15 @@ register = registry.register
 names = registry.names
 build = registry.build
 
-__all__ = ["LoadBalanceLoss", "RouterLoss", "ZLoss", "build", "names", "register", "registry"]
+__all__ = [
+    "ImportanceLoss",
+    "L1Loss",
+    "LoadBalanceLoss",
+    "LoadLoss",
+    "RouterLoss",
+    "ZLoss",
+    "build",
+    "names",
+    "register",
+    "registry",
+]

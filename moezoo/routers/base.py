@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Router(nn.Module):
         deterministic: the same tokens give the same routing, in training too.
         batch_invariant: a token's pairs do not depend on the other tokens of the batch.
         own_losses: names of the losses that the router returns in `Routing.losses`.
+        default_losses: coefficients by loss name for configs that name none (the paper's 0.01).
     """
 
     causal: bool = True
@@ -38,6 +40,7 @@ class Router(nn.Module):
     deterministic: bool = True
     batch_invariant: bool = True
     own_losses: frozenset[str] = frozenset()
+    default_losses: Mapping[str, float] = MappingProxyType({"load_balance": 0.01, "z": 0.0})
 
     d_model: int
     num_experts: int

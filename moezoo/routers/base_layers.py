@@ -29,6 +29,7 @@ class BaseLayersRouter(Router):
     causal = False
     owns_capacity = True
     batch_invariant = False
+    default_losses = {"load_balance": 0.0, "z": 0.0}  # balanced by construction
 
     def __init__(self, d_model: int, num_experts: int, *, bias: bool = False) -> None:
         super().__init__()

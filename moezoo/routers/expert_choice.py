@@ -31,6 +31,7 @@ class ExpertChoiceRouter(Router):
     causal = False
     owns_capacity = True
     batch_invariant = False
+    default_losses = {"load_balance": 0.0, "z": 0.0}  # balanced by construction
 
     def __init__(
         self,

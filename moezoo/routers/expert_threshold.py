@@ -34,6 +34,8 @@ class ExpertThresholdRouter(Router):
         bias: give the classifier a bias.
     """
 
+    default_losses = {"load_balance": 0.0, "z": 0.0}  # balanced by the thresholds
+
     threshold: Tensor
     num_updates: Tensor
 

@@ -30,6 +30,7 @@ class NoisyTopKRouter(Router):
 
     deterministic = False
     own_losses = frozenset({"load"})
+    default_losses = {"importance": 0.1, "load": 0.1, "z": 0.0}  # appendix A, table 6
 
     def __init__(self, d_model: int, num_experts: int, *, k: int = 2, bias: bool = False) -> None:
         super().__init__()

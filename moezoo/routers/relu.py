@@ -38,6 +38,7 @@ class ReLURouter(Router):
 
     has_probs = False
     own_losses = frozenset({"l1"})
+    default_losses = {"l1": 1.0, "z": 0.0}
 
     coefficient: Tensor
 

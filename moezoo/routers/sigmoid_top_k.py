@@ -40,6 +40,8 @@ class SigmoidTopKRouter(Router):
         bias: give the classifier an ordinary bias, trained by gradient.
     """
 
+    default_losses = {"load_balance": 0.0001, "z": 0.0}  # balanced by the bias (section 4.2)
+
     expert_bias: Tensor
 
     def __init__(

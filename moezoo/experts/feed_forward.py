@@ -1,0 +1,50 @@
+"""One feed-forward network: what a single expert of a mixed or shared kind is made of."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moezoo.errors import ConfigError
+from moezoo.functional.activations import activation as activation_of
+
+
+class FeedForward(nn.Module):
+    """y = fn(x wi^T) wo^T, or (fn(x wi_0^T) * (x wi_1^T)) wo^T, without biases.
+
+    Args:
+        d_model, d_ff: widths; wi is (F, D), wo (D, F).
+        activation: see `moezoo.functional.activations`.
+        dropout: on the hidden units, in training.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation: str = "relu", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_ff", d_ff)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                wanted = "a whole number >= 1"
+                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError("dropout lies in [0, 1)", field="dropout", found=dropout)
+        self.d_model, self.d_ff = d_model, d_ff
+        self.function, self.gated = activation_of(activation)
+        if self.gated:
+            self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
+            self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(d_model, d_ff, bias=False)
+        self.wo = nn.Linear(d_ff, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        for parameter in self.parameters():
+            std = parameter.shape[-1] ** -0.5
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        if self.gated:
+            hidden = self.function(self.wi_0(x)) * self.wi_1(x)
+        else:
+            hidden = self.function(self.wi(x))
+        y: Tensor = self.wo(self.dropout(hidden))
+        return y
