@@ -1,0 +1,81 @@
+"""Families of checkpoints: which config.json means which model, and which layout can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moezoo.adapters.families.base import Family, Weights, registry
+from moezoo.adapters.families.native import NativeFamily
+from moezoo.adapters.families.switch import SwitchFamily
+from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError, did_you_mean
+
+# In the order in which `layout="auto"` tries them: the most widely read first.
+_LAYOUTS = ("switch_transformers", "t5", "umt5")
+
+
+def family_of(values: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises ConfigError naming its model_type."""
+    model_type = values.get("model_type")
+    families = {
+        t: registry.build(name) for name in registry.names() for t in registry.get(name).model_types
+    }
+    if not isinstance(model_type, str) or model_type not in families:
+        shown = repr(model_type)[:80]
+        hint = did_you_mean(model_type, families)
+        raise ConfigError(
+            "no T5 family has this model_type", field="model_type", found=shown, hint=hint
+        )
+    return families[model_type]
+
+
+def expressible(config: SwitchConfig) -> tuple[Family | None, str]:
+    """The Hugging Face layout that can hold a model, and "", or None and the reason."""
+    reasons = []
+    for name in _LAYOUTS:
+        family = registry.build(name)
+        reason = family.refusal(config)
+        if reason is None:
+            return family, ""
+        reasons.append(reason)
+    sparse = bool(config.encoder_sparse or config.decoder_sparse)
+    by_position = 2 if config.position_bias_every_layer else 1
+    return None, reasons[0] if sparse else reasons[by_position]
+
+
+def layout_for(config: SwitchConfig, layout: str = "auto") -> Family:
+    """The family that a model is written in.
+
+    Args:
+        layout: "auto" (Hugging Face whenever it can express the model), "huggingface" or "moezoo".
+
+    Raises ConfigError for an unknown layout, or for one that cannot hold the model, with the
+    reason.
+    """
+    if layout not in ("auto", "huggingface", "moezoo"):
+        hint = did_you_mean(layout, ("auto", "huggingface", "moezoo"))
+        raise ConfigError(f"unknown layout {layout!r}", field="layout", hint=hint)
+    family, reason = expressible(config)
+    if layout == "huggingface" and family is None:
+        hint = "Use layout='moezoo'."
+        raise ConfigError(
+            f"the Hugging Face layout cannot hold it: {reason}", field="layout", hint=hint
+        )
+    return NativeFamily() if layout == "moezoo" or family is None else family
+
+
+__all__ = [
+    "Family",
+    "LongT5Family",
+    "NativeFamily",
+    "SwitchFamily",
+    "T5Family",
+    "UMT5Family",
+    "Weights",
+    "expressible",
+    "family_of",
+    "layout_for",
+    "registry",
+]

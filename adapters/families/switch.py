@@ -1,0 +1,151 @@
+"""Switch Transformers as transformers stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moezoo.adapters.families.base import (
+    Family,
+    Weights,
+    feed_forward,
+    registry,
+    shared_fields,
+    written_fields,
+)
+from moezoo.adapters.names import SWITCH
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError
+from moezoo.registry import Spec
+
+UNLIMITED = 1_000_000  # an expert capacity that no sequence reaches
+
+
+@registry.register("switch_transformers")
+class SwitchFamily(Family):
+    """Switch (arXiv 2101.03961) in transformers 4 and 5: relu experts, regular placement, top-1.
+
+    `expert_capacity` there is an absolute number per sequence, in evaluation too; here the policy
+    is the paper's unless you ask for `capacity="transformers"`. A model is written with a capacity
+    that never binds, so that transformers computes what moezoo computes.
+    """
+
+    model_types = ("switch_transformers",)
+    mlp = SWITCH
+
+    def read(self, values: Mapping[str, Any], weights: Weights) -> SwitchConfig:
+        fields = shared_fields(values)
+        config = SwitchConfig(**fields, feed_forward_proj=feed_forward(values))
+        jitter = values.get("router_jitter_noise", 0.0)
+        router: dict[str, Any] = {"name": "switch", "jitter": jitter}
+        return config.replace(
+            num_experts=values.get("num_experts", 8),
+            encoder_sparse_layers=_layers(values, "encoder", config.num_layers),
+            decoder_sparse_layers=_layers(values, "decoder", config.decoder_layers),
+            router=router if jitter else "switch",
+            router_bias=values.get("router_bias", False),
+            router_losses={
+                "load_balance": values.get("router_aux_loss_coef", 0.001),
+                "z": values.get("router_z_loss_coef", 0.001),
+            },
+            tie_word_embeddings=not weights.own_head,
+            scale_decoder_outputs=bool(values.get("tie_word_embeddings", True)),
+        )
+
+    def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
+        capacity = Spec.parse(config.capacity or "switch")
+        limit = UNLIMITED
+        if capacity.name == "transformers":
+            limit = capacity.options.get("limit", 64)
+        losses = config.router_losses
+        losses = {"load_balance": 0.01, "z": 0.0} if losses is None else losses
+        return {
+            **written_fields(config, task, "SwitchTransformers"),
+            "model_type": "switch_transformers",
+            "dense_act_fn": "relu",
+            "feed_forward_proj": "relu",
+            "num_experts": config.num_experts,
+            "num_sparse_encoder_layers": len(config.encoder_sparse),
+            "num_sparse_decoder_layers": len(config.decoder_sparse),
+            "encoder_sparse_step": sparse_step(config.encoder_sparse, config.num_layers),
+            "decoder_sparse_step": sparse_step(config.decoder_sparse, config.decoder_layers),
+            "expert_capacity": limit,
+            "router_bias": config.router_bias,
+            "router_dtype": "float32",
+            "router_jitter_noise": Spec.parse(config.router).options.get("jitter", 0.0),
+            "router_ignore_padding_tokens": False,
+            "router_aux_loss_coef": losses.get("load_balance", 0.0),
+            "router_z_loss_coef": losses.get("z", 0.0),
+        }
+
+    def refusal(self, config: SwitchConfig) -> str | None:
+        if not (config.encoder_sparse or config.decoder_sparse):
+            return "Switch's layout is for models with sparse layers"
+        if config.feed_forward_proj != "relu":
+            return f"Switch's layout has relu experts only, this model {config.feed_forward_proj}"
+        if config.position_bias_every_layer:
+            return "Switch's layout has one position bias per stack"
+        return _component_refusal(config) or _placement_refusal(config) or _head_refusal(config)
+
+
+def sparse_step(layers: tuple[int, ...], num_layers: int) -> int | None:
+    """The step with which transformers places exactly these layers, or None when none does.
+
+    There, layer i is sparse iff step > 0 and (i % step == 1 or step == 1).
+    """
+    for step in range(num_layers + 1):
+        if _placed(step, num_layers) == layers:
+            return step
+    return None
+
+
+def _placed(step: int, num_layers: int) -> tuple[int, ...]:
+    return tuple(i for i in range(num_layers) if step > 0 and (i % step == 1 or step == 1))
+
+
+def _layers(values: Mapping[str, Any], side: str, num_layers: int) -> tuple[int, ...]:
+    """The sparse layers of a stack: an explicit step wins over the number of sparse layers."""
+    step = values.get(f"{side}_sparse_step")
+    if step is None:
+        count = values.get(f"num_sparse_{side}_layers", 3)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            name = f"num_sparse_{side}_layers"
+            raise ConfigError(
+                f"{name} must be a whole number >= 0", field=name, found=repr(count)[:80]
+            )
+        step = num_layers // count if count > 0 else num_layers
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        name = f"{side}_sparse_step"
+        raise ConfigError(f"{name} must be a whole number >= 0", field=name, found=repr(step)[:80])
+    return _placed(step, num_layers)
+
+
+def _component_refusal(config: SwitchConfig) -> str | None:
+    router, experts = Spec.parse(config.router), Spec.parse(config.experts)
+    if router.name != "switch" or set(router.options) - {"jitter", "bias"}:
+        return f"Switch's layout has the plain top-1 router only, this model {router.to_json()!r}"
+    if router.options.get("bias", config.router_bias) != config.router_bias:
+        return "the router's bias option contradicts router_bias"
+    if experts.name != "stacked" or set(experts.options) - {"dropout", "backend"}:
+        return f"Switch's layout has plain experts only, this model {experts.to_json()!r}"
+    capacity = Spec.parse(config.capacity or "switch")
+    drops = capacity.name == "switch" and capacity.options.get("eval_factor") is not None
+    if drops or capacity.name not in ("switch", "dropless", "transformers"):
+        return f"Switch's layout has an absolute capacity only, this model {capacity.to_json()!r}"
+    return None
+
+
+def _placement_refusal(config: SwitchConfig) -> str | None:
+    for side, layers, count in (
+        ("encoder", config.encoder_sparse, config.num_layers),
+        ("decoder", config.decoder_sparse, config.decoder_layers),
+    ):
+        if sparse_step(layers, count) is None:
+            return f"Switch's layout places sparse layers in regular steps, not at {side} {layers}"
+    return None
+
+
+def _head_refusal(config: SwitchConfig) -> str | None:
+    if config.scales_logits != config.tie_word_embeddings:
+        return "transformers' Switch scales its outputs iff the head is tied"
+    return None

@@ -1,0 +1,118 @@
+"""Dense T5 and its relatives: v1.0, v1.1, FLAN, UL2, mT5, ByT5, UMT5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moezoo.adapters.families.base import (
+    Family,
+    Weights,
+    feed_forward,
+    registry,
+    shared_fields,
+    written_fields,
+)
+from moezoo.adapters.names import DENSE_T5
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError
+
+_WRITTEN_ACTIVATIONS = ("relu", "gelu", "silu", "gated-gelu", "gated-silu", "gated-relu")
+
+
+@registry.register("t5")
+class T5Family(Family):
+    """T5 (arXiv 1910.10683); mT5 and ByT5 differ in vocabulary and depth only.
+
+    Whether the head is tied is read from the weights, since transformers 5 writes
+    `tie_word_embeddings: true` for all of them; whether it is scaled from `scale_decoder_outputs`
+    if present, else from the tie flag (mT5 never scales).
+    """
+
+    model_types = ("t5", "mt5", "byt5")
+    mlp = DENSE_T5
+
+    def read(self, values: Mapping[str, Any], weights: Weights) -> SwitchConfig:
+        scaled = values.get("scale_decoder_outputs")
+        if scaled is None:
+            mt5 = values.get("model_type") == "mt5"
+            scaled = not mt5 and bool(values.get("tie_word_embeddings", True))
+        return SwitchConfig(
+            **shared_fields(values),
+            feed_forward_proj=feed_forward(values),
+            tie_word_embeddings=not weights.own_head,
+            scale_decoder_outputs=scaled,
+        )
+
+    def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
+        return {
+            **written_fields(config, task, "T5"),
+            "model_type": "t5",
+            "feed_forward_proj": config.feed_forward_proj,
+            "scale_decoder_outputs": config.scales_logits,
+        }
+
+    def refusal(self, config: SwitchConfig) -> str | None:
+        if config.encoder_sparse or config.decoder_sparse:
+            return "T5's layout has no experts"
+        if config.position_bias_every_layer:
+            return "T5's layout has one position bias per stack"
+        return _activation_refusal(config)
+
+
+@registry.register("umt5")
+class UMT5Family(Family):
+    """UMT5 (arXiv 2304.09151): a position bias in every layer; outputs are always scaled."""
+
+    model_types = ("umt5",)
+    mlp = DENSE_T5
+
+    def read(self, values: Mapping[str, Any], weights: Weights) -> SwitchConfig:
+        return SwitchConfig(
+            **shared_fields(values),
+            feed_forward_proj=feed_forward(values),
+            tie_word_embeddings=not weights.own_head,
+            scale_decoder_outputs=True,
+            position_bias_every_layer=True,
+        )
+
+    def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
+        fields = written_fields(config, task, "UMT5")
+        return {**fields, "model_type": "umt5", "feed_forward_proj": config.feed_forward_proj}
+
+    def refusal(self, config: SwitchConfig) -> str | None:
+        if config.encoder_sparse or config.decoder_sparse:
+            return "UMT5's layout has no experts"
+        if not config.position_bias_every_layer:
+            return "UMT5's layout has a position bias in every layer"
+        if not config.scales_logits:
+            return "transformers always scales UMT5's outputs"
+        return _activation_refusal(config)
+
+
+@registry.register("longt5")
+class LongT5Family(Family):
+    """LongT5 (arXiv 2112.07916): recognised, and refused by name; its attention is its own."""
+
+    model_types = ("longt5",)
+    mlp = DENSE_T5
+
+    def read(self, values: Mapping[str, Any], weights: Weights) -> SwitchConfig:
+        kind = values.get("encoder_attention_type", "local")
+        raise ConfigError(
+            f"LongT5 has {kind} attention, which moezoo's models cannot run",
+            field="model_type",
+            hint="Use transformers for the model and `moezoo.plug` for its MLPs.",
+        )
+
+    def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
+        raise ConfigError("LongT5 cannot be written", field="model_type")
+
+    def refusal(self, config: SwitchConfig) -> str | None:
+        return "LongT5's attention is its own"
+
+
+def _activation_refusal(config: SwitchConfig) -> str | None:
+    if config.feed_forward_proj not in _WRITTEN_ACTIVATIONS:
+        return f"transformers has no word for feed_forward_proj {config.feed_forward_proj!r}"
+    return None
