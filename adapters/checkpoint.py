@@ -1,0 +1,269 @@
+"""Loading any supported checkpoint into a model, and saving a model all or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.adapters.description import Description, describe
+from moezoo.adapters.families import layout_for
+from moezoo.adapters.formats import open_source
+from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
+from moezoo.adapters.names import disk_names
+from moezoo.adapters.tensor_files import TensorPlan, write_tensors
+from moezoo.adapters.writer import replacing_directory
+from moezoo.building import TASKS, build
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
+
+
+def load(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
+    **overrides: Any,
+) -> nn.Module:
+    """Load a T5-family or Switch checkpoint, dense or sparse, in evaluation mode.
+
+    Weights are mapped from the file and read once; expert weights go straight into their stack.
+
+    Args:
+        path: a directory, weight file or shard index; safetensors or PyTorch .bin, single or
+            sharded (a .bin is read with `weights_only=True` and nothing else).
+        task: "conditional_generation", "model" or "encoder"; None: what the checkpoint holds.
+        device, dtype: where to and in which precision; None: CPU, as stored.
+        allow_nonfinite: accept NaN and infinity in weights.
+        overrides: fields of SwitchConfig that change no shape, such as `capacity="transformers"`.
+
+    Raises CheckpointError (CorruptFile, IndexFileError, TensorMismatch, NonFiniteWeights,
+    UnsafeCheckpoint) or ConfigError, naming file, tensor or field.
+    """
+    with open_source(path) as source:
+        description = describe(source)
+        config = description.config.replace(**overrides)
+        chosen = _task(task, description)
+        model = build(config, task=chosen, device="meta")
+        tensors = _Tensors(source, description, device, dtype, allow_nonfinite)
+        _fill(model, tensors, chosen)
+    return model.eval()
+
+
+def read_config(path: str | Path) -> SwitchConfig:
+    """The config of a checkpoint; reads headers only. Raises as `load` does."""
+    with open_source(path) as source:
+        return describe(source).config
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    layout: str = "auto",
+    overwrite: bool = False,
+    max_shard_size: int | str | None = "5GB",
+) -> None:
+    """Save a model as safetensors with its config.json; `path` is replaced in one step or not at
+    all.
+
+    Args:
+        layout: "auto" (Hugging Face's whenever it can express the model), "huggingface", "moezoo".
+        overwrite: replace what is at `path`.
+        max_shard_size: bytes or such as "5GB"; None: one file.
+
+    Raises ConfigError for a model that is not moezoo's or a layout that cannot hold it, SaveError
+    or TargetExists when writing is refused or fails; what was at `path` is then unchanged.
+    """
+    config = getattr(model, "config", None)
+    task = next((name for name, kind in TASKS.items() if type(model) is kind), None)
+    if not isinstance(config, SwitchConfig) or task is None:
+        hint = "Save other modules with safetensors.torch.save_model."
+        found = type(model).__name__
+        raise ConfigError("only moezoo models can be saved", field="model", found=found, hint=hint)
+    family = layout_for(config, layout)
+    tensors = {
+        plan.name: (plan, tensor_bytes(tensor))
+        for plan, tensor in _disk_tensors(model, family.mlp, config.num_experts)
+    }
+    total = sum(plan.nbytes for plan, _ in tensors.values())
+    with replacing_directory(path, overwrite=overwrite, bytes_needed=total) as stage:
+        values = {**family.write(config, task), "dtype": _dtype_word(model)}
+        _write_json(stage / "config.json", values)
+        if task == "conditional_generation" and family.model_types[0] != "moezoo":
+            _write_json(stage / "generation_config.json", _generation(config))
+        metadata = {"format": "pt"}
+        write_tensors(stage, tensors, max_shard_size=max_shard_size, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Tensors of a checkpoint, checked and converted on their way."""
+
+    source: Source
+    description: Description
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    allow_nonfinite: bool
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor called `name` (without the prefix), as stored. Raises TensorMismatch."""
+        full = self.description.prefix + name
+        info = self.source.info(full)
+        if info.shape != shape:
+            raise TensorMismatch(
+                f"{full} has the wrong shape",
+                path=self.source.path,
+                key=full,
+                expected=shape,
+                found=info.shape,
+                hint="config.json does not belong to these weights, or an override changes shapes.",
+            )
+        tensor = self.source.tensor(full)
+        if not tensor.is_floating_point() and not full.endswith(".table"):
+            found = info.dtype
+            raise TensorMismatch(
+                f"{full} is not floating", path=self.source.path, key=full, found=found
+            )
+        if not self.allow_nonfinite and tensor.is_floating_point() and not _is_finite(tensor):
+            hint = "Pass allow_nonfinite=True to load it all the same."
+            reason = f"{full} holds NaN or infinity"
+            raise NonFiniteWeights(reason, path=self.source.path, key=full, hint=hint)
+        return tensor
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """On the wanted device and in the wanted dtype; no copy when it is there already."""
+        wanted = self.dtype if tensor.is_floating_point() else None
+        return tensor.to(device=self.device or "cpu", dtype=wanted or tensor.dtype)
+
+
+def _fill(model: nn.Module, tensors: _Tensors, task: str) -> None:
+    """Give every parameter and buffer of a model on "meta" its tensor; every tensor must be
+    used.
+    """
+    description = tensors.description
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.state_dict().items():
+        places = description.places.get(name)
+        if places is None:
+            raise _missing(name, model, description, tensors.source)
+        if None in places:
+            state[name] = tensors.placed(tensors.get(places[None], tuple(parameter.shape)))
+        else:
+            state[name] = _stacked(name, parameter, places, tensors)
+    unused = sorted(set(description.places) - set(state))
+    surplus = [name for name in unused if not _belongs_elsewhere(name, task, description)]
+    if surplus:
+        disk = next(iter(description.places[surplus[0]].values()))
+        reason = f"unexpected tensor {disk!r}"
+        raise TensorMismatch(
+            f"{reason} ({len(surplus)} in all): the config has no place for it",
+            path=tensors.source.path,
+            key=disk,
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _stacked(
+    name: str, parameter: Tensor, places: dict[int | None, str], tensors: _Tensors
+) -> Tensor:
+    """One stack (E, ...) from its experts; each is read once and converted on the way."""
+    count = parameter.shape[0]
+    missing = next((e for e in range(count) if e not in places), None)
+    beyond = next((disk for e, disk in places.items() if e is None or e >= count), None)
+    if missing is not None or beyond is not None:
+        reason = (
+            f"expert {missing} is missing" if beyond is None else f"unexpected tensor {beyond!r}"
+        )
+        raise TensorMismatch(
+            f"{name}: {reason}",
+            path=tensors.source.path,
+            key=beyond or name,
+            expected=f"{count} experts",
+            found=len(places),
+        )
+    stack: Tensor | None = None
+    for expert in range(count):
+        part = tensors.get(places[expert], tuple(parameter.shape[1:]))
+        if stack is None:
+            dtype = tensors.dtype or part.dtype
+            stack = torch.empty(parameter.shape, dtype=dtype, device=tensors.device or "cpu")
+        stack[expert].copy_(part)
+    assert stack is not None
+    return stack
+
+
+def _missing(
+    name: str, model: nn.Module, description: Description, source: Source
+) -> TensorMismatch:
+    if not description.has_decoder and name.startswith("decoder."):
+        hint = 'Pass task="encoder".'
+        return TensorMismatch("the checkpoint holds an encoder only", path=source.path, hint=hint)
+    config: SwitchConfig = model.config  # type: ignore[assignment]
+    on_disk = disk_names(name, mlp=description.family.mlp, num_experts=max(config.num_experts, 1))
+    hint = did_you_mean(on_disk[0], list(source.tensors)[:2000])
+    return TensorMismatch(
+        f"missing tensor {on_disk[0]!r}", path=source.path, key=on_disk[0], hint=hint
+    )
+
+
+def _belongs_elsewhere(name: str, task: str, description: Description) -> bool:
+    """Whether a tensor is rightly unused: of a stack or head that the task has not."""
+    if name == "lm_head.weight":
+        return task != "conditional_generation" or not description.own_head
+    return task == "encoder" and name.startswith("decoder.")
+
+
+def _task(task: str | None, description: Description) -> str:
+    if task is None:
+        return "conditional_generation" if description.has_decoder else "encoder"
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}", field="task", hint=did_you_mean(task, TASKS))
+    return task
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN wins in both, so two numbers tell it all
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _disk_tensors(
+    model: nn.Module, mlp: str, num_experts: int
+) -> Iterator[tuple[TensorPlan, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        names = disk_names(name, mlp=mlp, num_experts=num_experts)
+        parts = (
+            tensor.unbind(0)
+            if len(names) > 1 or ".experts." in name and tensor.dim() == 3
+            else [tensor]
+        )
+        for disk, part in zip(names, parts, strict=True):
+            word = dtype_name(part.dtype)
+            if word is None or part.is_meta:
+                found = "a meta tensor" if part.is_meta else part.dtype
+                raise ConfigError(f"{name} cannot be saved", field=name, found=found)
+            yield TensorPlan(disk, word, tuple(part.shape)), part.cpu()
+
+
+def _dtype_word(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _generation(config: SwitchConfig) -> dict[str, Any]:
+    names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(config, name) for name in names}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
