@@ -1,0 +1,121 @@
+"""An opened checkpoint whose every tensor is accounted for, from headers and config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moezoo.adapters.description import Description, describe
+from moezoo.adapters.formats import Source, TensorInfo, open_source
+from moezoo.adapters.formats.base import FLOAT_DTYPES
+from moezoo.adapters.formats.files import quoted
+from moezoo.adapters.names import is_ignored
+from moezoo.adapters.shapes import check_shapes, parameter_shapes
+from moezoo.config import SwitchConfig
+from moezoo.errors import TensorMismatch
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint that agrees with its config.
+
+    Attributes:
+        tensors: by parameter name in memory; one tensor, or one per expert for a stack.
+        ignored: tensors that repeat others or never meant anything, by name on disk.
+        task: "conditional_generation", "model" or "encoder".
+    """
+
+    source: Source
+    description: Description
+    task: str
+    tensors: Mapping[str, tuple[TensorInfo, ...]] = field(repr=False)
+    ignored: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def config(self) -> SwitchConfig:
+        return self.description.config
+
+    def __enter__(self) -> CheckpointSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+
+def open_checkpoint(path: str | Path) -> CheckpointSource:
+    """Open a checkpoint directory or file and check names, shapes and dtypes against its config.
+
+    Raises CheckpointError or ConfigError naming the file, key or field; weights are not read.
+    """
+    source = open_source(path)
+    try:
+        return _checked(source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _checked(source: Source) -> CheckpointSource:
+    description = describe(source)
+    task = _task(description)
+    tensors: dict[str, tuple[TensorInfo, ...]] = {}
+    for name, places in description.places.items():
+        if name == "lm_head.weight" and not description.own_head:
+            continue
+        experts = sorted(places, key=lambda expert: -1 if expert is None else expert)
+        found = tuple(source.info(description.prefix + places[expert]) for expert in experts)
+        _check_dtypes(source, found)
+        tensors[name] = found
+    shapes = {name: _shape(name, parts, source) for name, parts in tensors.items()}
+    names = {name: parts[0].name for name, parts in tensors.items()}
+    expected = parameter_shapes(description.config, task)
+    check_shapes(expected, shapes, path=source.path, names=names)
+    used = {part.name for parts in tensors.values() for part in parts}
+    start = description.prefix
+    ignored = tuple(
+        name
+        for name in source.tensors
+        if name not in used and (name.startswith(start) or is_ignored(name))
+    )
+    return CheckpointSource(source, description, task, tensors, ignored)
+
+
+def _check_dtypes(source: Source, parts: tuple[TensorInfo, ...]) -> None:
+    for info in parts:
+        if info.dtype not in FLOAT_DTYPES:
+            raise TensorMismatch(
+                f"{quoted(info.name)} is of a dtype that weights never have",
+                path=source.path,
+                key=info.name,
+                expected=" or ".join(FLOAT_DTYPES),
+                found=info.dtype,
+            )
+
+
+def _shape(name: str, parts: tuple[TensorInfo, ...], source: Source) -> tuple[int, ...]:
+    if ".mlp.experts." not in name:
+        return parts[0].shape
+    odd = next((part for part in parts if part.shape != parts[0].shape), None)
+    if odd is not None:
+        raise TensorMismatch(
+            f"{quoted(odd.name)} has another shape than its fellow experts",
+            path=source.path,
+            key=odd.name,
+            expected=list(parts[0].shape),
+            found=list(odd.shape),
+        )
+    return (len(parts), *parts[0].shape)
+
+
+def _task(description: Description) -> str:
+    if not description.has_decoder:
+        return "encoder"
+    architectures = description.values.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    headless = isinstance(name, str) and name.endswith("Model") and not description.own_head
+    return "model" if headless else "conditional_generation"

@@ -1,0 +1,208 @@
+"""What an upcycling will do, tensor by tensor, decided before any weight is read.
+
+The plan is the only thing that the streaming conversion executes; `moezoo plan` prints it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.families import Family, expressible, layout_for
+from moezoo.adapters.formats import TensorInfo
+from moezoo.adapters.names import disk_names
+from moezoo.adapters.shapes import expert_width, matrix_names
+from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.inits import ExpertInit, RouterInit, expert_inits, router_inits
+from moezoo.adapters.upcycle.placement import placed
+from moezoo.adapters.upcycle.preservation import preserving_scale, router_for
+from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError
+from moezoo.registry import Spec
+
+
+@dataclass(frozen=True)
+class Move:
+    """One source tensor and what becomes of it: itself, or a matrix of every expert.
+
+    `layer` names the sparse layer that it feeds, such as "encoder.blocks.1.mlp", and `matrix` is
+    its part there; both are None for a tensor that is only copied.
+    """
+
+    parameter: str
+    source: TensorInfo
+    targets: tuple[TensorPlan, ...]
+    layer: str | None = None
+    matrix: str | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decided conversion. `layout_reason` says why Hugging Face's layout cannot hold it."""
+
+    recipe: Recipe
+    config: SwitchConfig
+    source_config: SwitchConfig
+    task: str
+    family: Family
+    layout_reason: str
+    init: ExpertInit
+    router_init: RouterInit
+    scale: float
+    moves: tuple[Move, ...] = field(repr=False)
+    routers: dict[str, TensorPlan] = field(repr=False)  # by layer
+    ignored: tuple[str, ...]
+
+    @property
+    def streams(self) -> bool:
+        """Whether bytes are enough: no arithmetic but scaling, no dtype conversion, no text."""
+        return (
+            self.init.streams
+            and not self.router_init.needs_inputs
+            and all(
+                move.source.path is not None and move.source.dtype == target.dtype
+                for move in self.moves
+                for target in move.targets[:1]
+            )
+        )
+
+    @property
+    def expressible(self) -> bool:
+        return not self.layout_reason
+
+    def outputs(self) -> Iterator[TensorPlan]:
+        """Every tensor to be written, in the order of the files."""
+        drawn = set()
+        for move in self.moves:
+            if move.layer is not None and move.layer not in drawn:
+                drawn.add(move.layer)
+                yield self.routers[move.layer]
+            yield from move.targets
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(move.source.nbytes for move in self.moves)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(tensor.nbytes for tensor in self.outputs())
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.outputs())
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: its chosen experts only."""
+        chosen = _choices(self.config)
+        total = 0
+        for move in self.moves:
+            count = len(move.targets) if move.layer is None else min(chosen, len(move.targets))
+            total += count * math.prod(move.targets[0].shape)
+        return total + sum(math.prod(router.shape) for router in self.routers.values())
+
+
+def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "auto") -> Plan:
+    """Decide everything about an upcycling, or refuse it with the reason.
+
+    Raises ConfigError for a source that is sparse already, for layers that do not exist, for an
+    initialisation or router that does not fit, and for a `layout` that cannot hold the result.
+    """
+    source_config = checkpoint.config
+    if source_config.encoder_sparse or source_config.decoder_sparse:
+        raise ConfigError(
+            "the source is a mixture of experts already",
+            field="source",
+            path=checkpoint.path,
+            hint="Use `moezoo grow` for more experts.",
+        )
+    init = expert_inits.build(recipe.init)
+    router_init = router_inits.build(recipe.router_init)
+    init.check(source_config.d_ff, recipe.num_experts)
+    router = router_for(init, recipe.router, recipe.num_experts)
+    scale = preserving_scale(init, router, recipe.num_experts, recipe.preserve)
+    config = target_config(source_config, recipe, init, router, checkpoint.task)
+    family = layout_for(config, layout)
+    moves = tuple(_moves(checkpoint, config, family, recipe, scale))
+    return Plan(
+        recipe=recipe,
+        config=config,
+        source_config=source_config,
+        task=checkpoint.task,
+        family=family,
+        layout_reason=expressible(config)[1],
+        init=init,
+        router_init=router_init,
+        scale=scale,
+        moves=moves,
+        routers=dict(_routers(moves, config, family)),
+        ignored=checkpoint.ignored,
+    )
+
+
+def target_config(
+    source: SwitchConfig, recipe: Recipe, init: ExpertInit, router: Spec, task: str
+) -> SwitchConfig:
+    """The config of the upcycled model."""
+    decoder_layers = 0 if task == "encoder" else source.decoder_layers
+    encoder, decoder = placed(
+        recipe.layers, encoder_layers=source.num_layers, decoder_layers=decoder_layers
+    )
+    width = init.expert_width(source.d_ff, recipe.num_experts)
+    experts: dict[str, Any] = {"name": "stacked", "d_ff": width}
+    return source.replace(
+        num_experts=recipe.num_experts,
+        encoder_sparse_layers=encoder,
+        decoder_sparse_layers=decoder,
+        router=router.to_json(),
+        capacity=recipe.capacity,
+        experts="stacked" if width == source.d_ff else experts,
+    )
+
+
+def _moves(
+    checkpoint: CheckpointSource,
+    config: SwitchConfig,
+    family: Family,
+    recipe: Recipe,
+    scale: float,
+) -> Iterator[Move]:
+    layers = {f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse}
+    layers |= {f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse}
+    order = {name: i for i, name in enumerate(checkpoint.source.tensors)}
+    count = config.num_experts
+    for name, parts in sorted(checkpoint.tensors.items(), key=lambda item: order[item[1][0].name]):
+        info = parts[0]
+        dtype = DTYPES[recipe.dtype] if recipe.dtype else info.dtype
+        layer, _, rest = name.rpartition(".mlp.")
+        layer, matrix = f"{layer}.mlp", rest.removesuffix(".weight")
+        if layer not in layers:
+            (target,) = disk_names(name, mlp=family.mlp)
+            yield Move(name, info, (TensorPlan(target, dtype, info.shape),))
+            continue
+        targets = disk_names(f"{layer}.experts.{matrix}", mlp=family.mlp, num_experts=count)
+        width = expert_width(config)
+        shape = (config.d_model, width) if matrix == "wo" else (width, config.d_model)
+        plans = tuple(TensorPlan(target, dtype, shape) for target in targets)
+        yield Move(name, info, plans, layer, matrix, scale if matrix == "wo" else 1.0)
+
+
+def _routers(
+    moves: tuple[Move, ...], config: SwitchConfig, family: Family
+) -> Iterator[tuple[str, TensorPlan]]:
+    for move in moves:
+        if move.layer is not None and move.matrix == matrix_names(config)[0]:
+            name = f"{move.layer}.router.classifier.weight"
+            (target,) = disk_names(name, mlp=family.mlp)
+            shape = (config.num_experts, config.d_model)
+            yield move.layer, TensorPlan(target, move.targets[0].dtype, shape)
+
+
+def _choices(config: SwitchConfig) -> int:
+    router = Spec.parse(config.router)
+    return int(router.options.get("k", 2)) if router.name == "top_k" else 1
