@@ -1,0 +1,76 @@
+"""Replacing MLPs of a live model, whatever library it comes from."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from moezoo.errors import ConfigError, did_you_mean
+
+Where = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+def plug(model: nn.Module, where: Where, make: Callable[[nn.Module], nn.Module]) -> list[str]:
+    """Replace modules of a live model; all of them, or on any error none.
+
+    Args:
+        model: any module; changed in place.
+        where: a shell pattern on module names ("encoder.layers.*.mlp"), a compiled regular
+            expression that matches the whole name, a module class, or `(name, module) -> bool`.
+            A module inside a replaced one is left alone.
+        make: gives the replacement of a module; see `moezoo.adapters.sparse.sparse` for one that
+            copies the dense weights into experts.
+
+    Returns:
+        The names of the replaced modules. A module that stands in two places is made once.
+
+    Raises ConfigError when nothing matches, or when `make` does not return a module.
+    """
+    chosen = _chosen(model, where)
+    made: dict[int, nn.Module] = {}
+    for name, module in chosen:
+        if id(module) in made:
+            continue
+        new = make(module)
+        if not isinstance(new, nn.Module):
+            found = type(new).__name__
+            raise ConfigError(f"make({name!r}) did not return a module", field="make", found=found)
+        new.train(module.training)
+        made[id(module)] = new
+    for name, module in chosen:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, made[id(module)])
+    return [name for name, _ in chosen]
+
+
+def _chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
+    matches = _matcher(where)
+    chosen: list[tuple[str, nn.Module]] = []
+    names = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = any(name.startswith(f"{outer}.") for outer, _ in chosen)
+        names.append(name)
+        if name and not inside and matches(name, module):
+            chosen.append((name, module))
+    if not chosen:
+        hint = did_you_mean(where, names) if isinstance(where, str) else "No module fits."
+        raise ConfigError(
+            f"nothing to replace: {where!r} matches no module", field="where", hint=hint
+        )
+    return chosen
+
+
+def _matcher(where: Where) -> Callable[[str, nn.Module], bool]:
+    if isinstance(where, str):
+        return lambda name, module: fnmatch.fnmatchcase(name, where)
+    if isinstance(where, re.Pattern):
+        return lambda name, module: where.fullmatch(name) is not None
+    if isinstance(where, type) and issubclass(where, nn.Module):
+        return lambda name, module: isinstance(module, where)
+    if callable(where):
+        return where
+    wanted = "a pattern, a compiled expression, a module class or a predicate"
+    raise ConfigError("cannot search with this", field="where", expected=wanted, found=repr(where))

@@ -1,0 +1,141 @@
+"""Plugging mixtures into models of torch and transformers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import moezoo
+from moezoo.adapters.sparse import sparse
+
+
+def encoder(**options: bool) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_torch_encoder_computes_the_same_after_plugging(norm_first: bool) -> None:
+    model, x = encoder(norm_first=norm_first), torch.randn(2, 5, 16)
+    expected = model(x)
+    names = moezoo.plug(model, nn.TransformerEncoderLayer, sparse(4))
+    assert names == ["layers.0", "layers.1", "layers.2"]
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    with moezoo.record(model) as tape:
+        model.train()(x).sum().backward()
+    assert len(tape.by_layer) == 3
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_router_of_a_plugged_layer_gets_a_gradient() -> None:
+    model = encoder()
+    moezoo.plug(model, "layers.1", sparse(4))
+    model(torch.randn(2, 5, 16)).square().sum().backward()
+    gradient = model.layers[1].linear1.moe.router.classifier.weight.grad
+    assert gradient.abs().max() > 0
+
+
+def test_a_transformers_t5_computes_the_same_after_plugging() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_heads=2,
+        num_layers=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(2, 50, (2, 6))
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    names = moezoo.plug(model, "*.DenseReluDense", sparse(4))
+    assert len(names) == 4
+    found = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert model.generate(input_ids=ids, max_new_tokens=4).shape[0] == 2
+
+
+def test_a_transformers_bert_computes_the_same_after_plugging() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.BertModel(config).eval()
+    ids = torch.randint(2, 50, (2, 6))
+    expected = model(input_ids=ids).last_hidden_state
+    names = moezoo.plug(model, re.compile(r"encoder\.layer\.\d+"), sparse(4))
+    assert names == ["encoder.layer.0", "encoder.layer.1"]
+    found = model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_of_your_own_can_be_replaced_by_any_other() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+            self.again = self.mlp
+
+    model = Stack()
+    names = moezoo.plug(model, "mlp", lambda mlp: moezoo.SparseMLP(8, 16, 4))
+    assert names == ["mlp"]
+    assert isinstance(model.mlp, moezoo.SparseMLP)
+    assert model.mlp(torch.randn(3, 8)).shape == (3, 8)
+    names = moezoo.plug(Stack(), lambda name, module: isinstance(module, nn.Sequential), sparse(2))
+    assert names == ["mlp", "again"]
+
+
+def test_fresh_weights_differ_from_the_dense_ones() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    model = nn.ModuleDict({"mlp": mlp})
+    moezoo.plug(model, "mlp", sparse(4, copy_weights=False))
+    experts = model["mlp"].moe.experts
+    assert not torch.equal(experts.expert(0)[0].weight, mlp[0].weight)
+    assert not torch.equal(experts.expert(0)[0].weight, experts.expert(1)[0].weight)
+
+
+def test_nothing_is_replaced_when_one_replacement_fails() -> None:
+    model = encoder()
+    before = list(model.layers)
+    calls = []
+
+    def failing(module: nn.Module) -> nn.Module:
+        calls.append(module)
+        if len(calls) == 2:
+            raise RuntimeError("no")
+        return sparse(4)(module)
+
+    with pytest.raises(RuntimeError):
+        moezoo.plug(model, nn.TransformerEncoderLayer, failing)
+    assert list(model.layers) == before
+    assert isinstance(before[0].linear1, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("layers.0.linear9", "layers.0.linear"),
+        (nn.Conv2d, "matches no module"),
+        (3, "where|cannot"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_so(where: object, message: str) -> None:
+    with pytest.raises(moezoo.MoezooError, match=message):
+        moezoo.plug(encoder(), where, sparse(2))
+
+
+def test_a_module_that_is_no_mlp_is_refused() -> None:
+    with pytest.raises(moezoo.MoezooError, match="no MLP"):
+        moezoo.plug(encoder(), "layers.0.self_attn", sparse(2))
+    with pytest.raises(moezoo.MoezooError, match="did not return a module"):
+        moezoo.plug(encoder(), "layers.0", lambda module: None)
