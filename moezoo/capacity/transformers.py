@@ -20,6 +20,7 @@ class TransformersCapacity(CapacityPolicy):
     """
 
     counts_padding = True
+    causal_for_many = False  # pairs of several choices come rank by rank
     required_group = "sequence"
 
     def __init__(self, *, limit: int = 64) -> None:
