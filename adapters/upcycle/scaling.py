@@ -14,6 +14,7 @@ import re
 import struct
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from moezoo.errors import NonFiniteWeights
 
@@ -102,9 +103,7 @@ def _one_by_one(content: bytes | memoryview, dtype: str, factor: float) -> bytes
     narrow = factor if size == 8 else struct.unpack("f", struct.pack("f", factor))[0]
     if size == 2:
         words = _read("H", content)
-        scaled: array.array[float] = array.array(
-            "H", [_scaled_word(word, dtype, narrow) for word in words]
-        )
+        scaled = array.array("H", [_scaled_word(word, dtype, narrow) for word in words])
         return _little(scaled)
     kind = "f" if size == 4 else "d"
     values = _read(kind, content)
@@ -146,15 +145,15 @@ def _overflow(dtype: str, factor: float) -> NonFiniteWeights:
     )
 
 
-def _read(kind: str, content: bytes | memoryview) -> array.array[float]:
-    values: array.array[float] = array.array(kind)
+def _read(kind: str, content: bytes | memoryview) -> array.array[Any]:
+    values: array.array[Any] = array.array(kind)
     values.frombytes(content)
     if sys.byteorder == "big":
         values.byteswap()
     return values
 
 
-def _little(values: array.array[float] | array.array[int]) -> bytes:
+def _little(values: array.array[Any]) -> bytes:
     if sys.byteorder == "big":
         values.byteswap()
     return values.tobytes()

@@ -1,0 +1,213 @@
+"""Upcycling a checkpoint on disk: plan, stream, verify, commit; all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moezoo
+from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.formats import Source
+from moezoo.adapters.plan import Plan, make_plan
+from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
+from moezoo.adapters.upcycle.calibration import Calibration, layer_inputs
+from moezoo.adapters.upcycle.partial import partial_directory
+from moezoo.adapters.upcycle.provenance import Provenance, model_card, unhashed
+from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.upcycle.stream import Progress, Sink, transfer
+from moezoo.adapters.writer import checked_target
+from moezoo.errors import CheckpointError
+
+_CARRIED = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spiece.vocab",
+    "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+Verifier = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did."""
+
+    target: Path
+    plan: Plan
+    seconds: float
+    resumed: bool
+    source_sha256: dict[str, str]
+    verification: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "target": str(self.target),
+            "seconds": round(self.seconds, 3),
+            "resumed": self.resumed,
+            "bytes_read": self.plan.bytes_read,
+            "bytes_written": self.plan.bytes_written,
+            "parameters": self.plan.parameters,
+            "active_parameters": self.plan.active_parameters,
+            "expressible": self.plan.expressible,
+            "layout_reason": self.plan.layout_reason,
+            "wo_scale": self.plan.scale,
+            "source_sha256": self.source_sha256,
+            "recipe": self.plan.recipe.to_dict(),
+            "verification": self.verification,
+        }
+
+
+def convert(
+    source_path: str | Path,
+    target: str | Path,
+    recipe: Recipe,
+    *,
+    layout: str = "auto",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    calibration: Calibration | None = None,
+    verifier: Verifier | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Upcycle the checkpoint at `source_path` into the directory `target`.
+
+    Args:
+        calibration: sample text for router initialisations that need it.
+        verifier: called with the finished directory before it is committed; returns its verdict in
+            a line, raises to refuse it.
+        progress: called with numbers of bytes as they are written.
+
+    Raises CheckpointError, ConfigError or SaveError; the target is then what it was.
+    """
+    started = time.monotonic()
+    with open_checkpoint(source_path) as checkpoint:
+        plan = make_plan(checkpoint, recipe, layout=layout)
+        needed = plan.bytes_written
+        final = checked_target(
+            target, overwrite=overwrite, sources=_places(checkpoint.source), bytes_needed=needed
+        )
+        before = _stamps(checkpoint.source)
+        digest = _digest(plan, before)
+        with partial_directory(
+            final, plan_digest=digest, overwrite=overwrite, bytes_needed=needed
+        ) as partial:
+            hashes = _fill(
+                plan,
+                checkpoint,
+                partial.path,
+                partial.resumed,
+                allow_nonfinite,
+                calibration,
+                progress,
+            )
+            if _stamps(checkpoint.source) != before:
+                raise CheckpointError(
+                    "the source changed while it was read",
+                    path=checkpoint.path,
+                    hint="Convert it again when nothing writes to it.",
+                )
+            provenance = unhashed(plan, checkpoint.source).with_hashes(hashes)
+            write_description(partial.path, plan, checkpoint, provenance, None)
+            verdict = None if verifier is None else verifier(partial.path)
+            if verdict is not None:
+                write_description(partial.path, plan, checkpoint, provenance, verdict)
+    seconds = time.monotonic() - started
+    return ConversionReport(final, plan, seconds, partial.resumed, hashes, verdict)
+
+
+def write_description(
+    directory: Path,
+    plan: Plan,
+    checkpoint: CheckpointSource,
+    provenance: Provenance,
+    verification: str | None,
+) -> None:
+    """config.json, the recipe, the model card, and the source's tokenizer files byte for byte."""
+    made = {**provenance.to_dict(), "verification": verification}
+    values = {**plan.family.write(plan.config, plan.task), "moezoo_provenance": made}
+    values["dtype"] = _dtype_word(plan.outputs())
+    _write(directory / "config.json", json.dumps(values, indent=2, sort_keys=True))
+    _write(directory / "recipe.json", plan.recipe.to_json())
+    _write(directory / "README.md", model_card(plan, provenance, verification))
+    for name in _CARRIED:
+        file = checkpoint.source.directory / name
+        if file.is_file():
+            shutil.copyfile(file, directory / name)
+
+
+def _fill(
+    plan: Plan,
+    checkpoint: CheckpointSource,
+    directory: Path,
+    resumed: bool,
+    allow_nonfinite: bool,
+    calibration: Calibration | None,
+    progress: Progress | None,
+) -> dict[str, str]:
+    inputs = None
+    if plan.router_init.needs_inputs:
+        inputs = layer_inputs(checkpoint.path, calibration, list(plan.routers))
+    provenance = unhashed(plan, checkpoint.source)
+    shards = shard(plan.outputs(), plan.recipe.max_shard_size)
+    files: dict[str, TensorFile] = {}
+    try:
+        for name, group in shards.items():
+            files[name] = TensorFile(directory / name, group, provenance.metadata())
+        home = {tensor.name: files[name] for name, group in shards.items() for tensor in group}
+        sink = Sink(files, home, resumed, progress or (lambda _: None))
+        hashes = transfer(
+            plan, checkpoint.source, sink, allow_nonfinite=allow_nonfinite, inputs=inputs
+        )
+        for file in files.values():
+            file.rewrite_metadata(provenance.with_hashes(hashes).metadata())
+            file.close()
+    finally:
+        for file in files.values():
+            file.abandon()
+    if len(shards) > 1:
+        (directory / "model.safetensors.index.json").write_bytes(shard_index(shards))
+    return hashes
+
+
+def _places(source: Source) -> tuple[Path, ...]:
+    return (source.path, source.directory) if source.path.is_dir() else (source.path,)
+
+
+def _stamps(source: Source) -> list[tuple[str, int, int, int]]:
+    """What changes when somebody writes to the source."""
+    files = [*source.files, source.directory / "config.json"]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found]
+
+
+def _digest(plan: Plan, stamps: list[tuple[str, int, int, int]]) -> str:
+    facts = [moezoo.__version__, plan.recipe.to_dict(), plan.config.to_dict(), stamps]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _dtype_word(tensors: Iterable[TensorPlan]) -> str:
+    words = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    return words[next(iter(tensors)).dtype]
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text if text.endswith("\n") else text + "\n")
+        file.flush()
+        os.fsync(file.fileno())

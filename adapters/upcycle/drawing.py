@@ -1,0 +1,76 @@
+"""What a plan needs beyond bytes: router rows, dtype conversion, expert arithmetic."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from moezoo.adapters.formats import Source
+from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.plan import Move, Plan
+from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.errors import NonFiniteWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def router_bytes(plan: Plan, layer: str, target: TensorPlan, inputs: Tensor | None) -> bytes:
+    """The router (E, D) of a layer, in the target's dtype. Needs torch only for sample inputs."""
+    experts, width = target.shape
+    rows = plan.router_init.rows(
+        experts, width, key=layer, seed=plan.recipe.seed, inputs=inputs
+    )  # fmt: skip
+    chosen = plan.init.router_rows(experts)
+    if chosen != list(range(experts)):
+        rows = array("f", (v for row in chosen for v in rows[row * width : (row + 1) * width]))
+    return _packed(rows, target.dtype)
+
+
+def converted(source: Source, move: Move) -> memoryview:
+    """A tensor in another dtype. Raises NonFiniteWeights where a weight leaves its range."""
+    return tensor_bytes(_cast(source.tensor(move.source.name), move.targets[0].dtype, move))
+
+
+def expert_tensors(
+    plan: Plan, layer: str, sources: Sequence[Source]
+) -> Iterator[tuple[str, memoryview]]:
+    """Every expert matrix of a layer with its name on disk; one expert in memory at a time."""
+    moves = [move for move in plan.moves if move.layer == layer]
+    names = {move.matrix or "": move for move in moves}
+    dense = [
+        {matrix: source.tensor(move.source.name) for matrix, move in names.items()}
+        for source in sources
+    ]
+    for index in range(plan.recipe.num_experts):
+        made = plan.init.expert(
+            dense, index, plan.recipe.num_experts, key=layer, seed=plan.recipe.seed
+        )
+        for matrix, move in names.items():
+            scaled = made[matrix] if move.scale == 1.0 else made[matrix] * move.scale
+            tensor = _cast(scaled, move.targets[index].dtype, move)
+            yield move.targets[index].name, tensor_bytes(tensor)
+
+
+def _cast(tensor: Tensor, dtype: str, move: Move) -> Tensor:
+    wanted = torch_dtype(dtype)
+    cast = tensor.to(wanted)
+    if not bool(cast.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise NonFiniteWeights(
+            f"a weight of {move.source.name!r} leaves the range of {dtype}",
+            key=move.source.name,
+            hint="Convert to bfloat16 or float32.",
+        )
+    return cast
+
+
+def _packed(values: array[float], dtype: str) -> bytes:
+    if dtype == "F32":
+        return struct.pack(f"<{len(values)}f", *values)
+    if dtype == "BF16":
+        words = (struct.unpack("<I", struct.pack("<f", value))[0] for value in values)
+        rounded = [(word + 0x7FFF + (word >> 16 & 1)) >> 16 for word in words]
+        return struct.pack(f"<{len(values)}H", *rounded)
+    return struct.pack(f"<{len(values)}{'e' if dtype == 'F16' else 'd'}", *values)
