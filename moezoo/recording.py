@@ -56,6 +56,13 @@ class Tape:
         """Statistics by layer (see `LayerStats`). Synchronises with the device."""
         return {name: layer_stats(routings) for name, routings in self.by_layer.items()}
 
+    def adapt(self) -> None:
+        """Let every router adapt what no gradient trains (balancing biases, thresholds, sparsity
+        coefficients) to the recorded routings: once per optimizer step, after it.
+        """
+        for name, routings in self.by_layer.items():
+            self.layers[name].router.adapt(routings)
+
     def _values(self, name: str) -> list[Tensor]:
         loss = router_losses.build(name)
         values = []
