@@ -1,1 +1,152 @@
-"""Dense models into sparse ones, and back: on disk (streamed) and live."""
+"""Dense models into sparse ones, and back: on disk (streamed) and live. No torch on import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from moezoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moezoo.adapters.upcycle.calibration import Calibration
+    from moezoo.adapters.upcycle.convert import ConversionReport
+
+
+@overload
+def upcycle(
+    model_or_path: nn.Module,
+    out: None = None,
+    *,
+    num_experts: int,
+    layers: Any = ...,
+    init: Any = ...,
+    preserve: str = ...,
+    router: Any = ...,
+    router_init: Any = ...,
+    capacity: Any = ...,
+    seed: int = ...,
+    dtype: str | None = ...,
+    max_shard_size: int | str = ...,
+    layout: str = ...,
+    overwrite: bool = ...,
+    allow_nonfinite: bool = ...,
+    calibration: Calibration | None = ...,
+) -> nn.Module: ...
+
+
+@overload
+def upcycle(
+    model_or_path: str | Path,
+    out: str | Path,
+    *,
+    num_experts: int,
+    layers: Any = ...,
+    init: Any = ...,
+    preserve: str = ...,
+    router: Any = ...,
+    router_init: Any = ...,
+    capacity: Any = ...,
+    seed: int = ...,
+    dtype: str | None = ...,
+    max_shard_size: int | str = ...,
+    layout: str = ...,
+    overwrite: bool = ...,
+    allow_nonfinite: bool = ...,
+    calibration: Calibration | None = ...,
+) -> ConversionReport: ...
+
+
+def upcycle(
+    model_or_path: nn.Module | str | Path,
+    out: str | Path | None = None,
+    *,
+    num_experts: int,
+    layers: Any = "odd",
+    init: Any = "copy",
+    preserve: str = "exact",
+    router: Any = "switch",
+    router_init: Any = "normal",
+    capacity: Any = "dropless",
+    seed: int = 0,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    layout: str = "auto",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    calibration: Calibration | None = None,
+) -> nn.Module | ConversionReport:
+    """Turn a dense T5 into a Switch model that computes the same (Sparse Upcycling, 2212.05055).
+
+    Args:
+        model_or_path: a live model (moezoo's or transformers'), or a checkpoint on disk.
+        out: the directory to write, for a checkpoint; it is streamed, never held in memory.
+        num_experts, layers, init, preserve, router, router_init, capacity, seed, dtype,
+            max_shard_size: the recipe; see `moezoo.adapters.upcycle.recipe.Recipe`.
+        layout, overwrite, allow_nonfinite: of what is written; see `moezoo.save` and `moezoo.load`.
+        calibration: sample ids for router initialisations that need them.
+
+    Returns:
+        A new live model for a live model, the report of the conversion for a path.
+
+    Raises MoezooError naming what does not fit; the target is then what it was.
+    """
+    from moezoo.adapters.upcycle.recipe import Recipe
+
+    recipe = Recipe(
+        num_experts=num_experts,
+        layers=layers,
+        init=init,
+        preserve=preserve,
+        router=router,
+        router_init=router_init,
+        capacity=capacity,
+        seed=seed,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    if isinstance(model_or_path, (str, Path)):
+        from moezoo.adapters.upcycle.convert import convert
+
+        if out is None:
+            hint = "Pass out=..., or load the model first."
+            raise ConfigError("a checkpoint on disk needs a target", field="out", hint=hint)
+        return convert(
+            model_or_path,
+            out,
+            recipe,
+            layout=layout,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            calibration=calibration,
+        )
+    from moezoo.adapters.upcycle.live import upcycle_model
+
+    if out is not None:
+        hint = "Save the result with moezoo.save."
+        raise ConfigError("a live model is not written", field="out", hint=hint)
+    made = upcycle_model(model_or_path, recipe, calibration=calibration)
+    if dtype is not None:
+        import torch
+
+        made = made.to(getattr(torch, dtype))
+    return made
+
+
+def downcycle(model_or_path: nn.Module | str | Path, out: str | Path | None = None) -> Any:
+    """The inverse of `upcycle`; byte-identical tensors where it was exact.
+
+    Args:
+        model_or_path: a live model, whose dense twin is returned, or a checkpoint on disk.
+        out: the directory to write, for a checkpoint; None returns its dense tensors by name.
+
+    Raises TensorMismatch naming a layer whose experts differ.
+    """
+    if isinstance(model_or_path, (str, Path)):
+        from moezoo.adapters.upcycle.downcycle import downcycle_checkpoint
+
+        return downcycle_checkpoint(model_or_path, out)
+    from moezoo.adapters.upcycle.live import downcycle_model
+
+    return downcycle_model(model_or_path)

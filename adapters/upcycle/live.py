@@ -1,4 +1,4 @@
-"""Upcycling a model in memory, and taking it back; the mathematics is the streaming conversion's."""
+"""Upcycling a model in memory, and taking it back, by the streaming conversion's arithmetic."""
 
 from __future__ import annotations
 

@@ -1,0 +1,103 @@
+"""Live models of Hugging Face transformers into moezoo models, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.adapters.families import family_of, layout_for
+from moezoo.adapters.families.base import TASK_SUFFIX, Weights
+from moezoo.adapters.names import disk_names, is_ignored, memory_name
+from moezoo.building import TASKS, build
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError
+
+
+@torch.no_grad()
+def from_transformers(model: nn.Module) -> nn.Module:
+    """A moezoo model that computes what a transformers T5 or Switch computes; weights are copied.
+
+    Raises ConfigError for a model that is not of the family.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        found = type(model).__name__
+        raise ConfigError("not a transformers model", field="model", found=found)
+    state = {n: t for n, t in model.state_dict().items() if not is_ignored(n)}
+    head, shared = state.get("lm_head.weight"), state.get("shared.weight")
+    own_head = head is not None and shared is not None and head.data_ptr() != shared.data_ptr()
+    values = config.to_dict()
+    family = family_of(values)
+    ours = family.read(values, Weights(frozenset(state), own_head))
+    twin = build(ours, task=_task(model), device="meta")
+    twin.load_state_dict(_stacked(state, own_head), strict=True, assign=True)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)
+    return twin.train(model.training)
+
+
+@torch.no_grad()
+def to_transformers(model: nn.Module) -> nn.Module:
+    """A transformers model that computes what a moezoo model computes; weights are copied.
+
+    Raises ConfigError, with the reason, when no class of transformers can.
+    """
+    import transformers
+
+    ours = getattr(model, "config", None)
+    task = next((name for name, kind in TASKS.items() if type(model) is kind), None)
+    if not isinstance(ours, SwitchConfig) or task is None:
+        found = type(model).__name__
+        raise ConfigError("not a moezoo model", field="model", found=found)
+    family = layout_for(ours, "huggingface")
+    values = family.write(ours, task)
+    (architecture,) = values.pop("architectures")
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    twin: nn.Module = getattr(transformers, architecture)(config)
+    state = {
+        disk: part.clone()
+        for name, tensor in model.state_dict().items()
+        for disk, part in _parts(name, tensor, family.mlp, ours.num_experts)
+    }
+    if task == "conditional_generation" and "lm_head.weight" in state:
+        twin.lm_head.weight = nn.Parameter(state["lm_head.weight"])  # untied from the embeddings
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    missing = [n for n in missing if not is_ignored(n) and n != "lm_head.weight"]
+    assert not missing, f"transformers wants {missing}"
+    assert not unexpected, f"transformers does not know {unexpected}"
+    return twin.train(model.training)
+
+
+def _parts(name: str, tensor: Tensor, mlp: str, num_experts: int) -> list[tuple[str, Tensor]]:
+    names = disk_names(name, mlp=mlp, num_experts=num_experts)
+    stacked = ".mlp.experts." in name
+    return list(zip(names, tensor.unbind(0) if stacked else [tensor], strict=True))
+
+
+def _stacked(state: dict[str, Tensor], own_head: bool) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        place = memory_name(name)
+        if place.name == "lm_head.weight" and not own_head:
+            continue
+        if place.expert is None:
+            made[place.name] = tensor.detach().clone()
+        else:
+            experts.setdefault(place.name, {})[place.expert] = tensor.detach()
+    for name, parts in experts.items():
+        made[name] = torch.stack([parts[e] for e in range(len(parts))])
+    return made
+
+
+def _task(model: nn.Module) -> str:
+    name = type(model).__name__
+    task = next((task for task, suffix in TASK_SUFFIX.items() if name.endswith(suffix)), None)
+    if name.endswith("EncoderModel"):
+        task = "encoder"
+    if task is None:
+        hint = f"Pass a model whose class ends in {' or '.join(TASK_SUFFIX.values())}."
+        raise ConfigError("unknown head", field="model", found=name, hint=hint)
+    return task
