@@ -113,7 +113,7 @@ class _Tensors:
     dtype: torch.dtype | None
     allow_nonfinite: bool
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], *, floating: bool = True) -> Tensor:
         """The tensor called `name` (without the prefix), as stored. Raises TensorMismatch."""
         full = self.description.prefix + name
         info = self.source.info(full)
@@ -127,11 +127,10 @@ class _Tensors:
                 hint="config.json does not belong to these weights, or an override changes shapes.",
             )
         tensor = self.source.tensor(full)
-        if not tensor.is_floating_point() and not full.endswith(".table"):
-            found = info.dtype
-            raise TensorMismatch(
-                f"{full} is not floating", path=self.source.path, key=full, found=found
-            )
+        if tensor.is_floating_point() != floating:
+            kind = "floating" if floating else "an integer"
+            reason = f"{full} is not {kind}"
+            raise TensorMismatch(reason, path=self.source.path, key=full, found=info.dtype)
         if not self.allow_nonfinite and tensor.is_floating_point() and not _is_finite(tensor):
             hint = "Pass allow_nonfinite=True to load it all the same."
             reason = f"{full} holds NaN or infinity"
@@ -155,7 +154,9 @@ def _fill(model: nn.Module, tensors: _Tensors, task: str) -> None:
         if places is None:
             raise _missing(name, model, description, tensors.source)
         if None in places:
-            state[name] = tensors.placed(tensors.get(places[None], tuple(parameter.shape)))
+            floating = parameter.is_floating_point()
+            found = tensors.get(places[None], tuple(parameter.shape), floating=floating)
+            state[name] = tensors.placed(found)
         else:
             state[name] = _stacked(name, parameter, places, tensors)
     unused = sorted(set(description.places) - set(state))

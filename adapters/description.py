@@ -11,7 +11,7 @@ from typing import Any
 
 from moezoo.adapters.families import Family, T5Family, UMT5Family, Weights, family_of
 from moezoo.adapters.formats.base import Source
-from moezoo.adapters.names import common_prefix, is_ignored, memory_name
+from moezoo.adapters.names import MemoryName, common_prefix, is_ignored, memory_name
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, CorruptFile, TensorMismatch
 
@@ -125,7 +125,7 @@ def _places(names: list[str], source: Source) -> dict[str, dict[int | None, str]
     for name in names:
         if is_ignored(name):
             continue
-        place = memory_name(name)
+        place = _place(name, source)
         experts = places.setdefault(place.name, {})
         if place.expert in experts and place.name != "lm_head.weight":
             reason = f"{name!r} and {experts[place.expert]!r} are the same parameter"
@@ -135,6 +135,15 @@ def _places(names: list[str], source: Source) -> dict[str, dict[int | None, str]
     if "shared.weight" not in places and alias:
         places["shared.weight"] = {None: alias}
     return places
+
+
+def _place(name: str, source: Source) -> MemoryName:
+    try:
+        return memory_name(name)
+    except TensorMismatch as error:
+        raise TensorMismatch(
+            error.message, path=source.path, key=error.key, hint=error.hint
+        ) from None
 
 
 def _has_own_head(source: Source, prefix: str, places: Mapping[str, dict[int | None, str]]) -> bool:
