@@ -20,8 +20,8 @@ class Reroute(CapacityPolicy):
 
     Args:
         factor, eval_factor, limit, rule: see `moezoo.capacity.limits.Limit`.
-        hops: how many further experts a pair may try; None: all, so that nothing is dropped where
-            the places suffice. Time grows with hops * pairs.
+        hops: how many further experts a pair may try; None: all, so that for k = 1 nothing is
+            dropped where the places suffice. Time grows with hops * pairs.
     """
 
     causal = False
