@@ -7,8 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moezoo.functional.assign import best_experts
 from moezoo.functional.queues import positions_in_runs, queue_positions, reorder
 from moezoo.records import Assignment
+
+_FEW = 16  # so many passes over the scores are cheaper than sorting them
 
 
 def first_choice_weights(assignment: Assignment) -> Tensor:
@@ -42,14 +45,14 @@ def keep_or_move(assignment: Assignment, probs_TE: Tensor, limit: int, hops: int
     """
     a = assignment
     seated_N = a.kept & (queue_positions(a) < limit)
-    prefer_TE, others_T = _other_experts(a, probs_TE)
+    prefer_TM, others_T = _other_experts(a, probs_TE, hops)
     expert_N, tried_T = a.expert, torch.zeros_like(others_T)
     for _ in range(min(hops, a.num_experts - 1)):
         waiting_N = a.kept & ~seated_N
         turn_N = _turns(a.token, waiting_N, a.num_tokens)
         column_N = tried_T[a.token] + turn_N
         trying_N = waiting_N & (column_N < others_T[a.token])
-        target_N = prefer_TE[a.token, column_N.clamp(max=a.num_experts - 1)]
+        target_N = prefer_TM[a.token, column_N.clamp(max=prefer_TM.shape[1] - 1)]
         tried_T = tried_T.index_add(0, a.token, waiting_N.long())
         place_N = _places(a, expert_N, seated_N, target_N, trying_N)
         lucky_N = trying_N & (place_N < limit)
@@ -60,15 +63,19 @@ def keep_or_move(assignment: Assignment, probs_TE: Tensor, limit: int, hops: int
     return replace(a, expert=expert_N, weight=weight_N, kept=seated_N)
 
 
-def _other_experts(a: Assignment, probs_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token: the experts by falling probability, those proposed already last (T, E); and how
-    many come before those (T,).
+def _other_experts(a: Assignment, probs_TE: Tensor, hops: int) -> tuple[Tensor, Tensor]:
+    """Per token: the M experts that it may try, by falling probability, those proposed already last
+    (T, M); and how many are not proposed (T,).
     """
     proposed_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
     proposed_TE = proposed_TE.index_put((a.token, a.expert), torch.ones_like(a.kept))
     score_TE = torch.where(proposed_TE, -1.0, probs_TE.detach())
-    prefer_TE = score_TE.sort(dim=-1, descending=True, stable=True).indices
-    return prefer_TE, (~proposed_TE).sum(-1)
+    most = hops * a.choices
+    if 0 < most <= min(a.num_experts, _FEW):
+        prefer_TM = best_experts(score_TE, most)
+    else:
+        prefer_TM = score_TE.sort(dim=-1, descending=True, stable=True).indices
+    return prefer_TM, (~proposed_TE).sum(-1)
 
 
 def _turns(token_N: Tensor, waiting_N: Tensor, num_tokens: int) -> Tensor:

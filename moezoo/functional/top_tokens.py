@@ -33,6 +33,6 @@ def best_tokens(score_RS: Tensor, count: int) -> Tensor:
     if score_RS.dtype != torch.float32:
         return score_RS.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     bits_RS = (score_RS + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered_RS = torch.where(bits_RS >= 0, bits_RS, bits_RS ^ 0x7FFFFFFF).long()
+    key_RS = torch.where(bits_RS >= 0, bits_RS, bits_RS ^ 0x7FFFFFFF).long()  # ordered as scores
     place_S = torch.arange(size - 1, -1, -1, device=score_RS.device)
-    return (ordered_RS * 2**32 + place_S).topk(count, dim=-1).indices
+    return key_RS.mul_(2**32).add_(place_S).topk(count, dim=-1).indices

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moezoo.errors import ConfigError
+from moezoo.functional.assign import best_experts
 from moezoo.functional.collective import num_ranks, summed_over_ranks
 from moezoo.functional.gates import gate_logits
 from moezoo.functional.top_tokens import fair_share
@@ -24,7 +26,8 @@ class ExpertThresholdRouter(Router):
 
     Expert e takes token t iff p_e(t) >= q_e, where q_e is a moving average of the C-th largest p_e
     of a training step, C = factor * T / E: as many tokens as expert choice would take, but each
-    decided by itself, in training too. Before the first `adapt`, q_e is 1 / E.
+    decided by itself, in training too. Until the first `adapt` has set the thresholds, tokens take
+    their ceil(factor) most probable experts.
 
     Args:
         d_model, num_experts: sizes of the classifier (E, D).
@@ -69,9 +72,16 @@ class ExpertThresholdRouter(Router):
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
         probs_TE = logits_TE.softmax(dim=-1)
-        chosen_TE = probs_TE.detach() >= self.threshold
+        chosen_TE = self._reached(probs_TE.detach())
         pairs = varying_choice(chosen_TE, probs_TE, tokens, self.max_choices)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
+
+    def _reached(self, probs_TE: Tensor) -> Tensor:
+        """Which experts (T, E) each token is sent to."""
+        few = min(math.ceil(self.factor), self.num_experts)
+        best_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
+        best_TE.scatter_(1, best_experts(probs_TE, few), True)
+        return torch.where(self.num_updates > 0, probs_TE >= self.threshold, best_TE)
 
     @torch.no_grad()
     def adapt(self, routings: Sequence[Routing]) -> None:

@@ -50,12 +50,13 @@ class NoisyTopKRouter(Router):
         noisy_TE = clean_TE
         if self.training:
             noisy_TE = clean_TE + torch.randn_like(clean_TE) * scale_TE
-        expert_TK = best_experts(noisy_TE, self.k)
+        ranked_TK = best_experts(noisy_TE, min(self.k + 1, self.num_experts))
+        expert_TK = ranked_TK[:, : self.k]
         if self.k > 1:
             weight_TK = noisy_TE.gather(1, expert_TK).softmax(dim=-1)
         else:
             weight_TK = noisy_TE.softmax(dim=-1).gather(1, expert_TK)
-        load_TE = self._expected_load(clean_TE, noisy_TE, scale_TE)
+        load_TE = self._expected_load(clean_TE, noisy_TE, scale_TE, ranked_TK)
         if tokens.real is not None:
             load_TE = torch.where(tokens.real[:, None], load_TE, 0.0)
         return Routing(
@@ -66,11 +67,16 @@ class NoisyTopKRouter(Router):
             real=tokens.real,
         )
 
-    def _expected_load(self, clean_TE: Tensor, noisy_TE: Tensor, scale_TE: Tensor) -> Tensor:
-        """P(x, i) (T, E): the chance that expert i is chosen if its noise is drawn anew (eq. 9)."""
+    def _expected_load(
+        self, clean_TE: Tensor, noisy_TE: Tensor, scale_TE: Tensor, ranked_TK: Tensor
+    ) -> Tensor:
+        """P(x, i) (T, E): the chance that expert i is chosen if its noise is drawn anew (eq. 9).
+
+        `ranked_TK` (T, k + 1) are the experts of highest noisy score.
+        """
         if self.k == self.num_experts:
             return torch.ones_like(clean_TE)
-        top_TK = noisy_TE.topk(self.k + 1, dim=-1).values
+        top_TK = noisy_TE.gather(1, ranked_TK)
         last_in_T1, first_out_T1 = top_TK[:, -2:-1], top_TK[:, -1:]
         # The k-th highest score of the others: one further down for those who are in themselves.
         bar_TE = torch.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)

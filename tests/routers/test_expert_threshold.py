@@ -20,6 +20,7 @@ def threshold_router(**options: object) -> ExpertThresholdRouter:
 def test_experts_take_the_tokens_that_reach_their_threshold() -> None:
     tokens, router = batch(12, padded=True), threshold_router()
     router.threshold.copy_(torch.tensor([0.1, 0.2, 0.5, 0.9]))
+    router.num_updates.fill_(1)
     assert tokens.real is not None
     probs = (tokens.x @ router.classifier.weight.T).softmax(-1)
     wanted = [
@@ -29,6 +30,13 @@ def test_experts_take_the_tokens_that_reach_their_threshold() -> None:
         if tokens.real[t] and probs[t, e] >= router.threshold[e]
     ]
     assert pairs(router(tokens)) == wanted
+
+
+def test_before_any_adaptation_tokens_take_their_best_experts() -> None:
+    tokens = batch(12)
+    for factor, k in ((0.5, 1), (2.0, 2)):
+        early = sorted(pairs(threshold_router(factor=factor)(tokens)))
+        assert early == sorted(pairs(make("top_k", k=k)(tokens)))
 
 
 def test_first_adaptation_makes_it_equal_to_expert_choice_on_the_same_tokens() -> None:
@@ -77,6 +85,7 @@ def test_max_choices_keeps_the_highest_gates_in_a_fixed_shape() -> None:
     free, bound = threshold_router(), threshold_router(max_choices=1)
     for router in (free, bound):
         router.threshold.fill_(0.05)
+        router.num_updates.fill_(1)
     routing = free(tokens)
     assert routing.probs is not None
     best = routing.probs.argmax(-1).tolist()

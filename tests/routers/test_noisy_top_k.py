@@ -62,5 +62,6 @@ def test_expected_load_adds_up_to_about_k_per_token() -> None:
     scale = torch.nn.functional.softplus(tokens.x @ router.noise.weight.T)
     draws = clean + torch.randn(4000, 4) * scale
     chosen = torch.zeros(4).index_add_(0, draws.topk(2).indices.flatten(), torch.ones(8000)) / 4000
-    smooth = router._expected_load(clean.expand(4000, 4), draws, scale.expand(4000, 4)).mean(0)
+    wide = clean.expand(4000, 4), draws, scale.expand(4000, 4), draws.topk(3).indices
+    smooth = router._expected_load(*wide).mean(0)
     assert torch.allclose(chosen, smooth, atol=0.03)
