@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moezoo.config import SwitchConfig
 from moezoo.experts.base import Experts
+from moezoo.experts.feed_forward import FeedForward
 from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.models.attention import Attention
 from moezoo.models.feed_forward import DenseMLP
@@ -48,10 +49,9 @@ def _initialize_module(module: nn.Module, config: SwitchConfig) -> None:
         _draw(module.k.weight, factor * width**-0.5, config)
         _draw(module.v.weight, factor * width**-0.5, config)
         _draw(module.o.weight, factor * inner**-0.5, config)
-    elif isinstance(module, DenseMLP):
-        for name, weight in module.named_parameters():
-            fan_in = config.d_ff if name.startswith("wo") else width
-            _draw(weight, factor * fan_in**-0.5, config)
+    elif isinstance(module, (DenseMLP, FeedForward)):
+        for weight in module.parameters():
+            _draw(weight, factor * weight.shape[-1] ** -0.5, config)
     elif isinstance(module, Router):
         for parameter in module.parameters():
             if parameter.dim() == 2:

@@ -7,7 +7,7 @@ import torch
 
 import moezoo
 from moezoo.errors import ConfigError
-from moezoo.experts import SharedExpert
+from moezoo.experts import FeedForward, SharedExpert
 
 
 def test_a_shared_expert_adds_its_network_to_every_token() -> None:
@@ -49,6 +49,26 @@ def test_a_model_gets_one_per_sparse_layer_from_its_config() -> None:
     assert [branch.expert.d_ff for branch in found] == [4, 4]
     ids = torch.randint(32, (2, 5))
     assert torch.isfinite(model(ids, labels=ids).loss)
+
+
+def test_every_feed_forward_of_a_model_starts_at_the_papers_scale() -> None:
+    config = moezoo.SwitchConfig(
+        vocab_size=32,
+        d_model=64,
+        d_kv=4,
+        d_ff=64,
+        num_heads=2,
+        num_layers=2,
+        num_experts=2,
+        experts={"name": "modules", "sizes": [64, 256]},
+        shared_expert={"d_ff": 128},
+    )
+    found = [m for m in moezoo.build(config, seed=0).modules() if isinstance(m, FeedForward)]
+    assert len(found) == 6
+    for module in found:
+        for weight in module.parameters():
+            wanted = (0.1 / weight.shape[-1]) ** 0.5
+            assert 0.85 < weight.std().item() / wanted < 1.05
 
 
 def test_an_unknown_option_is_refused_with_the_nearest() -> None:
