@@ -1,0 +1,20 @@
+"""Hypothesis profiles: dev 25 examples, ci 200, nightly 100,000; HYPOTHESIS_PROFILE picks one."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+for _name, _examples in (("dev", 25), ("ci", 200), ("nightly", 100_000)):
+    settings.register_profile(
+        _name,
+        max_examples=_examples,
+        deadline=None,  # shared machines stall; a time limit here would fail at random
+        derandomize=_name == "ci",
+        print_blob=True,
+        suppress_health_check=_SLOW_IS_FINE,
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

@@ -1,0 +1,143 @@
+"""The house stands as docs/architecture.md says: who may import whom, and what nobody may do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.imports import MODULES, ROOT, SOURCES, imports, module_name, parsed, unit
+
+COMPONENTS = {"routers", "capacity", "experts", "losses"}
+TORCH_FREE = [
+    "moezoo",
+    "moezoo.config",
+    "moezoo.cost",
+    "moezoo.errors",
+    "moezoo.presets",
+    "moezoo.registry",
+    "moezoo.adapters.plan",
+    "moezoo.adapters.upcycle.convert",
+    "moezoo.adapters.upcycle.stream",
+    *(name for name in MODULES if unit(name) == "cli" and not name.endswith("__main__")),
+]
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+
+
+def layers() -> dict[str, int]:
+    """Layer by unit, from the table of docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.MULTILINE)
+    return {name: int(layer) for layer, units in rows for name in re.findall(r"`(\w+)`", units)}
+
+
+def test_every_unit_has_a_layer_and_every_layer_is_there() -> None:
+    assert set(layers()) == {unit(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_never_go_up(module: str) -> None:
+    order = layers()
+    for imported in imports(module):
+        if imported == "moezoo":
+            continue  # the face: names are looked up when used, so it is below everything
+        allowed = order[unit(imported)] <= order[unit(module)]
+        assert allowed, f"{module} must not import {imported}: it is on a higher layer"
+
+
+def test_units_never_import_each_other() -> None:
+    edges: dict[str, set[str]] = {}
+    for module in MODULES:
+        targets = {unit(name) for name in imports(module) if name != "moezoo"}
+        edges.setdefault(unit(module), set()).update(targets - {unit(module)})
+    while edges:
+        leaves = {name for name, targets in edges.items() if not targets & set(edges)}
+        assert leaves, f"a circle among {sorted(edges)}"
+        edges = {name: targets for name, targets in edges.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("module", ["moezoo.layer", "moezoo.pairing"])
+def test_the_layer_knows_components_only_by_their_base(module: str) -> None:
+    for imported in imports(module):
+        assert unit(imported) not in COMPONENTS or imported.endswith(".base"), imported
+
+
+def test_what_promises_to_be_light_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        f"import sys, importlib\nfor name in {TORCH_FREE!r}:\n    importlib.import_module(name)\n"
+    )
+    code += "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_building_and_running_a_layer_needs_no_numpy() -> None:
+    code = """
+import sys
+sys.modules["numpy"] = None
+import warnings
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import torch, moezoo
+layer = moezoo.SparseMLP(8, 16, 4)
+assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+moezoo.build("t5-small", device="meta")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_nothing_runs_foreign_code(path: Path) -> None:
+    for node in ast.walk(parsed(path)):
+        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not FORBIDDEN_MODULES & {name.split(".")[0] for name in names}, where
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name):
+            assert node.func.id not in FORBIDDEN_CALLS, where
+        if ast.unparse(node.func) in ("torch.load", "torch.serialization.load"):
+            safe = {k.arg: k.value for k in node.keywords}.get("weights_only")
+            assert isinstance(safe, ast.Constant) and safe.value is True, where
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_files_and_functions_fit_their_size(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert _code_lines(node) <= 50, f"{node.name}, line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_error_is_swallowed(path: Path) -> None:
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = "" if node.type is None else ast.unparse(node.type)
+            told = any(isinstance(n, ast.Raise) or _warns(n) for n in ast.walk(node))
+            broad = caught in ("", "BaseException") or "Exception" in caught.split(".")
+            assert told or not broad, f"line {node.lineno}: except {caught}"
+
+
+def test_no_file_is_called_after_nothing() -> None:
+    vague = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
+    assert not [name for name in MODULES if vague & set(name.split("."))]
+
+
+def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's body, its docstring apart."""
+    first, last = node.body[0], node.end_lineno or node.lineno
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        return last - (first.end_lineno or first.lineno)
+    return last - first.lineno + 1
+
+
+def _warns(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
