@@ -140,6 +140,10 @@ class TensorFile:
         assert len(start) == self._header_size, "metadata may change its values, not its length"
         self._put(start, 0)
 
+    def flush(self) -> None:
+        """Send what is written to the disk."""
+        os.fdatasync(self._descriptor)
+
     def close(self) -> None:
         """Check that every tensor is whole, flush to disk, close."""
         short = next((t for t in self._order if self._written[t.name] != t.nbytes), None)

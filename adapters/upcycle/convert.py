@@ -17,6 +17,7 @@ from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Plan, make_plan
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
+from moezoo.adapters.upcycle.background import Flusher
 from moezoo.adapters.upcycle.calibration import Calibration, layer_inputs
 from moezoo.adapters.upcycle.partial import partial_directory
 from moezoo.adapters.upcycle.provenance import Provenance, model_card, unhashed
@@ -170,10 +171,11 @@ def _fill(
         for name, group in shards.items():
             files[name] = TensorFile(directory / name, group, provenance.metadata())
         home = {tensor.name: files[name] for name, group in shards.items() for tensor in group}
-        sink = Sink(files, home, resumed, progress or (lambda _: None))
-        hashes = transfer(
-            plan, checkpoint.source, sink, allow_nonfinite=allow_nonfinite, inputs=inputs
-        )
+        with Flusher() as flusher:
+            sink = Sink(files, home, resumed, progress or (lambda _: None), flusher)
+            hashes = transfer(
+                plan, checkpoint.source, sink, allow_nonfinite=allow_nonfinite, inputs=inputs
+            )
         for file in files.values():
             file.rewrite_metadata(provenance.with_hashes(hashes).metadata())
             file.close()

@@ -46,6 +46,7 @@ class _Masks:
     mantissa_top: int  # the bit above the mantissa
     above_zero: int  # added to exponents, carries into the sign bit iff the exponent is above 0
     too_large: int  # the same iff the scaled exponent would reach infinity's
+    step: int  # added to a word, scales it
 
 
 @functools.lru_cache(maxsize=16)
@@ -64,6 +65,7 @@ def _masks(words: int, dtype: str, step: int) -> _Masks:
         mantissa_top=repeat(unit),
         above_zero=repeat(sign - unit),
         too_large=repeat(sign - max(infinity - step * unit, 0)),
+        step=repeat(step * unit),
     )
 
 
@@ -77,6 +79,8 @@ def _shifted(content: bytes | memoryview, dtype: str, step: int) -> bytes | memo
     exponent = number & masks.exponent
     normal = (exponent + masks.above_zero) & masks.sign
     special = (exponent + masks.too_large) & masks.sign
+    if normal == masks.sign and not special:
+        return (number + masks.step).to_bytes(len(content), "little")
     if normal != masks.sign:
         filled = ((number & masks.mantissa) + masks.mantissa) & masks.mantissa_top
         special |= (filled << (8 * size - 1 - mantissa)) & (normal ^ masks.sign)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorFile
+from moezoo.adapters.upcycle.background import FileHashes, Flusher
 from moezoo.adapters.upcycle.calibration import LayerInputs
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.finite import check_finite
@@ -27,12 +26,14 @@ class Sink:
     home: Mapping[str, TensorFile]
     resumed: bool
     progress: Progress
+    flusher: Flusher
 
     def put(self, name: str, content: bytes | memoryview, offset: int = 0) -> None:
         """Write a part of a tensor; after a kill, only where the file does not hold it already."""
         file = self.home[name]
         if not (self.resumed and file.holds(name, content, offset)):
             file.put(name, content, offset)
+        self.flusher.wrote(file, len(content))
         self.progress(len(content))
 
 
@@ -53,21 +54,21 @@ def transfer(
         sink.put(target.name, router_bytes(plan, layer, target, sample))
     moves = {move.source.name: move for move in plan.moves}
     pending = {move.layer for move in plan.moves}
-    hashes = _FileHashes(source)
-    for name, info in source.tensors.items():
-        move = moves.get(name)
-        position = 0
-        for chunk in source.chunks(name, CHUNK):
-            hashes.update(info.path, chunk)
-            if move is not None:
-                if not allow_nonfinite:
-                    check_finite(chunk, info.dtype, name, source.path)
-                if _is_bytes(plan, move):
-                    _spread(move, chunk, position, sink)
-            position += len(chunk)
-        if move is not None and not _is_bytes(plan, move):
-            _compute(plan, move, source, sink, pending)
-    return hashes.finished()
+    with FileHashes(source) as hashes:
+        for name, info in source.tensors.items():
+            move = moves.get(name)
+            position = 0
+            for chunk in source.chunks(name, CHUNK):
+                hashes.update(info.path, chunk)
+                if move is not None:
+                    if not allow_nonfinite:
+                        check_finite(chunk, info.dtype, name, source.path)
+                    if _is_bytes(plan, move):
+                        _spread(move, chunk, position, sink)
+                position += len(chunk)
+            if move is not None and not _is_bytes(plan, move):
+                _compute(plan, move, source, sink, pending)
+        return hashes.finished()
 
 
 def _is_bytes(plan: Plan, move: Move) -> bool:
@@ -91,41 +92,3 @@ def _compute(plan: Plan, move: Move, source: Source, sink: Sink, pending: set[st
         pending.discard(move.layer)
         for name, content in drawing.expert_tensors(plan, move.layer, (source,)):
             sink.put(name, content)
-
-
-class _FileHashes:
-    """sha256 of the source's files, fed by the tensors as they pass, or read at the end where a
-    container does not show its bytes.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._streamed: dict[Path, hashlib._Hash] = {}
-        if source.kind == "safetensors":
-            first: dict[Path, int] = {}
-            for info in source.tensors.values():
-                if info.path is not None:
-                    first[info.path] = min(first.get(info.path, info.offset), info.offset)
-            for path, offset in first.items():
-                with path.open("rb") as file:
-                    self._streamed[path] = hashlib.sha256(file.read(offset))
-
-    def update(self, path: Path | None, chunk: memoryview) -> None:
-        if path in self._streamed:
-            self._streamed[path].update(chunk)
-
-    def finished(self) -> dict[str, str]:
-        hashes: dict[str, str] = {}
-        for file in self._source.files:
-            streamed = self._streamed.get(file)
-            hashes[file.name] = file_hash(file) if streamed is None else streamed.hexdigest()
-        return hashes
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
