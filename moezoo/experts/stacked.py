@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
+from moezoo.functional.dropout import Dropout
 from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.ops.grouped_linear import grouped_linear
 
@@ -42,7 +43,7 @@ class StackedExperts(Experts):
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
         self.activation = activation
         self.function, self.gated = activation_of(activation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         inner, outer = (num_experts, d_ff, d_model), (num_experts, d_model, d_ff)
         if self.gated:
             self.wi_0 = nn.Parameter(torch.empty(inner))

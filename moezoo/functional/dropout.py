@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LEVELS = 1 << 16
@@ -25,7 +25,7 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     threshold = round(p * _LEVELS)
     if not plain or not 0 < threshold < _LEVELS:
         return F.dropout(x, p, training=True)
-    out: Tensor = _Dropout.apply(x, threshold)
+    out: Tensor = _Dropout.apply(x, threshold)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -36,6 +36,13 @@ def kept(shape: torch.Size, threshold: int) -> Tensor:
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return (words.view(torch.int16)[:count] >= threshold - _LEVELS // 2).view(shape)
+
+
+class Dropout(nn.Dropout):
+    """`dropout` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, training=self.training)
 
 
 class _Dropout(torch.autograd.Function):

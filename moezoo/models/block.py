@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from moezoo.assemble import make_moe
 from moezoo.config import SwitchConfig
+from moezoo.functional.dropout import Dropout
 from moezoo.layer import MoE
 from moezoo.models.attention import Attention
 from moezoo.models.cache import DecoderCache
-from moezoo.models.dropout import Dropout
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import RMSNorm
 from moezoo.records import Routing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moezoo.functional.activations import activation
-from moezoo.models.dropout import Dropout
+from moezoo.functional.dropout import Dropout
 from moezoo.models.linear import Linear
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moezoo.config import SwitchConfig
+from moezoo.functional.dropout import Dropout
 from moezoo.models.attention import causal_mask, key_mask, merged_bias
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
-from moezoo.models.dropout import Dropout
 from moezoo.models.norm import RMSNorm
 from moezoo.records import Routing
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_MOST_ROWS = 4
+MOST_ROWS = 4
 _MOST_ROWS_TALL = 8  # for heads, whose output is much wider than their input
 _TALL = 8
 
@@ -19,23 +19,23 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     matrix-vector product of MKL, which does not keep enough loads in flight
     (benchmarks/decode.py). Sums are ordered differently, so values differ in the last bits.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
     if not _pays(x, weight, rows):
         return F.linear(x, weight)
-    x_MK = x.reshape(rows, x.shape[-1])
+    x_MK = x.view(rows, width) if x.is_contiguous() else x.reshape(rows, width)
     if rows == 1:
-        y = torch.mm(weight, x_MK.repeat(2, 1).t())[:, 0].contiguous()
+        y = torch.mm(weight, torch.cat((x_MK, x_MK)).t())[:, 0].contiguous()
     else:
         y = torch.mm(weight, x_MK.t()).t().contiguous()
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _pays(x: Tensor, weight: Tensor, rows: int) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not 1 <= rows <= _MOST_ROWS_TALL or torch.is_grad_enabled() or x.dtype != torch.float32:
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if rows > MOST_ROWS and weight.shape[0] < _TALL * weight.shape[1]:
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or weight.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    tall = weight.shape[0] >= _TALL * weight.shape[1]
-    return 1 <= rows <= (_MOST_ROWS_TALL if tall else _MOST_ROWS)
+    return not torch.is_autocast_enabled("cpu")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.ops.few_rows import MOST_ROWS, few_rows_linear
+
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
@@ -32,7 +34,10 @@ class _GroupedOuter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(a, b, counts)
-        out = a.new_zeros(counts.shape[0], a.shape[1], b.shape[1])
+        out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+        for expert, count in enumerate(counts.tolist()):
+            if not count:
+                out[expert].zero_()
         for expert, rows in _runs(counts):
             torch.mm(a[rows].t(), b[rows], out=out[expert])
         return out
@@ -61,9 +66,16 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def _loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, rows in _runs(counts):
-        torch.mm(x[rows], weight[expert].t(), out=out[rows])
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    runs = _runs(counts)
+    out[runs[-1][1].stop if runs else 0 :].zero_()
+    # Under autocast the product would round to bfloat16; `mm` with `out` does not.
+    thin = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    for expert, rows in runs:
+        if thin and rows.stop - rows.start <= MOST_ROWS:
+            out[rows] = few_rows_linear(x[rows], weight[expert])
+        else:
+            torch.mm(x[rows], weight[expert].t(), out=out[rows])
     return out
 
 
