@@ -41,8 +41,11 @@ class BatchPriority(CapacityPolicy):
     def forward(self, routing: Routing) -> Assignment:
         assignment = routing.assignment
         assert isinstance(assignment, Assignment)
+        limit = self.limit(routing)
+        if limit >= assignment.group_size:
+            return assignment  # nobody has to be served before another
         ordered = by_priority(assignment, first_choice_weights(assignment))
-        return keep_first(ordered, self.limit(routing))
+        return keep_first(ordered, limit)
 
     def extra_repr(self) -> str:
         return repr(self._limit)

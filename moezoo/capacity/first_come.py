@@ -49,9 +49,12 @@ class FirstCome(CapacityPolicy):
     def forward(self, routing: Routing) -> Assignment:
         assignment = routing.assignment
         assert isinstance(assignment, Assignment)
+        limit = self.limit(routing)
+        if limit is None or limit >= assignment.group_size:
+            return assignment  # a token stands once in a queue, so none is longer
         if self.order == "token" and assignment.choices != 1:
             assignment = token_major(assignment)
-        return keep_first(assignment, self.limit(routing))
+        return keep_first(assignment, limit)
 
     def extra_repr(self) -> str:
         return f"{self._limit}, order={self.order!r}"

@@ -50,8 +50,11 @@ class RandomOrder(CapacityPolicy):
     def forward(self, routing: Routing) -> Assignment:
         assignment = routing.assignment
         assert isinstance(assignment, Assignment)
+        limit = self.limit(routing)
+        if limit >= assignment.group_size:
+            return assignment  # nobody has to be served before another
         ordered = by_priority(assignment, self._priority(assignment))
-        return keep_first(ordered, self.limit(routing))
+        return keep_first(ordered, limit)
 
     def _priority(self, assignment: Assignment) -> Tensor:
         """A priority (T,) per token: random, or equal for all in evaluation without a seed."""
