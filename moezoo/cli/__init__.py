@@ -8,17 +8,20 @@ A verb is a module `moezoo/cli/<verb>.py` (dashes become underscores) with two f
 and one line in `VERBS` below, so that `--help` reads no other module. Raise MoezooError for what
 the user can mend: it is printed as one line, and its class decides the exit code (2 user error, 3
 bad input, 4 write failed). Results go to standard output, progress and errors to standard error.
+SIGINT and SIGTERM unwind the verb, so that its `with` blocks tidy up, and give 130 and 143.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from moezoo.errors import MoezooError
@@ -42,7 +45,8 @@ VERBS = {
     "demo": "the main job on the text that ships with Python, end to end",
     "doctor": "what this installation has and lacks",
 }
-INTERRUPTED = 130
+INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143
+_WRITE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +62,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Not `list(...)`: once imported, the verb of that name is an attribute of this package.
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is None:
         return _without_verb(words)
@@ -98,20 +103,52 @@ def _without_verb(words: list[str]) -> int:
     return 2 if unknown or not words else 0
 
 
-def _guarded(run: object, parsed: argparse.Namespace) -> int:
+def _guarded(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
     """Run a verb; an error becomes one line and an exit code."""
-    assert callable(run)
+    before = signal.signal(signal.SIGTERM, _terminate) if _in_main_thread() else None
     try:
-        return int(run(parsed) or 0)
-    except MoezooError as error:
-        if parsed.debug:
-            traceback.print_exc()
-        print(f"moezoo: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("moezoo: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        code = run(parsed)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # The reader went away (`| head`): nothing more to say, and no traceback at shutdown either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        print("moezoo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if parsed.debug:
+            raise
+        print(f"moezoo: {_line(error)}", file=sys.stderr)
+        return _exit_code(error)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, MoezooError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file system'}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    kind = type(error).__name__
+    return f"internal error, {kind}: {error}. Run again with --debug for the traceback."
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, MoezooError):
+        return error.exit_code
+    if isinstance(error, OSError):
+        return 4 if error.errno in _WRITE_FAILURES else 3
+    return 3 if isinstance(error, MemoryError) else 1
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -35,7 +35,7 @@ def quantity(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as "1:02:03", "2:03" or "4.5 s"."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
