@@ -1,0 +1,98 @@
+"""Text to train on: the English that ships with CPython, and files of your own."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moezoo.errors import ConfigError, CorruptFile
+
+_SKIPPED = {"test", "tests", "idlelib", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it comes from; a held-out split never divides a document."""
+
+    name: str
+    text: str
+
+
+def python_documents() -> list[Document]:
+    """The documentation topics and docstrings of this Python: about 2 MB of English, by module."""
+    import pydoc_data.topics
+
+    topics: dict[str, str] = pydoc_data.topics.topics
+    documents = [Document(f"topic {name}", text) for name, text in sorted(topics.items())]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if _SKIPPED.isdisjoint(parts):
+            text = "\n\n".join(_docstrings(path))
+            if len(text) > 200:
+                documents.append(Document(f"module {'.'.join(parts)}", text))
+    return documents
+
+
+def file_documents(paths: Sequence[str | Path]) -> list[Document]:
+    """Documents from text files (blank lines part them) and JSONL files (a field "text").
+
+    Raises CorruptFile naming file and line, ConfigError when there is no text at all.
+    """
+    documents: list[Document] = []
+    for path in map(Path, paths):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptFile(f"cannot be read as UTF-8 text: {error}", path=path) from None
+        parts = _json_lines(content, path) if path.suffix == ".jsonl" else content.split("\n\n")
+        kept = (part.strip() for part in parts)
+        documents += [Document(f"{path.name}:{i}", part) for i, part in enumerate(kept) if part]
+    if not documents:
+        raise ConfigError("no text found", field="text", found=[str(path) for path in paths])
+    return documents
+
+
+def split(
+    documents: Iterable[Document], *, held_out: float = 0.1
+) -> tuple[list[Document], list[Document]]:
+    """Documents for training and a held-out share, decided by each name alone."""
+    train: list[Document] = []
+    held: list[Document] = []
+    for document in documents:
+        digest = hashlib.sha256(document.name.encode()).digest()
+        share = int.from_bytes(digest[:4], "big") / 2**32
+        (held if share < held_out else train).append(document)
+    if not held and len(train) > 1:
+        held.append(train.pop())
+    return train, held
+
+
+def _docstrings(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []  # a file of test data or of another Python: it has no text for us
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
+    return [text for text in found if text]
+
+
+def _json_lines(content: str, path: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorruptFile(f"line {number} is not JSON: {error.msg}", path=path) from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise CorruptFile(f"line {number} has no string 'text'", path=path, key="text")
+        texts.append(row["text"])
+    return texts

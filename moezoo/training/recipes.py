@@ -1,0 +1,135 @@
+"""How to train: optimizer, schedule, precision, clipping; the paper's settings by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from moezoo.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Settings of a run; plain values, so that a run can write them down.
+
+    Args:
+        optimizer: "adamw" (fused) or "adafactor" (relative step off, arXiv 1804.04235).
+        learning_rate: the peak. schedule: "constant", "linear" (to 0 at the last step) or
+            "inverse_sqrt" (peak * sqrt(warmup / step)); all after a linear `warmup`.
+        weight_decay, betas: of AdamW. clip: maximal gradient norm; 0: none.
+        accumulate: batches per step; every target token weighs the same, whatever its batch.
+        autocast: None or "bfloat16"; routers stay in float32.
+        expert_learning_rate: factor on the rate of expert weights.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    accumulate: int = 1
+    autocast: str | None = None
+    expert_learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                hint = did_you_mean(value, allowed)
+                raise ConfigError(f"unknown {name} {value!r}", field=name, hint=hint)
+        for name in ("learning_rate", "expert_learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be finite and > 0", field=name, found=value)
+        for name, low in (("warmup", 0), ("accumulate", 1)):
+            if getattr(self, name) < low:
+                found = getattr(self, name)
+                raise ConfigError(f"{name} is at least {low}", field=name, found=found)
+        if self.autocast not in (None, "bfloat16"):
+            raise ConfigError("autocast is None or 'bfloat16'", field="autocast")
+
+    def with_changes(self, **changes: Any) -> TrainingRecipe:
+        """A copy with fields changed. Raises ConfigError for an unknown field."""
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise ConfigError(f"a training recipe has no {name!r}", field=name, hint=hint)
+        return replace(self, **changes)
+
+
+_OPTIMIZERS = ("adamw", "adafactor")
+_SCHEDULES = ("constant", "linear", "inverse_sqrt")
+
+RECIPES: dict[str, TrainingRecipe] = {
+    # Switch Transformers, section 2 and appendix: Adafactor, inverse square root, 10k warm-up.
+    "pretrain": TrainingRecipe("adafactor", 1e-2, "inverse_sqrt", warmup=10_000),
+    # Fine-tuning of the paper: constant 1e-3; use dropout 0.1 and expert dropout 0.4 with it.
+    "finetune": TrainingRecipe("adafactor", 1e-3, "constant"),
+    # Sparse Upcycling (2212.05055): a fresh optimizer, the dense run's last rate goes on.
+    "upcycle": TrainingRecipe("adafactor", 1e-3, "inverse_sqrt", warmup=1_000),
+    # Small models on small text.
+    "small": TrainingRecipe("adamw", 1e-3, "constant", warmup=30),
+}
+
+
+def recipe(name: str) -> TrainingRecipe:
+    """A recipe by name. Raises ConfigError naming the nearest."""
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise ConfigError(f"unknown training recipe {name!r}", field="recipe", hint=hint)
+    return RECIPES[name]
+
+
+def make_optimizer(model: nn.Module, settings: TrainingRecipe) -> Optimizer:
+    """The optimizer of a recipe over a model's parameters; experts may have a rate of their own."""
+    experts: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (experts if ".experts." in name else rest).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": settings.learning_rate}]
+    if experts:
+        rate = settings.learning_rate * settings.expert_learning_rate
+        groups.append({"params": experts, "lr": rate})
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(
+            groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def make_schedule(optimizer: Optimizer, settings: TrainingRecipe, steps: int) -> LambdaLR:
+    """The learning-rate schedule; call `.step()` after each optimizer step."""
+    return LambdaLR(optimizer, rate_factor(settings, steps))
+
+
+def rate_factor(settings: TrainingRecipe, steps: int) -> Callable[[int], float]:
+    """The factor on the peak rate at a step (0 is the first)."""
+    warmup = settings.warmup
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if settings.schedule == "linear":
+            return max(0.0, (steps - step) / max(1, steps - warmup))
+        if settings.schedule == "inverse_sqrt":
+            return math.sqrt(max(1, warmup) / max(1, warmup, step + 1))
+        return 1.0
+
+    return factor
