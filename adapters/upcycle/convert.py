@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Plan, make_plan
-from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
+from moezoo.adapters.tensor_files import TensorFile, shard, shard_index
 from moezoo.adapters.upcycle.background import Flusher
 from moezoo.adapters.upcycle.calibration import Calibration, layer_inputs
+from moezoo.adapters.upcycle.carried import carry_files, dtype_word, source_places, write_text
 from moezoo.adapters.upcycle.partial import partial_directory
 from moezoo.adapters.upcycle.provenance import Provenance, model_card, unhashed
 from moezoo.adapters.upcycle.recipe import Recipe
@@ -26,22 +25,6 @@ from moezoo.adapters.upcycle.stream import Progress, Sink, transfer
 from moezoo.adapters.writer import checked_target
 from moezoo.errors import CheckpointError
 
-_CARRIED = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spiece.vocab",
-    "sentencepiece.bpe.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 Verifier = Callable[[Path], str]
 
 
@@ -101,7 +84,10 @@ def convert(
         plan = make_plan(checkpoint, recipe, layout=layout)
         needed = plan.bytes_written
         final = checked_target(
-            target, overwrite=overwrite, sources=_places(checkpoint.source), bytes_needed=needed
+            target,
+            overwrite=overwrite,
+            sources=source_places(checkpoint.source),
+            bytes_needed=needed,
         )
         before = _stamps(checkpoint.source)
         digest = _digest(plan, before)
@@ -142,14 +128,11 @@ def write_description(
     """config.json, the recipe, the model card, and the source's tokenizer files byte for byte."""
     made = {**provenance.to_dict(), "verification": verification}
     values = {**plan.family.write(plan.config, plan.task), "moezoo_provenance": made}
-    values["dtype"] = _dtype_word(plan.outputs())
-    _write(directory / "config.json", json.dumps(values, indent=2, sort_keys=True))
-    _write(directory / "recipe.json", plan.recipe.to_json())
-    _write(directory / "README.md", model_card(plan, provenance, verification))
-    for name in _CARRIED:
-        file = checkpoint.source.directory / name
-        if file.is_file():
-            shutil.copyfile(file, directory / name)
+    values["dtype"] = dtype_word(plan.outputs())
+    write_text(directory / "config.json", json.dumps(values, indent=2, sort_keys=True))
+    write_text(directory / "recipe.json", plan.recipe.to_json())
+    write_text(directory / "README.md", model_card(plan, provenance, verification))
+    carry_files(checkpoint.source.directory, directory)
 
 
 def _fill(
@@ -187,10 +170,6 @@ def _fill(
     return hashes
 
 
-def _places(source: Source) -> tuple[Path, ...]:
-    return (source.path, source.directory) if source.path.is_dir() else (source.path,)
-
-
 def _stamps(source: Source) -> list[tuple[str, int, int, int]]:
     """What changes when somebody writes to the source."""
     files = [*source.files, source.directory / "config.json"]
@@ -201,15 +180,3 @@ def _stamps(source: Source) -> list[tuple[str, int, int, int]]:
 def _digest(plan: Plan, stamps: list[tuple[str, int, int, int]]) -> str:
     facts = [moezoo.__version__, plan.recipe.to_dict(), plan.config.to_dict(), stamps]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _dtype_word(tensors: Iterable[TensorPlan]) -> str:
-    words = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-    return words[next(iter(tensors)).dtype]
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text if text.endswith("\n") else text + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -31,7 +31,7 @@ def scale_bytes(content: bytes | memoryview, dtype: str, factor: float) -> bytes
     if factor == 1.0 or not content:
         return content
     mantissa, exponent = math.frexp(factor)
-    if mantissa == 0.5 and exponent > 1:
+    if mantissa == 0.5:
         return _shifted(content, dtype, exponent - 1)
     return _one_by_one(content, dtype, factor)
 
@@ -46,7 +46,8 @@ class _Masks:
     mantissa_top: int  # the bit above the mantissa
     above_zero: int  # added to exponents, carries into the sign bit iff the exponent is above 0
     too_large: int  # the same iff the scaled exponent would reach infinity's
-    step: int  # added to a word, scales it
+    large_enough: int  # the same iff the scaled exponent stays above 0
+    step: int  # added to a word (or taken away), scales it
 
 
 @functools.lru_cache(maxsize=16)
@@ -64,29 +65,34 @@ def _masks(words: int, dtype: str, step: int) -> _Masks:
         mantissa=repeat(unit - 1),
         mantissa_top=repeat(unit),
         above_zero=repeat(sign - unit),
-        too_large=repeat(sign - max(infinity - step * unit, 0)),
-        step=repeat(step * unit),
+        too_large=repeat(sign - max(infinity - max(step, 0) * unit, 0)),
+        large_enough=repeat(sign - (1 + max(-step, 0)) * unit),
+        step=repeat(abs(step) * unit),
     )
 
 
 def _shifted(content: bytes | memoryview, dtype: str, step: int) -> bytes | memoryview:
     """All words times 2^step."""
     size, mantissa = _FORMATS[dtype]
-    if step >= 1 << (8 * size - 2 - mantissa):
+    if abs(step) >= 1 << (8 * size - 2 - mantissa):
         return _one_by_one(content, dtype, 2.0**step)
     masks = _masks(len(content) // size, dtype, step)
     number = int.from_bytes(content, "little")
     exponent = number & masks.exponent
     normal = (exponent + masks.above_zero) & masks.sign
     special = (exponent + masks.too_large) & masks.sign
+    if step < 0:
+        special |= normal & ~(exponent + masks.large_enough)
     if normal == masks.sign and not special:
-        return (number + masks.step).to_bytes(len(content), "little")
+        scaled = number + masks.step if step > 0 else number - masks.step
+        return scaled.to_bytes(len(content), "little")
     if normal != masks.sign:
         filled = ((number & masks.mantissa) + masks.mantissa) & masks.mantissa_top
         special |= (filled << (8 * size - 1 - mantissa)) & (normal ^ masks.sign)
     # Words that are special get nothing added here, so that no carry can leave them.
     plain = normal & ~special
-    scaled = number + (plain >> (8 * size - 1)) * (step << mantissa)
+    change = (plain >> (8 * size - 1)) * (abs(step) << mantissa)
+    scaled = number + change if step > 0 else number - change
     result = scaled.to_bytes(len(content), "little")
     return result if not special else _patched(result, special, dtype, 2.0**step)
 

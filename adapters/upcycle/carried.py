@@ -1,0 +1,57 @@
+"""The small files of a checkpoint: which are carried over, and how they are written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from moezoo.adapters.formats import Source
+from moezoo.adapters.formats.files import regular_file
+from moezoo.adapters.tensor_files import TensorPlan
+
+_CARRIED = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spiece.vocab",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def carry_files(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer and generation files byte for byte; returns their names."""
+    carried = []
+    for name in _CARRIED:
+        if os.path.lexists(source / name):
+            regular_file(source / name)
+            shutil.copyfile(source / name, target / name)
+            carried.append(name)
+    return carried
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that ends in a newline, the same bytes everywhere."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text if text.endswith("\n") else text + "\n")
+
+
+def dtype_word(tensors: Iterable[TensorPlan]) -> str:
+    """What config.json calls the dtype of the first tensor."""
+    return _WORDS[next(iter(tensors)).dtype]
+
+
+def source_places(source: Source) -> tuple[Path, ...]:
+    """What a target must neither be, contain, nor lie in."""
+    return (source.path, source.directory) if source.path.is_dir() else (source.path,)

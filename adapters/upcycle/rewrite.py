@@ -1,0 +1,94 @@
+"""Writing one checkpoint from others, tensor by tensor: the common ground of downcycle, grow,
+shrink, merge and export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moezoo
+from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.families import Family
+from moezoo.adapters.formats import Source, TensorInfo
+from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
+from moezoo.adapters.upcycle.carried import carry_files, dtype_word, source_places, write_text
+from moezoo.adapters.upcycle.finite import check_finite
+from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.writer import checked_target, replacing_directory
+from moezoo.config import SwitchConfig
+
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written: the bytes of a source tensor, scaled, or what `make` returns."""
+
+    plan: TensorPlan
+    info: TensorInfo | None = None
+    scale: float = 1.0
+    make: Callable[[], bytes | memoryview] | None = None
+
+
+def rewrite(
+    checkpoint: CheckpointSource,
+    target: str | Path,
+    outputs: Sequence[Output],
+    *,
+    config: SwitchConfig,
+    family: Family,
+    operation: Mapping[str, Any],
+    others: Sequence[CheckpointSource] = (),
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write `outputs` with the config, the tokenizer files of `checkpoint` and what was done.
+
+    Raises CheckpointError, ConfigError or SaveError; the target is then what it was.
+    """
+    needed = sum(output.plan.nbytes for output in outputs)
+    sources = [place for c in (checkpoint, *others) for place in source_places(c.source)]
+    final = checked_target(
+        target, overwrite=overwrite, sources=tuple(sources), bytes_needed=needed
+    )  # fmt: skip
+    metadata = {"format": "pt", "moezoo": json.dumps(_made(operation), sort_keys=True)}
+    with replacing_directory(final, overwrite=overwrite, bytes_needed=needed) as stage:
+        shards = shard((output.plan for output in outputs), max_shard_size)
+        by_name = {output.plan.name: output for output in outputs}
+        for name, group in shards.items():
+            file = TensorFile(stage / name, group, metadata)
+            try:
+                for plan in group:
+                    _write(checkpoint.source, by_name[plan.name], file, allow_nonfinite)
+                file.close()
+            finally:
+                file.abandon()
+        if len(shards) > 1:
+            (stage / "model.safetensors.index.json").write_bytes(shard_index(shards))
+        values = {**family.write(config, checkpoint.task), "moezoo_provenance": _made(operation)}
+        values["dtype"] = dtype_word(output.plan for output in outputs)
+        write_text(stage / "config.json", json.dumps(values, indent=2, sort_keys=True))
+        carry_files(checkpoint.source.directory, stage)
+    return final
+
+
+def _made(operation: Mapping[str, Any]) -> dict[str, Any]:
+    return {"moezoo_version": moezoo.__version__, **operation}
+
+
+def _write(source: Source, output: Output, file: TensorFile, allow_nonfinite: bool) -> None:
+    if output.info is None:
+        assert output.make is not None
+        file.put(output.plan.name, output.make())
+        return
+    info, position = output.info, 0
+    for chunk in source.chunks(info.name, CHUNK):
+        if not allow_nonfinite:
+            check_finite(chunk, info.dtype, info.name, source.path)
+        file.put(output.plan.name, scale_bytes(chunk, info.dtype, output.scale), position)
+        position += len(chunk)
