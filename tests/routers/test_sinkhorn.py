@@ -54,3 +54,12 @@ def test_sigmoid_gate_weighs_by_the_sigmoid_of_the_logit() -> None:
     routing = make("sinkhorn", gate="sigmoid").eval()(batch(10))
     assert routing.logits is not None
     assert torch.equal(sparse(routing).weight, routing.logits.amax(-1).sigmoid())
+
+
+def test_scores_far_apart_still_give_a_finite_balanced_plan() -> None:
+    score = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
+    score[..., 1] += 200.0
+    plan = transport_plan(score, None, 300)
+    assert torch.allclose(plan.sum(1), torch.full((1, 4), 3.0), atol=1e-3)
+    score[0, 0], score[0, 1, 2] = 1e30, -1e30
+    assert torch.isfinite(transport_plan(score, None, 20)).all()
