@@ -1,0 +1,160 @@
+"""Proving that an upcycled checkpoint is what its recipe says and computes what its source did.
+
+Levels 1 and 2 read bytes; 3 holds one layer in memory; 4 and 5 run both models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.formats import Source
+from moezoo.adapters.plan import Move, Plan, make_plan
+from moezoo.adapters.upcycle.background import file_hash
+from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.verification import LEVELS, LevelResult, Verification
+from moezoo.errors import CheckpointError, ConfigError
+
+_CHUNK = 1 << 18
+
+
+def verify(
+    target: str | Path, against: str | Path, *, levels: Iterable[int] = tuple(LEVELS)
+) -> Verification:
+    """Verify the upcycled checkpoint `target` against the dense one it was made from.
+
+    Args:
+        levels: which of `verification.LEVELS` to run; all by default.
+
+    A level that does not hold is a result, not an error. Raises ConfigError for unknown levels or a
+    target without a recipe, CheckpointError for checkpoints that cannot be read.
+    """
+    wanted = sorted(set(levels))
+    unknown = [level for level in wanted if level not in LEVELS]
+    if unknown or not wanted:
+        raise ConfigError(
+            "unknown level of verification", field="levels", expected="1 to 5", found=unknown
+        )
+    with open_checkpoint(against) as source, open_checkpoint(target) as made:
+        plan = make_plan(source, recipe_of(made), layout=_layout(made))
+        results = [_run(level, plan, source, made) for level in wanted]
+    return Verification(str(target), str(against), tuple(results))
+
+
+def recipe_of(made: CheckpointSource) -> Recipe:
+    """The recipe in an upcycled checkpoint's provenance. Raises ConfigError when there is none."""
+    provenance = made.description.values.get("moezoo_provenance")
+    recipe = provenance.get("recipe") if isinstance(provenance, Mapping) else None
+    if not isinstance(recipe, Mapping):
+        raise ConfigError(
+            "config.json names no recipe: not made by `moezoo upcycle`",
+            field="moezoo_provenance",
+            path=made.source.directory / "config.json",
+        )
+    return Recipe.from_dict(recipe)
+
+
+def _run(level: int, plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
+    if level == 1:
+        return _static(plan, source, made)
+    if level == 2:
+        return _bytes(plan, source, made)
+    # These need torch; the first two must not.
+    from moezoo.adapters import verify_function
+
+    checks = {
+        3: verify_function.layers_agree,
+        4: verify_function.logits_agree,
+        5: verify_function.routers_are_healthy,
+    }
+    return checks[level](plan, source, made)
+
+
+def _static(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
+    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.outputs()}
+    found = {name: (info.dtype, info.shape) for name, info in made.source.tensors.items()}
+    missing = sorted(set(expected) - set(found))
+    invented = sorted(set(found) - set(expected))
+    changed = sorted(n for n in expected if n in found and expected[n] != found[n])
+    same_config = made.config.replace(capacity=None, router_losses=None) == plan.config.replace(
+        capacity=None, router_losses=None
+    )
+    passed = not (missing or invented or changed) and same_config
+    problem = next(
+        (f"{what} {names[0]}" for what, names in
+         (("missing", missing), ("invented", invented), ("changed", changed)) if names),
+        "" if same_config else "config.json disagrees with the recipe",
+    )  # fmt: skip
+    summary = f"{len(found)} tensors accounted for" if passed else f"static: {problem}"
+    numbers = {"missing": missing[:20], "invented": invented[:20], "changed": changed[:20]}
+    return LevelResult(1, passed, summary, {"tensors": len(found), **numbers})
+
+
+def _bytes(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
+    known = made.description.values.get("moezoo_provenance", {}).get("source_sha256", {})
+    for file in source.source.files:
+        if known.get(file.name) != file_hash(file):
+            summary = f"bytes: the source file {file.name} is not the one it was made from"
+            return LevelResult(2, False, summary, {"file": file.name})
+    compared = 0
+    drawn: set[str] = set()
+    for move in plan.moves:
+        try:
+            compared += _compare(plan, move, source.source, made.source, drawn)
+        except _Differs as difference:
+            return LevelResult(2, False, f"bytes: {difference} differs", {"key": str(difference)})
+    return LevelResult(2, True, f"{compared:,} bytes as they must be", {"bytes": compared})
+
+
+class _Differs(Exception):
+    """A tensor of the target is not what the plan says; its name is the message."""
+
+
+def _compare(plan: Plan, move: Move, source: Source, made: Source, drawn: set[str]) -> int:
+    streams = move.source.dtype == move.targets[0].dtype
+    if streams and (move.layer is None or plan.init.streams):
+        return _compare_streamed(move, source, made)
+    from moezoo.adapters.upcycle import drawing
+
+    if move.layer is None:
+        expected: Iterable[tuple[str, Any]] = [
+            (move.targets[0].name, drawing.converted(source, move))
+        ]
+    elif move.layer in drawn:
+        return 0
+    else:
+        drawn.add(move.layer)
+        expected = drawing.expert_tensors(plan, move.layer, (source,))
+    total = 0
+    for name, content in expected:
+        total += len(content)
+        if memoryview(made.read(name)) != content:
+            raise _Differs(name)
+    return total
+
+
+def _compare_streamed(move: Move, source: Source, made: Source) -> int:
+    total = 0
+    readers = [made.chunks(target.name, _CHUNK) for target in move.targets]
+    for chunk in source.chunks(move.source.name, _CHUNK):
+        expected = scale_bytes(chunk, move.source.dtype, move.scale)
+        for target, reader in zip(move.targets, readers, strict=True):
+            if next(reader) != expected:
+                raise _Differs(target.name)
+            total += len(chunk)
+    return total
+
+
+def _layout(made: CheckpointSource) -> str:
+    native = "moezoo" in made.description.family.model_types
+    return "moezoo" if native else "huggingface"
+
+
+def require(verification: Verification) -> str:
+    """The line of a verification that passed. Raises CheckpointError for one that did not."""
+    if not verification.passed:
+        raise CheckpointError(verification.line, path=verification.target)
+    return verification.line

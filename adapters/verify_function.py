@@ -1,0 +1,139 @@
+"""The levels of verification that run models: layers, logits, routers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moezoo.adapters.checkpoint import load
+from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.plan import Plan
+from moezoo.adapters.upcycle.keyed import keyed_generator
+from moezoo.adapters.verification import LevelResult
+from moezoo.assemble import make_moe
+from moezoo.models.feed_forward import DenseMLP
+from moezoo.recording import record
+from moezoo.records import Assignment
+
+# Relative error that an exact upcycling may show, by the coarser dtype of the two.
+_TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 5e-3, "BF16": 5e-2}
+_TOKENS, _BATCH, _LENGTH = 64, 2, 24
+
+
+@torch.no_grad()
+def layers_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
+    """Level 3: every sparse layer on its own, one at a time, against the dense one, in float32."""
+    errors: dict[str, float] = {}
+    for layer in plan.routers:
+        dense = DenseMLP(
+            plan.source_config.d_model,
+            plan.source_config.d_ff,
+            activation_name=plan.source_config.feed_forward_proj,
+        ).eval()
+        config = plan.config.replace(capacity="dropless", dropout_rate=0.0)
+        sparse = make_moe(config, decoder=layer.startswith("decoder")).eval()
+        _fill(dense, source, layer)
+        _fill(sparse, made, layer)
+        generator = keyed_generator(plan.recipe.seed, f"{layer}.verify")
+        x = torch.randn(1, _TOKENS, plan.config.d_model, generator=generator)
+        expected, (found, _) = dense(x), sparse(x)
+        errors[layer] = _relative(found, expected)
+    worst = max(errors, key=lambda layer: errors[layer])
+    return _judged(3, plan, made, errors[worst], f"layers within {errors[worst]:.1e}", errors)
+
+
+@torch.no_grad()
+def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
+    """Level 4: the whole model on random ids, and how many tokens its own capacity would drop."""
+    ids = _ids(plan)
+    expected = _outputs(load(source.path, dtype=torch.float32), ids)
+    model = load(made.path, dtype=torch.float32, capacity="dropless")
+    error = _relative(_outputs(model, ids), expected)
+    del model
+    # As it will run: the capacity policy of the recipe may drop.
+    own = load(made.path, dtype=torch.float32, capacity=plan.config.capacity)
+    with record(own) as tape:
+        _outputs(own, ids)
+    offered = sum(int(r.proposed.kept.sum()) for r in _routings(tape))
+    kept = sum(int(r.assignment.kept.sum()) for r in _routings(tape))
+    dropped = offered - kept
+    summary = f"logits within {error:.1e}, {dropped} of {offered} tokens dropped"
+    return _judged(4, plan, made, error, summary, {"dropped": dropped, "offered": offered})
+
+
+@torch.no_grad()
+def routers_are_healthy(
+    plan: Plan, source: CheckpointSource, made: CheckpointSource
+) -> LevelResult:
+    """Level 5: how evenly random tokens spread over the experts; a report, with no bar to pass
+    except that probabilities are finite.
+    """
+    model = load(made.path, dtype=torch.float32, capacity="dropless")
+    with record(model) as tape:
+        _outputs(model, _ids(plan))
+    layers: dict[str, Any] = {}
+    finite = True
+    for layer, routings in tape.by_layer.items():
+        (routing,) = routings
+        pairs = routing.assignment
+        assert isinstance(pairs, Assignment)
+        counts = torch.bincount(pairs.expert, minlength=plan.config.num_experts)
+        share = counts / counts.sum()
+        entropy = -float((share * share.clamp(min=1e-12).log()).sum())
+        finite &= routing.probs is None or bool(routing.probs.isfinite().all())
+        layers[layer] = {"load": counts.tolist(), "entropy": round(entropy, 4)}
+    even = math.log(plan.config.num_experts)
+    worst = min(entry["entropy"] for entry in layers.values())
+    summary = f"load entropy at least {worst:.2f} of {even:.2f}"
+    return LevelResult(5, finite, summary, {"layers": layers, "even_entropy": round(even, 4)})
+
+
+def _fill(module: nn.Module, checkpoint: CheckpointSource, layer: str) -> None:
+    state: dict[str, Tensor] = {}
+    for name in module.state_dict():
+        parts = [checkpoint.source.tensor(i.name) for i in checkpoint.tensors[f"{layer}.{name}"]]
+        stacked = ".experts." in f".{name}" and not isinstance(module, DenseMLP)
+        state[name] = (torch.stack(parts) if stacked else parts[0]).float()
+    module.load_state_dict(state, assign=True)
+
+
+def _judged(
+    level: int,
+    plan: Plan,
+    made: CheckpointSource,
+    error: float,
+    summary: str,
+    numbers: dict[str, Any],
+) -> LevelResult:
+    """Passed when within tolerance, or when the recipe does not promise exactness."""
+    promised = plan.init.exact and plan.recipe.preserve == "exact"
+    dtypes = {info.dtype for info in made.source.tensors.values()}
+    tolerance = max(_TOLERANCE[dtype] for dtype in dtypes)
+    passed = math.isfinite(error) and (error <= tolerance or not promised)
+    note = "" if promised else " (not promised to be exact)"
+    facts = {"error": error, "tolerance": tolerance if promised else None, "details": numbers}
+    return LevelResult(level, passed, summary + note, facts)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _ids(plan: Plan) -> Tensor:
+    low = min(2, plan.config.vocab_size - 1)
+    generator = keyed_generator(plan.recipe.seed, "verify")
+    return torch.randint(low, plan.config.vocab_size, (_BATCH, _LENGTH), generator=generator)
+
+
+def _outputs(model: nn.Module, ids: Tensor) -> Tensor:
+    output = model(ids, decoder_input_ids=ids) if hasattr(model, "decoder") else model(ids)
+    values = output.last_hidden_state if output.logits is None else output.logits
+    assert isinstance(values, Tensor)
+    return values
+
+
+def _routings(tape: Any) -> list[Any]:
+    return [routing for calls in tape.by_layer.values() for routing in calls]

@@ -1,0 +1,95 @@
+"""`moezoo upcycle`: a dense T5 on disk becomes a Switch model on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moezoo.cli.recipes import add_recipe_arguments, recipe_from
+from moezoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moezoo.adapters.upcycle.calibration import Calibration
+    from moezoo.adapters.upcycle.convert import Verifier
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("source", metavar="SRC", help="a dense T5 checkpoint")
+    parser.add_argument("target", metavar="OUT", help="the directory to write")
+    add_recipe_arguments(parser)
+    add = parser.add_argument
+    add("--verify", action="store_true", help="verify before the result is put in place")
+    add("--overwrite", action="store_true", help="replace what is at OUT")
+    add("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
+    add("--calibration", metavar="FILE", help="sample text for routers that are fitted to it")
+    add("--json", action="store_true", help="one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, with a progress bar; leaves nothing behind when it fails or is stopped."""
+    from moezoo.adapters.checkpoint_source import open_checkpoint
+    from moezoo.adapters.plan import make_plan
+    from moezoo.adapters.upcycle.convert import convert
+    from moezoo.cli.signals import orderly_termination
+    from moezoo.cli.terminal import Progress, duration, quantity
+
+    recipe = recipe_from(arguments)
+    with open_checkpoint(arguments.source) as checkpoint:
+        total = make_plan(checkpoint, recipe, layout=arguments.layout).bytes_written
+    with orderly_termination(), Progress(total, "upcycle", unit="B") as progress:
+        report = convert(
+            arguments.source,
+            arguments.target,
+            recipe,
+            layout=arguments.layout,
+            overwrite=arguments.overwrite,
+            allow_nonfinite=arguments.allow_nonfinite,
+            calibration=calibration(arguments.source, arguments.calibration),
+            verifier=_verifier(arguments.source) if arguments.verify else None,
+            progress=progress.advance,
+        )
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return 0
+    plan = report.plan
+    layout = "Hugging Face Switch" if plan.expressible else f"moezoo: {plan.layout_reason}"
+    print(f"{report.target}: {plan.parameters:,} parameters, {quantity(plan.bytes_written)}B, "
+          f"{duration(report.seconds)}, layout {layout}")  # fmt: skip
+    if report.verification:
+        print(report.verification)
+    return 0
+
+
+def _verifier(source: str) -> Verifier:
+    from moezoo.adapters.verify import require, verify
+
+    def check(target: Path) -> str:
+        return require(verify(target, source))
+
+    return check
+
+
+def calibration(source: str, file: str | None) -> Calibration | None:
+    """Token ids of a sample text, by the tokenizer beside the source."""
+    if file is None:
+        return None
+    from moezoo.adapters.formats.files import read_start
+    from moezoo.adapters.upcycle.calibration import Calibration
+    from moezoo.tokenizer import Tokenizer
+
+    directory = Path(source) if Path(source).is_dir() else Path(source).parent
+    model = directory / "spiece.model"
+    if not model.is_file():
+        raise ConfigError(
+            "calibration needs the tokenizer beside the source",
+            field="calibration",
+            path=model,
+            hint="Put spiece.model there, or use router_init='normal'.",
+        )
+    tokenizer = Tokenizer(model)
+    text = read_start(Path(file), 1 << 20).decode("utf-8", "replace")
+    lines = [line for line in text.splitlines() if line.strip()][:256]
+    return Calibration([list(tokenizer.encode(line))[:512] for line in lines])
