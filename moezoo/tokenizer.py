@@ -187,6 +187,17 @@ class ByteTokenizer:
         return names.get(number, f"<extra_id_{number - 259}>")
 
 
+def tokenizer_of(directory: str | Path) -> Tokenizer | ByteTokenizer:
+    """The tokenizer of a checkpoint directory: its sentencepiece model, or bytes where its
+    tokenizer_config.json says so. Raises TokenizerError.
+    """
+    path = Path(directory).expanduser()
+    settings = path / "tokenizer_config.json"
+    if settings.is_file() and "ByT5" in settings.read_text(encoding="utf-8", errors="replace"):
+        return ByteTokenizer()
+    return Tokenizer(path)
+
+
 def padded(rows: Sequence[Sequence[int]], *, value: int = PAD) -> Batch:
     """Rows of ids as one batch, filled up on the right with `value`."""
     length = max((len(row) for row in rows), default=0)

@@ -1,0 +1,100 @@
+"""`moezoo generate`: text from a checkpoint, for arguments, a file, a pipe or a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", help="a directory with weights, config.json and a tokenizer")
+    parser.add_argument("text", nargs="*", help="source texts; none: lines of standard input")
+    parser.add_argument("--file", help="a file with a source text per line")
+    parser.add_argument("--prefix", default="", help='put before every source ("summarize: ")')
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--sample", action="store_true", help="draw tokens")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument(
+        "--keep-special", action="store_true", help="show sentinels, eos and padding"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print one line of text per source."""
+    import torch
+
+    from moezoo.adapters.checkpoint import load
+    from moezoo.errors import ConfigError
+    from moezoo.tokenizer import tokenizer_of
+
+    if arguments.batch_size < 1:
+        raise ConfigError("--batch-size is at least 1", field="batch_size")
+    if arguments.file and arguments.text:
+        raise ConfigError("pass texts or --file, not both", field="file")
+    tokenizer = tokenizer_of(arguments.checkpoint)
+    model: Any = load(arguments.checkpoint, task="conditional_generation")
+    torch.manual_seed(arguments.seed)
+    for texts in _batches(_sources(arguments), arguments.batch_size):
+        batch = tokenizer.batch([arguments.prefix + text for text in texts])
+        ids = model.generate(
+            batch.input_ids,
+            batch.attention_mask,
+            max_new_tokens=arguments.max_new_tokens,
+            num_beams=arguments.num_beams,
+            do_sample=arguments.sample,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+        )
+        for row in ids[:, 1:]:
+            text = tokenizer.decode(row, skip_special=not arguments.keep_special)
+            print(text.replace("\n", " "), flush=True)
+    return 0
+
+
+def _sources(arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.text:
+        yield from arguments.text
+        return
+    if arguments.file:
+        from moezoo.errors import CorruptFile
+
+        try:
+            with open(arguments.file, encoding="utf-8") as lines:
+                yield from (line.rstrip("\n") for line in lines)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptFile(
+                f"cannot be read as UTF-8 text: {error}", path=arguments.file
+            ) from None
+        return
+    talking = sys.stdin.isatty()
+    if talking:
+        print("One source per line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if talking:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+def _batches(sources: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Lists of at most `size`; one by one where a person waits for each answer."""
+    waiting: list[str] = []
+    size = 1 if sys.stdin.isatty() else size
+    for source in sources:
+        waiting.append(source)
+        if len(waiting) == size:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
