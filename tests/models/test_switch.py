@@ -202,6 +202,17 @@ def test_float16_activations_stay_finite() -> None:
         ({"input_ids": source(), "attention_mask": torch.ones(2, 3).long()}, "attention_mask"),
         ({"input_ids": source(), "attention_mask": torch.ones(2, 7)}, "attention_mask"),
         ({"input_ids": source()}, "decoder_input_ids"),
+        ({"input_ids": source(), "labels": source(3, 2)}, "decoder_input_ids"),
+        (
+            {"input_ids": source(), "labels": source(2, 3), "decoder_input_ids": source(2, 4)},
+            "labels",
+        ),
+        (
+            {"encoder_last_hidden_state": torch.zeros(2, 3, 5), "decoder_input_ids": source(2, 3)},
+            "encoder_last_hidden_state",
+        ),
+        ({"inputs_embeds": torch.zeros(1, 2, 16, dtype=torch.long)}, "inputs_embeds"),
+        ({"input_ids": source().to("meta")}, "input_ids"),
         ({"input_ids": source(), "labels": torch.full((2, 3), -5)}, "labels"),
         ({"input_ids": source(), "labels": torch.zeros(2, 3)}, "labels"),
     ],
@@ -242,3 +253,78 @@ def test_a_leaking_pair_is_refused_in_a_decoder_unless_allowed() -> None:
         moezoo.build(TINY, **leaky)
     assert moezoo.build(TINY, **leaky, allow_noncausal=True) is not None
     assert moezoo.build(TINY, **leaky, decoder_sparse_layers="none") is not None
+
+
+def test_behind_the_last_label_no_token_is_routed_and_no_loss_counts() -> None:
+    model = tiny(router_losses={"load_balance": 1.0, "z": 1.0}, encoder_sparse_layers="none")
+    ids, labels = source(2, 5), source(2, 4, seed=8)
+    padded = torch.cat([labels, torch.full((2, 3), -100)], 1)
+    short, long = model(ids, labels=labels), model(ids, labels=padded)
+    for name, value in short.losses.items():
+        torch.testing.assert_close(long.losses[name], value, msg=name)
+    (routing,) = long.routing
+    assert routing.assignment.kept.view(2, 7).tolist() == [[True] * 4 + [False] * 3] * 2
+
+
+def test_without_labels_there_is_no_loss_but_its_router_parts() -> None:
+    out = tiny()(source(), decoder_input_ids=source(2, 3))
+    assert out.loss is None
+    assert set(out.losses) == {"load_balance", "z"}
+    for task, arguments in (("encoder", {}), ("model", {"decoder_input_ids": source(2, 3)})):
+        found = tiny(task)(source(), **arguments)
+        torch.testing.assert_close(found.loss, 0.01 * found.losses["load_balance"])
+
+
+def test_a_mask_of_ones_changes_nothing() -> None:
+    model, ids, target = tiny(), source(), source(2, 3)
+    plain = model(ids, decoder_input_ids=target).logits
+    ones = model(ids, torch.ones_like(ids), decoder_input_ids=target).logits
+    assert torch.equal(plain, ones)
+
+
+def test_what_lies_in_padded_embeddings_never_matters() -> None:
+    model = tiny()
+    embeds = torch.randn(2, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    target = source(2, 3)
+    clean = model(inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=target).logits
+    embeds[1, 2:] = torch.nan
+    dirty = model(inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=target).logits
+    assert torch.equal(clean, dirty)
+
+
+def test_a_sparse_model_starts_with_a_tenth_of_the_variance() -> None:
+    sizes = {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16}
+    sparse, dense = (moezoo.build(TINY, seed=0, num_experts=e, **sizes) for e in (4, 0))
+    block, plain = sparse.encoder.blocks[0], dense.encoder.blocks[0]
+    for found, expected in (
+        (block.mlp.wi.weight, (0.1 / 64) ** 0.5),
+        (block.attention.o.weight, (0.1 / 64) ** 0.5),
+        (sparse.encoder.blocks[1].mlp.experts.wo, (0.1 / 128) ** 0.5),
+        (sparse.encoder.blocks[1].mlp.router.classifier.weight, 0.02),
+        (plain.mlp.wi.weight, 64**-0.5),
+        (plain.attention.q.weight, (64 * 16) ** -0.5),
+    ):
+        assert found.std().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"task": "translation"}, "task"),
+        ({"seed": "one"}, "seed"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"device": "quantum"}, "device"),
+    ],
+)
+def test_bad_arguments_of_build_are_named(arguments: dict[str, object], field: str) -> None:
+    with pytest.raises(moezoo.MoezooError) as caught:
+        moezoo.build(TINY, **arguments)
+    assert caught.value.field == field
+
+
+def test_building_honours_dtype_and_the_surrounding_device() -> None:
+    assert moezoo.build(TINY, dtype=torch.bfloat16).shared.weight.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    with torch.device("meta"):
+        assert moezoo.build(TINY).shared.weight.is_meta
