@@ -1,0 +1,134 @@
+"""Checkpoints of a run: atomic, and enough to continue bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moezoo.adapters.checkpoint import load, save
+from moezoo.adapters.writer import replacing_directory
+from moezoo.errors import CorruptFile, ResumeMismatch
+from moezoo.training.loop import StepRecord, TrainingState
+
+FORMAT = 1
+_NAME = "step-{:08d}"
+
+
+def save_checkpoint(
+    state: TrainingState, directory: str | Path, settings: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Write `directory/step-N`: model, optimizer, schedule, random numbers, settings, thread count.
+
+    Written beside its place and renamed, so that a kill leaves the last good one. Of older
+    checkpoints, `keep - 1` stay. Raises SaveError when writing fails.
+    """
+    target = Path(directory) / _NAME.format(state.step)
+    with replacing_directory(target, overwrite=True) as stage:
+        save(state.model, stage / "model")
+        torch.save(
+            {
+                "optimizer": state.optimizer.state_dict(),
+                "schedule": _plain(state.schedule.state_dict()),
+                "random": torch.get_rng_state(),
+                "training": state.model.training,
+            },
+            stage / "training.pt",
+        )
+        facts = {
+            "format": FORMAT,
+            "step": state.step,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "settings": dict(settings),
+        }
+        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+        (stage / "training.json").write_text(text, encoding="utf-8")
+    for old in checkpoints(directory)[: -max(keep, 1)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = Path(directory).glob("step-*")
+    return sorted(path for path in found if (path / "training.json").is_file())
+
+
+def restore(
+    state: TrainingState, path: str | Path, settings: Mapping[str, Any], *, strict: bool = True
+) -> None:
+    """Put a checkpoint into a fresh state of the same model and recipe; training then continues bit
+    for bit.
+
+    Args:
+        strict: refuse other settings, another thread count or another torch, which change the sums.
+
+    Raises ResumeMismatch naming the field, CheckpointError for files that are missing or corrupt.
+    """
+    path = Path(path)
+    facts = read_facts(path)
+    found = {**facts["settings"], "threads": facts["threads"], "torch": facts["torch"]}
+    now = {**settings, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for name in sorted(found.keys() | now.keys()) if strict else []:
+        old, new = found.get(name), json.loads(json.dumps(now.get(name)))
+        if old != new:
+            hint = "Continue with the same setting, or start another run."
+            raise ResumeMismatch(
+                f"{name} is not what the run was started with",
+                path=path,
+                key=name,
+                expected=old,
+                found=new,
+                hint=hint,
+            )
+    model = load(path / "model", allow_nonfinite=True)
+    state.model.load_state_dict(model.state_dict())
+    try:
+        rest = torch.load(path / "training.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = f"cannot be read: {type(error).__name__}"
+        raise CorruptFile(reason, path=path / "training.pt") from None
+    state.optimizer.load_state_dict(rest["optimizer"])
+    state.schedule.load_state_dict(rest["schedule"])
+    torch.set_rng_state(rest["random"])
+    state.model.train(rest["training"])
+    state.step = int(facts["step"])
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """training.json of a checkpoint. Raises CorruptFile, ResumeMismatch for a newer format."""
+    try:
+        facts = json.loads((path / "training.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"training.json cannot be read: {error}", path=path) from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+        raise CorruptFile("training.json is no training checkpoint", path=path)
+    if facts["format"] > FORMAT:
+        hint, found = "Update moezoo.", facts["format"]
+        raise ResumeMismatch(
+            "written by a newer moezoo", path=path, expected=FORMAT, found=found, hint=hint
+        )
+    return facts
+
+
+def _plain(schedule: dict[str, Any]) -> dict[str, Any]:
+    """The schedule without its functions, which settings rebuild."""
+    return {name: value for name, value in schedule.items() if name != "lr_lambdas"} | {
+        "lr_lambdas": [None for _ in schedule["lr_lambdas"]]
+    }
+
+
+def json_row(record: StepRecord) -> dict[str, Any]:
+    """A record as JSON values; NaN becomes null."""
+    row = dataclasses.asdict(record)
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
