@@ -11,6 +11,7 @@ from moezoo.errors import ConfigError
 from moezoo.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Small enough that E times the winning probability is 1 to 1e-5, large enough that tokens still
@@ -155,14 +156,26 @@ class CentroidsRouter(RouterInit):
                 found=len(inputs),
             )
         points = normalize(inputs.double() - inputs.double().mean(dim=0), dim=1)
-        order = torch.randperm(len(points), generator=keyed_generator(seed, f"{key}.router"))
-        centres = points[order[:num_experts]]
+        centres = _spread_out(points, num_experts, keyed_generator(seed, f"{key}.router"))
         for _ in range(self.steps):
             member = (points @ centres.T).argmax(dim=1)
             sums = torch.zeros_like(centres).index_add_(0, member, points)
             empty = torch.bincount(member, minlength=num_experts) == 0
             centres = normalize(torch.where(empty[:, None], centres, sums), dim=1)
         return _flat(centres * (self.std * d_model**0.5))
+
+
+def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """A random point, then again and again the one that is least like those taken."""
+    import torch
+
+    first = int(torch.randint(len(points), (1,), generator=generator))
+    taken = [first]
+    likeness = points @ points[first]
+    for _ in range(count - 1):
+        taken.append(int(likeness.argmin()))
+        likeness = likeness.maximum(points @ points[taken[-1]])
+    return points[taken]
 
 
 def _inputs(inputs: Tensor | None, key: str) -> Tensor:
