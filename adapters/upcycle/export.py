@@ -1,0 +1,103 @@
+"""The same model in another layout or dtype, or one of its experts as a dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.families import layout_for
+from moezoo.adapters.formats import TensorInfo
+from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.names import disk_names
+from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.downcycle import dense_config, upcycled_scale
+from moezoo.adapters.upcycle.recipe import DTYPES
+from moezoo.adapters.upcycle.rewrite import Output, rewrite
+from moezoo.errors import ConfigError, did_you_mean
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    layout: str = "auto",
+    dtype: str | None = None,
+    expert: int | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+) -> Path:
+    """Write a checkpoint anew: any container in, safetensors out.
+
+    Args:
+        layout: "auto", "huggingface" or "moezoo".
+        dtype: "float32", "bfloat16", "float16", or None to keep it.
+        expert: the number of an expert; a dense model with that expert in every sparse layer is
+            written, the factor of the upcycling undone.
+
+    Raises ConfigError for a layout that cannot hold the model, or an expert that it has not.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise ConfigError(f"unknown dtype {str(dtype)[:80]!r}", field="dtype", hint=hint)
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        if expert is not None:
+            config = dense_config(checkpoint)
+            if not 0 <= expert < checkpoint.config.num_experts:
+                raise ConfigError(
+                    "there is no such expert",
+                    field="expert",
+                    expected=f"0 to {checkpoint.config.num_experts - 1}",
+                    found=expert,
+                )
+        family = layout_for(config, layout)
+        wanted = None if dtype is None else DTYPES[dtype]
+        source = checkpoint.source.directory.resolve().name
+        operation = {"operation": "export", "source": source, "expert": expert, "dtype": dtype}
+        return rewrite(
+            checkpoint,
+            out,
+            list(_outputs(checkpoint, family.mlp, wanted, expert)),
+            config=config,
+            family=family,
+            operation=operation,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            max_shard_size=max_shard_size,
+        )
+
+
+def _outputs(
+    checkpoint: CheckpointSource, mlp: str, dtype: str | None, expert: int | None
+) -> Iterator[Output]:
+    scale = 1.0 if expert is None else upcycled_scale(checkpoint)
+    for name, parts in checkpoint.tensors.items():
+        if expert is not None and ".mlp.router." in name:
+            continue
+        if expert is not None and ".mlp.experts." in name:
+            matrix = name.rpartition(".")[2]
+            layer = name.rpartition(".experts.")[0]
+            (target,) = disk_names(f"{layer}.{matrix}.weight", mlp=mlp)
+            undo = 1.0 / scale if matrix == "wo" else 1.0
+            yield _output(checkpoint, target, parts[expert], dtype, undo)
+            continue
+        targets = disk_names(name, mlp=mlp, num_experts=len(parts))
+        for target, part in zip(targets, parts, strict=True):
+            yield _output(checkpoint, target, part, dtype, 1.0)
+
+
+def _output(
+    checkpoint: CheckpointSource, target: str, info: TensorInfo, dtype: str | None, scale: float
+) -> Output:
+    plan = TensorPlan(target, dtype or info.dtype, info.shape)
+    if plan.dtype == info.dtype:
+        return Output(plan, info, scale)
+    return Output(plan, make=partial(_cast, checkpoint, info, plan.dtype, scale))
+
+
+def _cast(checkpoint: CheckpointSource, info: TensorInfo, dtype: str, scale: float) -> memoryview:
+    tensor = checkpoint.source.tensor(info.name)
+    return tensor_bytes((tensor if scale == 1.0 else tensor * scale).to(torch_dtype(dtype)))

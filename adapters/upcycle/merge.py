@@ -1,0 +1,106 @@
+"""Several fine-tuned dense models of one shape become the experts of one (2403.07816)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.plan import Move, Plan, make_plan
+from moezoo.adapters.upcycle.drawing import router_bytes
+from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.upcycle.rewrite import Output, rewrite
+from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def merge(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    layout: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Make the feed-forward networks of several models the experts of one (Branch-Train-MiX).
+
+    Expert e is branch e modulo their number; everything else is averaged. Equal branches give what
+    `upcycle` gives for one.
+
+    Raises ConfigError for fewer than two models, models of different shape, or an `init` other than
+    `branches`.
+    """
+    if len(paths) < 2:
+        raise ConfigError("merge needs at least two models", field="sources", found=len(paths))
+    if recipe.init != "branches":
+        raise ConfigError(
+            "merge takes its experts from the branches", field="init", found=recipe.init,
+            hint="Leave init out.",
+        )  # fmt: skip
+    with ExitStack() as stack:
+        branches = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        for other in branches[1:]:
+            if other.config != branches[0].config or other.task != branches[0].task:
+                raise ConfigError(
+                    "the models differ in shape or kind",
+                    field="sources",
+                    path=other.path,
+                    expected=f"a config like that of {branches[0].path}",
+                )
+        plan = make_plan(branches[0], recipe, layout=layout)
+        operation = {
+            "operation": "merge",
+            "sources": [branch.source.directory.resolve().name for branch in branches],
+            "recipe": recipe.to_dict(),
+            "wo_scale": plan.scale,
+        }
+        return rewrite(
+            branches[0],
+            out,
+            list(_outputs(plan, branches)),
+            config=plan.config,
+            family=plan.family,
+            operation=operation,
+            others=branches[1:],
+            overwrite=overwrite,
+            max_shard_size=recipe.max_shard_size,
+        )
+
+
+def _outputs(plan: Plan, branches: Sequence[CheckpointSource]) -> Iterator[Output]:
+    for layer, router in plan.routers.items():
+        yield Output(router, make=partial(router_bytes, plan, layer, router, None))
+    for move in plan.moves:
+        if move.layer is None:
+            yield Output(move.targets[0], make=partial(_average, move, branches))
+            continue
+        for index, target in enumerate(move.targets):
+            branch = branches[index % len(branches)]
+            yield Output(target, make=partial(_expert, move, branch, target.dtype))
+
+
+def _average(move: Move, branches: Sequence[CheckpointSource]) -> memoryview:
+    """The mean over branches, exact for equal ones."""
+    import torch
+
+    parts = [_of(move, branch) for branch in branches]
+    wanted = torch_dtype(move.targets[0].dtype)
+    if all(torch.equal(part, parts[0]) for part in parts[1:]):
+        return tensor_bytes(parts[0].to(wanted))
+    return tensor_bytes(torch.stack([part.double() for part in parts]).mean(0).to(wanted))
+
+
+def _expert(move: Move, branch: CheckpointSource, dtype: str) -> bytes | memoryview:
+    content = tensor_bytes(_of(move, branch).to(torch_dtype(dtype)))
+    return scale_bytes(content, dtype, move.scale)
+
+
+def _of(move: Move, branch: CheckpointSource) -> Tensor:
+    return branch.source.tensor(branch.tensors[move.parameter][0].name)

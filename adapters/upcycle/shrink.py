@@ -1,0 +1,204 @@
+"""A mixture with fewer experts: the least used ones are merged into their likes, or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.families import layout_for
+from moezoo.adapters.formats.base import tensor_bytes
+from moezoo.adapters.names import disk_names
+from moezoo.adapters.shapes import matrix_names
+from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.rewrite import Output, rewrite
+from moezoo.errors import ConfigError, did_you_mean
+from moezoo.records import Assignment
+from moezoo.registry import Spec
+from moezoo.traces import Trace
+
+METHODS = ("merge", "prune")
+Groups = Mapping[str, tuple[tuple[int, ...], ...]]  # by layer: the old experts of each new one
+
+
+def shrink(
+    path: str | Path,
+    out: str | Path,
+    *,
+    num_experts: int,
+    trace: Trace | None = None,
+    method: str = "merge",
+    overwrite: bool = False,
+) -> Path:
+    """Reduce every sparse layer to `num_experts` experts.
+
+    Args:
+        trace: a recorded run; how many tokens an expert got is its weight in a merge, and decides
+            which experts go in a prune. None: all weigh the same (merge only).
+        method: "merge" joins the two likest experts again and again, their weights and router rows
+            averaged by use; "prune" keeps the most used ones.
+
+    Equal experts merge exactly: shrinking what `grow` made gives the function back (their `wo` is
+    divided by their number, as they no longer share a probability).
+
+    Raises ConfigError for a dense model, an unknown method, or a trace of another model.
+    """
+    if method not in METHODS:
+        hint = did_you_mean(method, METHODS)
+        raise ConfigError(f"unknown method {str(method)[:80]!r}", field="method", hint=hint)
+    if method == "prune" and trace is None:
+        raise ConfigError("prune needs a routing trace", field="trace", hint="Record one first.")
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        layers = [f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse]
+        layers += [f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse]
+        if not layers or not 1 <= num_experts < config.num_experts:
+            raise ConfigError(
+                "num_experts must be fewer than the model has",
+                field="num_experts",
+                expected=f"1 to {config.num_experts - 1}",
+                found=num_experts,
+            )
+        use = {layer: _use(trace, layer, config.num_experts) for layer in layers}
+        groups = {
+            layer: _merged(checkpoint, layer, num_experts, use[layer])
+            if method == "merge"
+            else _kept(use[layer], num_experts)
+            for layer in layers
+        }
+        router = Spec.parse(config.router, kind="router")
+        shared = router.name == "switch" and router.options.get("weight") != "unit"
+        target = config.replace(num_experts=num_experts)
+        family = layout_for(target)
+        operation = {
+            "operation": "shrink",
+            "source": checkpoint.source.directory.resolve().name,
+            "method": method,
+            "groups": {layer: [list(group) for group in made] for layer, made in groups.items()},
+        }
+        return rewrite(
+            checkpoint,
+            out,
+            list(_outputs(checkpoint, family.mlp, groups, use, shared=shared)),
+            config=target,
+            family=family,
+            operation=operation,
+            overwrite=overwrite,
+        )
+
+
+def _use(trace: Trace | None, layer: str, num_experts: int) -> Tensor:
+    """Tokens that each expert got, (E,); at least one each, so that averages stay defined."""
+    if trace is None:
+        return torch.ones(num_experts)
+    if layer not in trace.by_layer:
+        raise ConfigError(
+            f"the trace has no layer {layer!r}",
+            field="trace",
+            hint=did_you_mean(layer, list(trace.by_layer)),
+        )
+    counts = torch.zeros(num_experts)
+    for call in trace.by_layer[layer]:
+        pairs = call.assignment
+        if not isinstance(pairs, Assignment) or pairs.num_experts != num_experts:
+            raise ConfigError("the trace is of another model", field="trace", key=layer)
+        counts += torch.bincount(pairs.expert[pairs.kept], minlength=num_experts)
+    return counts.clamp(min=1)
+
+
+def _kept(use: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
+    best = use.argsort(descending=True, stable=True)[:count].sort().values
+    return tuple((int(expert),) for expert in best)
+
+
+def _merged(
+    checkpoint: CheckpointSource, layer: str, count: int, use: Tensor
+) -> tuple[tuple[int, ...], ...]:
+    """Join the two likest groups until `count` are left, smaller groups first among equals."""
+    distance = _distances(checkpoint, layer)
+    groups: list[tuple[int, ...]] = [(expert,) for expert in range(len(use))]
+    while len(groups) > count:
+        best = min(
+            ((_apart(distance, one, other), len(one) + len(other), i, j)
+             for i, one in enumerate(groups)
+             for j, other in enumerate(groups[:i])),
+        )  # fmt: skip
+        first, second = sorted(best[2:])
+        joined = tuple(sorted((*groups[first], *groups[second])))
+        groups = [g for k, g in enumerate(groups) if k not in (first, second)] + [joined]
+    return tuple(sorted(groups))
+
+
+def _apart(distance: Tensor, one: Sequence[int], other: Sequence[int]) -> float:
+    return float(distance[list(one)][:, list(other)].max())
+
+
+def _distances(checkpoint: CheckpointSource, layer: str) -> Tensor:
+    """Squared distances (E, E) between experts, one pair in memory at a time."""
+    count = checkpoint.config.num_experts
+    distance = torch.zeros(count, count)
+    for matrix in matrix_names(checkpoint.config):
+        parts = checkpoint.tensors[f"{layer}.experts.{matrix}"]
+        for i in range(count):
+            one = checkpoint.source.tensor(parts[i].name).float()
+            for j in range(i):
+                other = checkpoint.source.tensor(parts[j].name).float()
+                distance[i, j] += (one - other).square().sum()
+    return distance + distance.T
+
+
+def _outputs(
+    checkpoint: CheckpointSource,
+    mlp: str,
+    groups: Groups,
+    use: Mapping[str, Tensor],
+    *,
+    shared: bool,
+) -> Iterator[Output]:
+    for name, parts in checkpoint.tensors.items():
+        layer = name.rpartition(".mlp.")[0] + ".mlp"
+        made = groups.get(layer, ())
+        names = disk_names(name, mlp=mlp, num_experts=len(made) or 1)
+        if ".mlp.experts." in name:
+            for target, group in zip(names, made, strict=True):
+                # Likes that shared one probability have it to themselves once they are one.
+                factor = 1.0 / len(group) if shared and name.endswith(".wo") else 1.0
+                plan = TensorPlan(target, parts[0].dtype, parts[0].shape)
+                if len(group) == 1:
+                    yield Output(plan, parts[group[0]], factor)
+                else:
+                    average = partial(_average, checkpoint, name, group, use[layer], factor)
+                    yield Output(plan, make=average)
+        elif ".mlp.router.classifier." in name:
+            plan = TensorPlan(names[0], parts[0].dtype, (len(made), *parts[0].shape[1:]))
+            yield Output(plan, make=partial(_rows, checkpoint, name, made, use[layer]))
+        else:
+            yield Output(TensorPlan(names[0], parts[0].dtype, parts[0].shape), parts[0])
+
+
+def _average(
+    checkpoint: CheckpointSource, name: str, group: Sequence[int], use: Tensor, factor: float
+) -> memoryview:
+    first = checkpoint.source.tensor(checkpoint.tensors[name][group[0]].name)
+    total, weight = torch.zeros_like(first, dtype=torch.float64), float(use[list(group)].sum())
+    for expert in group:
+        part = checkpoint.source.tensor(checkpoint.tensors[name][expert].name)
+        total += part.double() * (float(use[expert]) / weight)
+    return tensor_bytes((total * factor).to(first.dtype))
+
+
+def _rows(
+    checkpoint: CheckpointSource, name: str, groups: Sequence[Sequence[int]], use: Tensor
+) -> memoryview:
+    (info,) = checkpoint.tensors[name]
+    rows = checkpoint.source.tensor(info.name)
+    merged = []
+    for group in groups:
+        weight = use[list(group)].double()
+        shares = (weight / weight.sum()).view(-1, *[1] * (rows.dim() - 1))
+        merged.append((rows[list(group)].double() * shares).sum(0))
+    return tensor_bytes(torch.stack(merged).to(rows.dtype))

@@ -1,0 +1,38 @@
+"""`moezoo export`: another layout or dtype, or one expert as a dense model."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add = parser.add_argument
+    add("source", metavar="SRC", help="any checkpoint")
+    add("target", metavar="OUT", help="the directory to write")
+    add("--layout", default="auto", help="auto (default), huggingface or moezoo")
+    add("--dtype", help="float32, bfloat16 or float16; default: as it is")
+    add("--expert", type=int, help="a dense model with this expert in every sparse layer")
+    add("--max-shard-size", default="5GB", help="such as 5GB (default)")
+    add("--allow-nonfinite", action="store_true", help="write NaN and infinity too")
+    add("--overwrite", action="store_true", help="replace what is at OUT")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the checkpoint anew."""
+    from moezoo.adapters.upcycle.export import export
+    from moezoo.cli.signals import orderly_termination
+
+    with orderly_termination():
+        path = export(
+            arguments.source,
+            arguments.target,
+            layout=arguments.layout,
+            dtype=arguments.dtype,
+            expert=arguments.expert,
+            max_shard_size=arguments.max_shard_size,
+            overwrite=arguments.overwrite,
+            allow_nonfinite=arguments.allow_nonfinite,
+        )
+    print(f"{path}: written")
+    return 0

@@ -1,0 +1,159 @@
+"""Growing, shrinking, merging, exporting: what stays the same, stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import moezoo
+from moezoo import traces
+from moezoo.adapters.upcycle.export import export
+from moezoo.adapters.upcycle.grow import grow
+from moezoo.adapters.upcycle.merge import merge
+from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.upcycle.shrink import shrink
+from moezoo.cli import main
+from moezoo.errors import ConfigError
+from tests.conversion.dense import dense_t5, ids, relative
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Path:
+    """A Switch model whose experts and routers differ."""
+    torch.manual_seed(0)
+    config = moezoo.SwitchConfig(
+        vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_heads=2, num_layers=2, num_experts=3
+    )
+    model = moezoo.build(config, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3)
+    moezoo.save(model, tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+def logits(path: Path) -> torch.Tensor:
+    with torch.no_grad():
+        model = moezoo.load(path, capacity="dropless")
+        return model(ids(), decoder_input_ids=ids(seed=1)).logits
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_a_grown_model_computes_the_same(factor: int, sparse: Path, tmp_path: Path) -> None:
+    grow(sparse, tmp_path / "out", factor=factor)
+    model = moezoo.load(tmp_path / "out")
+    assert model.config.num_experts == 3 * factor
+    assert relative(logits(tmp_path / "out"), logits(sparse)) <= 1e-5
+
+
+def test_twins_share_the_tokens(sparse: Path, tmp_path: Path) -> None:
+    grow(sparse, tmp_path / "out", factor=2)
+    model = moezoo.load(tmp_path / "out", capacity="dropless")
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(ids(32, 16), decoder_input_ids=ids(32, 16, seed=1))
+    for (routing,) in tape.by_layer.values():
+        load = torch.bincount(routing.assignment.expert, minlength=6).view(2, 3)
+        busy = load.sum(0) > 60
+        assert bool((load.min(0).values[busy] > 0).all())
+
+
+def test_shrinking_what_was_grown_gives_the_function_back(sparse: Path, tmp_path: Path) -> None:
+    grow(sparse, tmp_path / "large", factor=2)
+    shrink(tmp_path / "large", tmp_path / "small", num_experts=3)
+    assert relative(logits(tmp_path / "small"), logits(sparse)) <= 1e-5
+
+
+def test_pruning_keeps_the_most_used_experts(sparse: Path, tmp_path: Path) -> None:
+    model = moezoo.load(sparse, capacity="dropless")
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(ids(8, 16), decoder_input_ids=ids(8, 16))
+    trace = traces.of(tape)
+    shrink(sparse, tmp_path / "out", num_experts=2, trace=trace, method="prune")
+    layer = "encoder.blocks.1.mlp"
+    counts = torch.bincount(tape.by_layer[layer][0].assignment.expert, minlength=3)
+    kept = counts.argsort(descending=True, stable=True)[:2].sort().values
+    before, after = model.state_dict(), moezoo.load(tmp_path / "out").state_dict()
+    assert torch.equal(before[f"{layer}.experts.wi"][kept], after[f"{layer}.experts.wi"])
+    rows = f"{layer}.router.classifier.weight"
+    assert torch.equal(before[rows][kept], after[rows])
+
+
+def test_merging_equal_branches_is_upcycling_one(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "a")
+    merge([source, dense_t5(tmp_path / "b")], tmp_path / "merged", Recipe(4, init="branches"))
+    moezoo.upcycle(source, tmp_path / "up", num_experts=4)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    expected = load_file(tmp_path / "up/model.safetensors")
+    assert set(merged) == set(expected)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_merged_branches_are_the_experts_and_the_rest_is_their_mean(tmp_path: Path) -> None:
+    one = dense_t5(tmp_path / "a")
+    other = dense_t5(tmp_path / "b")
+    model = moezoo.load(other)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    moezoo.save(model, tmp_path / "c")
+    merge([one, tmp_path / "c"], tmp_path / "out", Recipe(2, init="branches", preserve="none"))
+    a, c = load_file(one / "model.safetensors"), load_file(tmp_path / "c/model.safetensors")
+    made = load_file(tmp_path / "out/model.safetensors")
+    name = "encoder.block.1.layer.1.{}.wi.weight"
+    for expert, branch in enumerate((a, c)):
+        found = made[name.format(f"mlp.experts.expert_{expert}")]
+        assert torch.equal(found, branch[name.format("DenseReluDense")])
+    assert torch.allclose(made["shared.weight"], (a["shared.weight"] + c["shared.weight"]) / 2)
+
+
+def test_models_of_different_shape_do_not_merge(tmp_path: Path) -> None:
+    paths = [dense_t5(tmp_path / "a"), dense_t5(tmp_path / "b", d_ff=32)]
+    with pytest.raises(ConfigError, match="differ in shape"):
+        merge(paths, tmp_path / "out", Recipe(2, init="branches"))
+    with pytest.raises(ConfigError, match="at least two"):
+        merge(paths[:1], tmp_path / "out", Recipe(2, init="branches"))
+
+
+def test_export_moves_between_layouts_without_changing_a_byte(sparse: Path, tmp_path: Path) -> None:
+    export(sparse, tmp_path / "ours", layout="moezoo")
+    export(tmp_path / "ours", tmp_path / "theirs", layout="huggingface")
+    for layout in ("ours", "theirs"):
+        assert torch.equal(logits(tmp_path / layout), logits(sparse))
+    before = load_file(sparse / "model.safetensors")
+    after = load_file(tmp_path / "theirs/model.safetensors")
+    assert set(before) == set(after) and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_layout_that_cannot_hold_a_model_is_refused_with_the_reason(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "dense", "t5_v1_1")
+    moezoo.upcycle(source, tmp_path / "out", num_experts=2)
+    with pytest.raises(ConfigError, match="cannot hold it.*relu experts only"):
+        export(tmp_path / "out", tmp_path / "hf", layout="huggingface")
+
+
+def test_a_single_expert_comes_out_as_a_dense_model(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "dense")
+    moezoo.upcycle(source, tmp_path / "out", num_experts=4, init="noise:0.1")
+    export(tmp_path / "out", tmp_path / "one", expert=2)
+    sparse = moezoo.load(tmp_path / "out").state_dict()
+    dense = moezoo.load(tmp_path / "one").state_dict()
+    layer = "decoder.blocks.1.mlp"
+    assert torch.equal(dense[f"{layer}.wi.weight"], sparse[f"{layer}.experts.wi"][2])
+    assert torch.equal(dense[f"{layer}.wo.weight"] * 4, sparse[f"{layer}.experts.wo"][2])
+    with pytest.raises(ConfigError, match="no such expert"):
+        export(tmp_path / "out", tmp_path / "none", expert=4)
+
+
+def test_the_verbs_work_end_to_end(sparse: Path, tmp_path: Path) -> None:
+    here = {name: str(tmp_path / name) for name in ("large", "small", "half", "both")}
+    assert main(["grow", str(sparse), here["large"], "--factor", "2"]) == 0
+    assert main(["shrink", here["large"], here["small"], "--experts", "3"]) == 0
+    assert main(["export", here["small"], here["half"], "--dtype", "bfloat16"]) == 0
+    first, second = dense_t5(tmp_path / "a"), dense_t5(tmp_path / "b")
+    assert main(["merge", str(first), str(second), "--out", here["both"]]) == 0
+    assert moezoo.load(here["both"]).config.num_experts == 2
+    assert next(moezoo.load(here["half"]).parameters()).dtype == torch.bfloat16
