@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +29,10 @@ def python_documents() -> list[Document]:
 
     topics: dict[str, str] = pydoc_data.topics.topics
     documents = [Document(f"topic {name}", text) for name, text in sorted(topics.items())]
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if _SKIPPED.isdisjoint(parts):
-            text = "\n\n".join(_docstrings(path))
-            if len(text) > 200:
-                documents.append(Document(f"module {'.'.join(parts)}", text))
+    for module, tree in stdlib_sources():
+        text = "\n\n".join(_docstrings(tree))
+        if len(text) > 200:
+            documents.append(Document(f"module {module}", text))
     return documents
 
 
@@ -73,11 +70,20 @@ def split(
     return train, held
 
 
-def _docstrings(path: Path) -> list[str]:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):
-        return []  # a file of test data or of another Python: it has no text for us
+def stdlib_sources() -> Iterator[tuple[str, ast.Module]]:
+    """Name and syntax tree of every module of this Python's library, tests left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not _SKIPPED.isdisjoint(parts):
+            continue
+        try:
+            yield ".".join(parts), ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue  # a file of test data or of another Python: it has no text for us
+
+
+def _docstrings(tree: ast.Module) -> list[str]:
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
     return [text for text in found if text]

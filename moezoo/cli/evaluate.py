@@ -1,0 +1,37 @@
+"""`moezoo evaluate`: held-out loss and task metrics of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    from moezoo.cli.finetune import add_task_arguments
+
+    parser.add_argument("source", help="a checkpoint with its tokenizer")
+    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_task_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the metrics on held-out pairs."""
+    from moezoo.adapters.checkpoint import load
+    from moezoo.errors import ConfigError
+    from moezoo.tokenizer import tokenizer_of
+    from moezoo.training.evaluation import chosen_task, measured, report, task_pairs
+
+    task = chosen_task(arguments)
+    _, held = task_pairs(arguments, task)
+    if not held:
+        raise ConfigError("no held-out pairs", field="pairs", hint="Pass --held-out-pairs.")
+    model = load(arguments.source, task="conditional_generation")
+    tokenizer = tokenizer_of(arguments.tokenizer or arguments.source)
+    chosen = held[: arguments.examples]
+    if arguments.json:
+        print(json.dumps(measured(model, tokenizer, chosen, task)[0], indent=2))
+    else:
+        report(model, tokenizer, chosen, task)
+    return 0

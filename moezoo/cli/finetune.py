@@ -1,0 +1,66 @@
+"""`moezoo finetune`: fine-tuning on pairs, with generation and metrics on a held-out split."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    from moezoo.cli.train import add_run_arguments
+
+    parser.add_argument("source", help="a checkpoint with its tokenizer, dense or Switch")
+    parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
+    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    add_task_arguments(parser)
+    add_run_arguments(parser, recipe="finetune")
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which pairs there are and how they are fed."""
+    parser.add_argument(
+        "--task",
+        default="pairs",
+        help="pairs, translation, summarization, or a toy task: identifiers, docstrings",
+    )
+    parser.add_argument("--pairs", help="JSONL, CSV or TSV file to train on")
+    parser.add_argument("--held-out-pairs", help="file of held-out pairs (default: every tenth)")
+    parser.add_argument("--source-field", help="field of the source (the task's)")
+    parser.add_argument("--target-field", help="field of the target (the task's)")
+    parser.add_argument("--prefix", help="put before every source (the task's)")
+    parser.add_argument("--num-beams", type=int, help="of generation (the task's)")
+    parser.add_argument("--examples", type=int, default=200, help="held-out pairs to generate for")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fine-tune, then generate for held-out sources and print the metrics."""
+    from moezoo.training.batches import pair_batches
+    from moezoo.training.evaluation import chosen_task, report, task_pairs
+    from moezoo.training.session import execute, prepared
+
+    task = chosen_task(arguments)
+    train, held = task_pairs(arguments, task)
+    session = prepared(arguments)
+
+    def batches(pairs: list[tuple[str, str]], seed: int):  # type: ignore[no-untyped-def]
+        return pair_batches(
+            pairs,
+            session.tokenizer,
+            batch_size=arguments.batch_size,
+            prefix=task.prefix,
+            max_source=task.max_source,
+            max_target=task.max_target,
+            seed=seed,
+        )
+
+    facts = {"task": arguments.task, "pairs": len(train), "prefix": task.prefix}
+    code = execute(
+        session,
+        batches(train, arguments.seed),
+        batches(held, arguments.seed + 1) if held else None,
+        arguments,
+        facts,
+    )
+    if code == 0 and held:
+        report(session.model, session.tokenizer, held[: arguments.examples], task)
+    return code

@@ -1,0 +1,80 @@
+"""`moezoo train`: pre-training by span corruption, from scratch or from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
+    parser.add_argument("--from", dest="source", help="a checkpoint to go on from, dense or Switch")
+    parser.add_argument("--model", help="a name of `moezoo list`, to start from scratch")
+    parser.add_argument("--config", help="a JSON file of SwitchConfig fields, from scratch")
+    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    parser.add_argument("--text", nargs="*", default=[], help="text or JSONL files")
+    parser.add_argument(
+        "--python-text", action="store_true", help="the English within Python itself"
+    )
+    parser.add_argument("--input-length", type=int, default=512, help="tokens per source (512)")
+    add_run_arguments(parser, recipe="pretrain")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
+    """What every training verb takes."""
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--recipe", default=recipe, help=f"a named recipe ({recipe})")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"))
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--schedule", choices=("constant", "linear", "inverse_sqrt"))
+    parser.add_argument("--warmup", type=int)
+    parser.add_argument("--clip", type=float, help="maximal gradient norm; 0: none")
+    parser.add_argument("--accumulate", type=int, help="batches per step")
+    parser.add_argument("--autocast", choices=("bfloat16",))
+    parser.add_argument("--dropout", type=float, help="dropout rate of the model")
+    parser.add_argument("--expert-dropout", type=float, help="of the experts (the paper: 0.4)")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--nonfinite", choices=("stop", "skip"), default="stop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--table-every", type=int, default=50, help="steps per row of the table")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train and print where the model is."""
+    from moezoo.errors import ConfigError
+    from moezoo.training.batches import packed_ids, span_corruption_batches
+    from moezoo.training.corpus import file_documents, python_documents, split
+    from moezoo.training.session import execute, prepared
+    from moezoo.training.span_corruption import SpanCorruption
+
+    if not arguments.text and not arguments.python_text:
+        raise ConfigError("no text to train on", field="text", hint="Pass --text or --python-text.")
+    documents = file_documents(arguments.text) if arguments.text else []
+    documents += python_documents() if arguments.python_text else []
+    train, held = split(documents)
+    session = prepared(arguments, vocabulary_from=[d.text for d in train])
+    corruption = SpanCorruption(session.tokenizer)
+
+    def batches(part: Any, seed: int) -> Any:
+        return span_corruption_batches(
+            packed_ids(part, session.tokenizer),
+            corruption,
+            input_length=arguments.input_length,
+            batch_size=arguments.batch_size,
+            seed=seed,
+        )
+
+    facts = {"text": sorted(Path(path).name for path in arguments.text)}
+    return execute(
+        session,
+        batches(train, arguments.seed),
+        batches(held, arguments.seed + 1) if held else None,
+        arguments,
+        facts | {"python_text": arguments.python_text, "input_length": arguments.input_length},
+    )

@@ -1,0 +1,111 @@
+"""How well a model does a task: loss, generated answers, metrics, and a table of examples."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from moezoo.errors import ConfigError
+from moezoo.tokenizer import ByteTokenizer, Tokenizer
+from moezoo.training.batches import pair_batches
+from moezoo.training.loop import evaluate
+from moezoo.training.tasks import (
+    METRICS,
+    Pair,
+    Task,
+    docstring_pairs,
+    identifier_pairs,
+    read_pairs,
+    split_pairs,
+    task,
+)
+
+_BATCH = 16
+
+
+def chosen_task(arguments: argparse.Namespace) -> Task:
+    """The named task with what the arguments change of it."""
+    changes = {
+        "source": arguments.source_field,
+        "target": arguments.target_field,
+        "prefix": arguments.prefix,
+        "num_beams": arguments.num_beams,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(task(arguments.task), **given)
+
+
+def task_pairs(arguments: argparse.Namespace, chosen: Task) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs of a task, from files or from the embedded text."""
+    toys = {"identifiers": identifier_pairs, "docstrings": docstring_pairs}
+    fields = {"source": chosen.source, "target": chosen.target}
+    if arguments.pairs:
+        train = read_pairs(arguments.pairs, **fields)
+        if arguments.held_out_pairs:
+            return train, read_pairs(arguments.held_out_pairs, **fields)
+        held = train[9::10]
+        return [pair for i, pair in enumerate(train) if i % 10 != 9], held
+    if arguments.held_out_pairs:
+        return [], read_pairs(arguments.held_out_pairs, **fields)
+    if arguments.task not in toys:
+        hint = "Pass --pairs FILE, or a toy task."
+        raise ConfigError(f"task {arguments.task!r} needs pairs", field="pairs", hint=hint)
+    return split_pairs(toys[arguments.task]())
+
+
+def measured(
+    model: nn.Module, tokenizer: Tokenizer | ByteTokenizer, pairs: Sequence[Pair], chosen: Task
+) -> tuple[dict[str, float], list[str]]:
+    """Cross entropy and the task's metrics on pairs, and the answers."""
+    batches = pair_batches(
+        pairs,
+        tokenizer,
+        batch_size=_BATCH,
+        prefix=chosen.prefix,
+        max_source=chosen.max_source,
+        max_target=chosen.max_target,
+    )
+    loss = evaluate(model, batches, count=batches.batches_per_epoch)["cross_entropy"]
+    answers = answered(model, tokenizer, [source for source, _ in pairs], chosen)
+    wanted = [target for _, target in pairs]
+    metrics = {name: METRICS[name](answers, wanted) for name in chosen.metrics}
+    return {"cross_entropy": loss, "examples": len(pairs), **metrics}, answers
+
+
+@torch.no_grad()
+def answered(
+    model: Any, tokenizer: Tokenizer | ByteTokenizer, sources: Sequence[str], chosen: Task
+) -> list[str]:
+    """A generated answer for each source."""
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(sources), _BATCH):
+        texts = [chosen.prefix + source for source in sources[start : start + _BATCH]]
+        batch = tokenizer.batch(texts, max_length=chosen.max_source)
+        ids = model.generate(
+            batch.input_ids,
+            batch.attention_mask,
+            max_new_tokens=chosen.max_target,
+            num_beams=chosen.num_beams,
+        )
+        answers += [tokenizer.decode(row[1:]) for row in ids]
+    model.train(was_training)
+    return answers
+
+
+def report(
+    model: nn.Module, tokenizer: Tokenizer | ByteTokenizer, pairs: Sequence[Pair], chosen: Task
+) -> dict[str, float]:
+    """Print metrics and a few examples; returns the metrics."""
+    metrics, answers = measured(model, tokenizer, pairs, chosen)
+    for name, value in metrics.items():
+        print(f"{name:<14} {value:.4g}")
+    for (source, target), answer in list(zip(pairs, answers, strict=True))[:5]:
+        print(f"\n  source  {source[:90]}\n  wanted  {target[:90]}\n  found   {answer[:90]}")
+    return metrics

@@ -1,0 +1,67 @@
+"""Tasks: pairs from files and from Python's own sources, and metrics with known values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moezoo
+from moezoo.training.tasks import (
+    METRICS,
+    docstring_pairs,
+    exact_match,
+    identifier_pairs,
+    read_pairs,
+    split_pairs,
+    task,
+    token_f1,
+)
+
+
+def test_pairs_come_from_jsonl_csv_and_the_nested_form(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"s": "x", "t": "y"}\n')
+    (tmp_path / "b.csv").write_text('s,t\n"x, 1",y\n')
+    (tmp_path / "c.jsonl").write_text('{"translation": {"en": "x", "de": "y"}}\n')
+    assert read_pairs(tmp_path / "a.jsonl", source="s", target="t") == [("x", "y")]
+    assert read_pairs(tmp_path / "b.csv", source="s", target="t") == [("x, 1", "y")]
+    assert read_pairs(tmp_path / "c.jsonl", source="en", target="de") == [("x", "y")]
+    with pytest.raises(moezoo.MoezooError, match="no text 'u'"):
+        read_pairs(tmp_path / "a.jsonl", source="s", target="u")
+    (tmp_path / "a.jsonl").write_text("{\n")
+    with pytest.raises(moezoo.MoezooError, match="line 1"):
+        read_pairs(tmp_path / "a.jsonl", source="s", target="t")
+    with pytest.raises(moezoo.MoezooError, match="translation"):
+        task("translaton")
+
+
+def test_toy_tasks_have_pairs_split_by_module() -> None:
+    for pairs in (identifier_pairs(), docstring_pairs()):
+        train, held = split_pairs(pairs)
+        assert len(train) > 1000
+        assert len(held) > 50
+    words = dict(pair for _, pair in identifier_pairs())
+    assert words["get_docstring"] == "get docstring"
+    assert words["HTTPServer"] == "http server"
+
+
+def test_metrics_have_known_values() -> None:
+    assert exact_match(["a b", "c"], ["a b", "d"]) == 0.5
+    assert token_f1(["a b", "c"], ["a b", "d"]) == 0.5
+    assert token_f1(["a b c d"], ["a b"]) == pytest.approx(2 * 2 / 6)
+    assert exact_match([], []) == 0.0
+
+
+@pytest.mark.parametrize("name", ["bleu", "rouge_l"])
+def test_metrics_of_other_packages_work_or_say_how_to_get_them(name: str) -> None:
+    package = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}[name]
+    try:
+        __import__(package)
+    except ImportError:
+        with pytest.raises(moezoo.MoezooError, match="pip install"):
+            METRICS[name](["a"], ["a"])
+        return
+    answer = "the cat sat on the mat"
+    best = METRICS[name]([answer], [answer])
+    assert best == pytest.approx(100 if name == "bleu" else 1.0)
+    assert METRICS[name](["nothing alike"], [answer]) < best / 10

@@ -1,0 +1,99 @@
+"""train -> upcycle -> finetune -> generate -> evaluate on the command line, at tiny size."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+
+from moezoo.cli import main
+
+CONFIG = {"vocab_size": 512, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2}
+FAST = ["--batch-size", "8", "--recipe", "small", "--table-every", "5", "--evaluate-every", "10"]
+
+
+def moezoo(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps on a text file."""
+    folder = tmp_path_factory.mktemp("train")
+    topics: dict[str, str] = pydoc_data.topics.topics
+    (folder / "text.txt").write_text("\n\n".join(topics[n] for n in sorted(topics)[:25]))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    code = moezoo(
+        "train", folder / "run", "--config", folder / "config.json", "--text", folder / "text.txt",
+        "--steps", 10, "--input-length", 32, *FAST,
+    )  # fmt: skip
+    assert code == 0
+    return folder
+
+
+def pairs_file(folder: Path) -> Path:
+    path = folder / "pairs.jsonl"
+    rows = [{"source": f"number {i % 7}", "target": f"value {i % 7}"} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_from_text_to_a_fine_tuned_switch_model(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, sparse, tuned = trained / "run" / "model", trained / "switch", trained / "tuned"
+    assert (dense / "spiece.model").is_file()
+    assert moezoo("upcycle", dense, sparse, "--experts", 4, "--verify") == 0
+    assert (sparse / "spiece.model").read_bytes() == (dense / "spiece.model").read_bytes()
+    pairs = pairs_file(trained)
+    code = moezoo(
+        "finetune", sparse, tuned, "--pairs", pairs, "--steps", 6,
+        "--expert-dropout", 0.4, "--examples", 4, *FAST,
+    )  # fmt: skip
+    assert code == 0
+    assert "exact_match" in capsys.readouterr().out
+    assert moezoo("generate", tuned / "model", "number 3", "--max-new-tokens", 5) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    assert moezoo("evaluate", tuned / "model", "--pairs", pairs, "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert set(metrics) == {"cross_entropy", "examples", "exact_match", "token_f1"}
+    assert metrics["cross_entropy"] > 0
+
+
+def test_a_run_writes_its_settings_and_every_step(trained: Path) -> None:
+    settings = json.loads((trained / "run" / "config.json").read_text())
+    assert settings["steps"] == 10
+    rows = [json.loads(x) for x in (trained / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 11))
+    assert [r["step"] for r in rows if "held_out" in r] == [10]
+
+
+def test_a_finished_run_is_not_overwritten_by_another(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", trained / "run", "--config", trained / "config.json"]
+    words += ["--text", trained / "text.txt", "--steps", 10, "--input-length", 32, *FAST]
+    assert moezoo(*words) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert moezoo(*words, "--resume") == 0
+    assert moezoo(*words, "--resume", "--learning-rate", 0.5) != 0
+    assert "recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "OUT", "--model", "t5-small", "--steps", "1"], "no text"),
+        (["train", "OUT", "--python-text", "--steps", "1"], "what to train"),
+        (["finetune", "nowhere", "OUT", "--task", "identifers", "--steps", "1"], "identifiers"),
+        (["finetune", "nowhere", "OUT", "--task", "translation", "--steps", "1"], "needs pairs"),
+        (["evaluate", "nowhere", "--pairs", "nothing.jsonl"], "nothing.jsonl"),
+    ],
+)
+def test_bad_arguments_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moezoo(*(tmp_path / w if w == "OUT" else w for w in words)) in (2, 3)
+    assert message in capsys.readouterr().err
