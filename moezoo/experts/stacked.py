@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
-from moezoo.functional.dropout import Dropout
+from moezoo.functional.dropout import Dropout, relu_dropout
 from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.ops.grouped_linear import grouped_linear
 
@@ -61,10 +62,13 @@ class StackedExperts(Experts):
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         if self.gated:
             gate = self.function(grouped_linear(slots, self.wi_0, counts))
-            hidden = gate * grouped_linear(slots, self.wi_1, counts)
+            hidden = self.dropout(gate * grouped_linear(slots, self.wi_1, counts))
+        elif self.function is F.relu:
+            inner = grouped_linear(slots, self.wi, counts)
+            hidden = relu_dropout(inner, self.dropout.p, training=self.training)
         else:
-            hidden = self.function(grouped_linear(slots, self.wi, counts))
-        return grouped_linear(self.dropout(hidden), self.wo, counts)
+            hidden = self.dropout(self.function(grouped_linear(slots, self.wi, counts)))
+        return grouped_linear(hidden, self.wo, counts)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"

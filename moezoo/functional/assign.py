@@ -46,7 +46,8 @@ def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tok
     kept.
     """
     num_tokens, k = expert_TK.shape
-    token_N = torch.arange(num_tokens, device=expert_TK.device).repeat(k)
+    token_N = torch.arange(num_tokens, device=expert_TK.device)
+    token_N = token_N.repeat(k) if k > 1 else token_N
     weight_N = weight_TK.t().reshape(-1)
     if tokens.real is None:
         kept_N = torch.ones_like(token_N, dtype=torch.bool)

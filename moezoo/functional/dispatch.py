@@ -16,6 +16,10 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
         each row.
     """
     a = assignment
+    if a.num_pairs == 1:  # one token to decode: nothing to sort
+        count_E = torch.zeros(a.num_experts, dtype=torch.int64, device=a.expert.device)
+        count_E.index_add_(0, a.expert, a.kept.long())
+        return Slots(x_TD.index_select(0, a.token), count_E), torch.zeros_like(a.token)
     key_N = torch.where(a.kept, a.expert, a.num_experts)
     sorted_N, order_N = key_N.sort(stable=True)
     count_E = torch.zeros(a.num_experts + 1, dtype=torch.int64, device=key_N.device)
@@ -30,6 +34,8 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
     a = assignment
     weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))[order_N]
     weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
+    if a.num_pairs == a.num_tokens == 1:
+        return weighted_ND
     if a.choices:
         by_token_N = torch.empty_like(order_N)
         by_token_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.config import SwitchConfig
-from moezoo.functional.dropout import dropout
+from moezoo.functional.attention import attention_with_dropout
 from moezoo.models.cache import DecoderCache
 from moezoo.models.linear import Linear
 from moezoo.models.position import PositionBias
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         rate = self.dropout if self.training else 0.0
         if rate and query.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _attend_with_dropout(query, key, value, bias, rate)
+            return attention_with_dropout(query, key, value, bias, p=rate)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=rate, scale=1.0
         )
@@ -94,18 +94,6 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         batch, length = x.shape[:2]
         return x.view(batch, length, self.num_heads, self.d_kv).transpose(1, 2)
-
-
-def _attend_with_dropout(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, rate: float
-) -> Tensor:
-    # With dropout torch has no fused kernel on a CPU and draws one number per weight; this is its
-    # composite path with the cheap mask.
-    scores = query @ key.transpose(2, 3)
-    if bias is not None:
-        scores = scores + bias
-    weights = dropout(scores.softmax(-1), rate, training=True)
-    return weights.to(value.dtype) @ value
 
 
 def key_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moezoo.functional.activations import activation
-from moezoo.functional.dropout import Dropout
+from moezoo.functional.dropout import Dropout, relu_dropout
 from moezoo.models.linear import Linear
 
 
@@ -34,8 +35,10 @@ class DenseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         if self.gated:
-            hidden = self.function(self.wi_0(x)) * self.wi_1(x)
+            hidden = self.dropout(self.function(self.wi_0(x)) * self.wi_1(x))
+        elif self.function is F.relu:
+            hidden = relu_dropout(self.wi(x), self.dropout.p, training=self.training)
         else:
-            hidden = self.function(self.wi(x))
-        y: Tensor = self.wo(self.dropout(hidden))
+            hidden = self.dropout(self.function(self.wi(x)))
+        y: Tensor = self.wo(hidden)
         return y
