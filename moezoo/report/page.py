@@ -1,0 +1,51 @@
+"""A self-contained HTML page: one file, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #25303b; max-width: 62rem; margin: 3rem auto;
+       padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.lead { color: #55616e; margin-top: 0; } img { width: 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1.2rem .3rem 0; text-align: right; border-bottom: 1px solid #e8ebef; }
+th:first-child, td:first-child { text-align: left; }
+pre { background: #f5f6f8; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
+"""
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    commands: Sequence[str] = (),
+    picture: Path | None = None,
+) -> Path:
+    """Write a page with a table, the commands that were run, and a picture inside it."""
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
+    if picture is not None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">')
+    parts += ["<h2>Numbers</h2>", _table(header, rows)]
+    if commands:
+        shown = "\n".join(f"$ {command}" for command in commands)
+        parts += ["<h2>Commands</h2>", f"<pre>{escape(shown)}</pre>"]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    html = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
+    path.write_text(html + "\n".join(parts) + "\n</body></html>\n", encoding="utf-8")
+    return path
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
+    for row in rows:
+        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"

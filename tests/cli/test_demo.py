@@ -1,0 +1,63 @@
+"""The demo runs end to end on a little text, and says what happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moezoo import cli
+from moezoo.report.trial import Trial, verdict
+
+SUBJECTS = "router expert token layer model tensor gate batch".split()
+VERBS = "sends weighs drops keeps trains holds".split()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    lines = [
+        f"The {a} {v} the {b}, and {i} {c}s follow the {a} of paragraph {i}."
+        for i, (a, v, b, c) in enumerate(
+            (a, v, b, c) for a in SUBJECTS for v in VERBS for b in SUBJECTS for c in SUBJECTS[:3]
+        )
+    ]
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join("\n".join(lines[i : i + 8]) for i in range(0, len(lines), 8)))
+    return file
+
+
+def test_the_demo_goes_from_text_to_a_picture(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    words = "--steps 6 --further 4 --experts 4 --batch-size 4 --vocabulary 260".split()
+    assert cli.main(["demo", "--out", str(out), "--text", str(text), *words]) == 0
+    said = capsys.readouterr().out
+    assert "held-out loss after, nats" in said
+    assert "    verified: " in said
+    results = json.loads((out / "results.json").read_text())
+    assert abs(results["dense"]["before"] - results["switch"]["before"]) <= 1e-4
+    assert results["dense"]["after"] < results["dense"]["before"]
+    for shares in results["switch"]["loads"].values():
+        assert len(shares) == 4
+        assert sum(shares) == pytest.approx(1.0)
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "demo.html").read_text()
+    assert "moezoo upcycle" in page
+    assert 'src="data:image/png' in page
+    assert "http" not in page
+
+
+def test_the_demo_refuses_nonsense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path), "--steps", "0"]) == 2
+    assert "--steps is at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dense", "switch", "winner"), [(4.2, 4.1, "switch"), (4.1, 4.2, "dense"), (4.1, 4.1, "both")]
+)
+def test_whichever_model_is_lower_is_named(dense: float, switch: float, winner: str) -> None:
+    sizes = {"before": 5.0, "steps": 9, "seconds": 2.0, "tokens": 10, "parameters": 3, "active": 3}
+    said = verdict(Trial("dense", after=dense, **sizes), Trial("switch", after=switch, **sizes))
+    assert f"{winner} is ahead" in said or f"{winner} models stand" in said
