@@ -10,7 +10,7 @@ from moezoo.adapters.description import Description, describe
 from moezoo.adapters.formats import Source, TensorInfo, open_source
 from moezoo.adapters.formats.base import FLOAT_DTYPES
 from moezoo.adapters.formats.files import quoted
-from moezoo.adapters.names import is_ignored
+from moezoo.adapters.names import disk_names, is_ignored
 from moezoo.adapters.shapes import check_shapes, parameter_shapes
 from moezoo.config import SwitchConfig
 from moezoo.errors import TensorMismatch
@@ -72,8 +72,9 @@ def _checked(source: Source) -> CheckpointSource:
         _check_dtypes(source, found)
         tensors[name] = found
     shapes = {name: _shape(name, parts, source) for name, parts in tensors.items()}
-    names = {name: parts[0].name for name, parts in tensors.items()}
     expected = parameter_shapes(description.config, task)
+    names = {name: _on_disk(name, description) for name in expected}
+    names |= {name: parts[0].name for name, parts in tensors.items()}
     check_shapes(expected, shapes, path=source.path, names=names)
     used = {part.name for parts in tensors.values() for part in parts}
     start = description.prefix
@@ -83,6 +84,12 @@ def _checked(source: Source) -> CheckpointSource:
         if name not in used and (name.startswith(start) or is_ignored(name))
     )
     return CheckpointSource(source, description, task, tensors, ignored)
+
+
+def _on_disk(name: str, description: Description) -> str:
+    experts = max(description.config.num_experts, 1)
+    first, *_ = disk_names(name, mlp=description.family.mlp, num_experts=experts)
+    return description.prefix + first
 
 
 def _check_dtypes(source: Source, parts: tuple[TensorInfo, ...]) -> None:
