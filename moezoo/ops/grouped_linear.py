@@ -24,7 +24,9 @@ class _GroupedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]
             else None
         )
-        grad_w = _GroupedOuter.apply(grad, x, counts) if ctx.needs_input_grad[1] else None
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = _GroupedOuter.apply(grad, x, counts)  # type: ignore[no-untyped-call]
         return grad_x, grad_w, None
 
 
@@ -61,7 +63,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (N, M), zero in rows past counts.sum().
     """
-    out: Tensor = _GroupedLinear.apply(x, weight, counts)
+    out: Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
     return out
 
 
