@@ -244,11 +244,8 @@ def _disk_tensors(
 ) -> Iterator[tuple[TensorPlan, Tensor]]:
     for name, tensor in model.state_dict().items():
         names = disk_names(name, mlp=mlp, num_experts=num_experts)
-        parts = (
-            tensor.unbind(0)
-            if len(names) > 1 or ".experts." in name and tensor.dim() == 3
-            else [tensor]
-        )
+        stacked = ".experts.expert_0." in names[0]
+        parts = tensor.unbind(0) if stacked else [tensor]
         for disk, part in zip(names, parts, strict=True):
             word = dtype_name(part.dtype)
             if word is None or part.is_meta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,32 @@ def test_state_dicts_and_configs_round_trip(name: str) -> None:
     model, other = tiny(router=name), tiny(router=name)
     assert moezoo.SwitchConfig.from_json(model.config.to_json()) == model.config
     other.load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"router": name} for name in OURS),
+        *({"experts": name} for name in experts.names()),
+        {"shared_expert": {"gated": True}},
+        {"router_losses": {"load_balance": {"coefficient": 0.1, "scope": "sequence"}}},
+        {"capacity": {"name": "reroute", "factor": 1.0}},
+    ],
+    ids=str,
+)
+def test_a_saved_model_comes_back_with_every_component(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny(**options)
+    with moezoo.record(model) as tape:
+        model.train()(ids(), labels=ids())
+    tape.adapt()
+    moezoo.save(model.eval(), tmp_path / "model")
+    back = moezoo.load(tmp_path / "model").eval()
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
+    assert torch.equal(back(ids(), labels=ids()).logits, model(ids(), labels=ids()).logits)
 
 
 def test_tape_adapts_every_layer_once() -> None:

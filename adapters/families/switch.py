@@ -128,6 +128,11 @@ def _component_refusal(config: SwitchConfig) -> str | None:
         return "the router's bias option contradicts router_bias"
     if experts.name != "stacked" or set(experts.options) - {"dropout", "backend"}:
         return f"Switch's layout has plain experts only, this model {experts.to_json()!r}"
+    if config.shared_expert is not None:
+        return "Switch's layout has no shared expert"
+    losses = config.router_losses or {}
+    if set(losses) - {"load_balance", "z"} or any(isinstance(v, dict) for v in losses.values()):
+        return f"Switch's layout has plain load_balance and z losses only, this model {losses}"
     capacity = Spec.parse(config.capacity or "switch")
     drops = capacity.name == "switch" and capacity.options.get("eval_factor") is not None
     if drops or capacity.name not in ("switch", "dropless", "transformers"):

@@ -14,7 +14,7 @@ from moezoo.experts.feed_forward import FeedForward
 
 @registry.register("modules")
 class ModuleExperts(Experts):
-    """Expert e is the module `expert_e`, which maps rows (n, D) to rows (n, D).
+    """Expert e is the module `each[e]`, which maps rows (n, D) to rows (n, D).
 
     Give modules of your own, or sizes: FFNs of different widths make the heterogeneous mixture of
     HMoE (arXiv 2408.10681). Each module runs once per call, on all its rows, also on none. The
@@ -54,12 +54,11 @@ class ModuleExperts(Experts):
                 expected=num_experts,
                 found=len(modules),
             )
-        for expert, module in enumerate(modules):
-            self.add_module(f"expert_{expert}", module)
+        self.each = nn.ModuleList(modules)
 
     def expert(self, index: int) -> nn.Module:
         """The module of one expert."""
-        return self.get_submodule(f"expert_{index}")
+        return self.each[index]
 
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         sizes = counts.tolist()

@@ -34,8 +34,8 @@ def test_an_expert_without_rows_gets_a_zero_gradient() -> None:
 def test_sizes_make_feed_forwards_of_different_widths() -> None:
     container = experts.build({"name": "modules", "sizes": [3, 5]}, d_model=4, num_experts=2)
     shapes = {name: tuple(p.shape) for name, p in container.named_parameters()}
-    assert shapes["expert_0.wi.weight"] == (3, 4)
-    assert shapes["expert_1.wi.weight"] == (5, 4)
+    assert shapes["each.0.wi.weight"] == (3, 4)
+    assert shapes["each.1.wi.weight"] == (5, 4)
 
 
 def test_equal_modules_compute_what_stacked_experts_compute() -> None:
@@ -44,7 +44,7 @@ def test_equal_modules_compute_what_stacked_experts_compute() -> None:
     stacked, single = experts.build("stacked", **sizes), experts.build("modules", **sizes)
     for index in range(3):
         for name in ("wi_0", "wi_1", "wo"):
-            weight = single.get_parameter(f"expert_{index}.{name}.weight")
+            weight = single.get_parameter(f"each.{index}.{name}.weight")
             weight.data.copy_(stacked.get_parameter(name)[index])
     rows, counts = torch.randn(9, 4), torch.tensor([4, 0, 3])
     assert torch.allclose(single(rows, counts), stacked(rows, counts), atol=1e-6)
