@@ -1,1 +1,4 @@
 """Checkpoints and other libraries: containers, families, upcycling, plugs."""
+
+if __name__ != "moezoo.adapters":  # under two names, every component would register twice
+    raise ImportError("this folder is a part of moezoo: import moezoo.adapters")

@@ -126,6 +126,30 @@ def test_no_error_is_swallowed(path: Path) -> None:
             assert told or not broad, f"line {node.lineno}: except {caught}"
 
 
+PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_submodule_has_the_name_of_what_its_package_holds_or_uses(package: str) -> None:
+    """Importing `package.name` sets the attribute `name`, and so overwrites what had it before."""
+    inside = {
+        name.split(".")[len(package.split("."))] for name in MODULES if _within(name, package)
+    }
+    tree = parsed(MODULES[package])
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    local = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    used = {node.id for node in names} - local
+    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert not inside & (used | defined)
+
+
+def test_the_adapters_import_as_part_of_the_package_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import adapters"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "import moezoo.adapters" in done.stderr.splitlines()[-1]
+
+
 def test_no_file_is_called_after_nothing() -> None:
     vague = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
     assert not [name for name in MODULES if vague & set(name.split("."))]
@@ -137,6 +161,10 @@ def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         return last - (first.end_lineno or first.lineno)
     return last - first.lineno + 1
+
+
+def _within(module: str, package: str) -> bool:
+    return module.startswith(f"{package}.")
 
 
 def _warns(node: ast.AST) -> bool:

@@ -144,7 +144,7 @@ def downcycle(model_or_path: nn.Module | str | Path, out: str | Path | None = No
     Raises TensorMismatch naming a layer whose experts differ.
     """
     if isinstance(model_or_path, (str, Path)):
-        from moezoo.adapters.upcycle.downcycle import downcycle_checkpoint
+        from moezoo.adapters.upcycle.downcycling import downcycle_checkpoint
 
         return downcycle_checkpoint(model_or_path, out)
     from moezoo.adapters.upcycle.live import downcycle_model

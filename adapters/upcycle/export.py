@@ -12,7 +12,7 @@ from moezoo.adapters.formats import TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.downcycle import dense_config, upcycled_scale
+from moezoo.adapters.upcycle.downcycling import dense_config, upcycled_scale
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError, did_you_mean

@@ -10,11 +10,13 @@ from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import layout_for
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.inits import EXACT_STD
 from moezoo.adapters.upcycle.keyed import keyed_normals
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError
 from moezoo.registry import Spec
+
+# Relative to a router's rows: it decides between twins and changes nothing else.
+TWIN_NOISE = 5e-7
 
 
 def grow(
@@ -22,7 +24,7 @@ def grow(
     out: str | Path,
     *,
     factor: int = 2,
-    noise: float = EXACT_STD,
+    noise: float = TWIN_NOISE,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:

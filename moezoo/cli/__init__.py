@@ -18,12 +18,11 @@ import difflib
 import errno
 import importlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from moezoo.cli.signals import orderly_termination
 from moezoo.errors import MoezooError
 
 VERBS = {
@@ -45,7 +44,7 @@ VERBS = {
     "demo": "the main job on the text that ships with Python, end to end",
     "doctor": "what this installation has and lacks",
 }
-INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143
+INTERRUPTED, CLOSED_PIPE = 130, 141
 _WRITE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -62,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    # Not `list(...)`: once imported, the verb of that name is an attribute of this package.
+    # Not `list`: once imported, the verb of that name is an attribute of this package.
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is None:
@@ -81,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _guarded(module.run, parsed)
 
 
-def available() -> list[str]:
+def available() -> Sequence[str]:
     """The verbs whose module is there, in the order of `VERBS`."""
     here = os.path.dirname(__file__)
     return [verb for verb in VERBS if os.path.isfile(os.path.join(here, f"{verb}.py"))]
 
 
-def _without_verb(words: list[str]) -> int:
+def _without_verb(words: Sequence[str]) -> int:
     if "--version" in words:
         from moezoo import __version__
 
@@ -105,9 +104,9 @@ def _without_verb(words: list[str]) -> int:
 
 def _guarded(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
     """Run a verb; an error becomes one line and an exit code."""
-    before = signal.signal(signal.SIGTERM, _terminate) if _in_main_thread() else None
     try:
-        code = run(parsed)
+        with orderly_termination():
+            code = run(parsed)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -122,9 +121,6 @@ def _guarded(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespac
             raise
         print(f"moezoo: {_line(error)}", file=sys.stderr)
         return _exit_code(error)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _line(error: Exception) -> str:
@@ -144,11 +140,3 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, OSError):
         return 4 if error.errno in _WRITE_FAILURES else 3
     return 3 if isinstance(error, MemoryError) else 1
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(TERMINATED)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the dense checkpoint."""
-    from moezoo.adapters.upcycle.downcycle import downcycle_checkpoint
+    from moezoo.adapters.upcycle.downcycling import downcycle_checkpoint
     from moezoo.cli.signals import orderly_termination
 
     with orderly_termination():

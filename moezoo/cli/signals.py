@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -13,7 +14,13 @@ TERMINATED = 143
 
 @contextlib.contextmanager
 def orderly_termination() -> Iterator[None]:
-    """While the block runs, SIGTERM unwinds it (every `finally` runs), then exits with 143."""
+    """While the block runs, SIGTERM unwinds it (every `finally` runs), then exits with 143.
+
+    Signals belong to the main thread: in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         print("moezoo: terminated", file=sys.stderr)

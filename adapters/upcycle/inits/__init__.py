@@ -14,10 +14,9 @@ from moezoo.adapters.upcycle.inits import (  # noqa: F401  (importing registers)
     virtual_group,
 )
 from moezoo.adapters.upcycle.inits.base import ExpertInit, Matrices, expert_inits, slices_of
-from moezoo.adapters.upcycle.inits.routers import EXACT_STD, RouterInit, router_inits
+from moezoo.adapters.upcycle.inits.routers import RouterInit, router_inits
 
 __all__ = [
-    "EXACT_STD",
     "ExpertInit",
     "Matrices",
     "RouterInit",

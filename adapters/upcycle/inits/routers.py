@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Small enough that E times the winning probability is 1 to 1e-5, large enough that tokens still
-# spread evenly: the error is linear in the deviation, the balance does not depend on it.
-EXACT_STD = 5e-7
+# The exact default, as the deviation of a layer's logits: small enough that E times the winning
+# probability is 1 to 5e-6 at any width, large enough that tokens still spread evenly. The error is
+# linear in the deviation, the balance does not depend on it.
+EXACT_LOGIT_STD = 2e-6
 
 
 class RouterInit(abc.ABC):
@@ -55,9 +56,11 @@ router_inits: Registry[RouterInit] = Registry(
 
 @router_inits.register("normal")
 class NormalRouter(RouterInit):
-    """N(0, std^2). The default is tiny: tokens spread evenly and the gate is 1/E to 1e-5."""
+    """N(0, std^2). The default is tiny (2e-6 / sqrt(D)): tokens spread evenly and the gate is 1/E
+    to 5e-6.
+    """
 
-    def __init__(self, std: float = EXACT_STD) -> None:
+    def __init__(self, std: float | None = None) -> None:
         _check_std(std)
         self.std = std
 
@@ -70,7 +73,7 @@ class NormalRouter(RouterInit):
         seed: int,
         inputs: Tensor | None = None,
     ) -> array[float]:
-        return keyed_normals(seed, f"{key}.router", num_experts * d_model, self.std)
+        return keyed_normals(seed, f"{key}.router", num_experts * d_model, _std(self.std, d_model))
 
 
 @router_inits.register("zero")
@@ -98,7 +101,7 @@ class MeanOrthogonalRouter(RouterInit):
 
     needs_inputs = True
 
-    def __init__(self, std: float = EXACT_STD) -> None:
+    def __init__(self, std: float | None = None) -> None:
         _check_std(std)
         self.std = std
 
@@ -114,7 +117,7 @@ class MeanOrthogonalRouter(RouterInit):
         import torch
 
         inputs = _inputs(inputs, key)
-        draws = keyed_normals(seed, f"{key}.router", num_experts * d_model, self.std)
+        draws = keyed_normals(seed, f"{key}.router", num_experts * d_model, _std(self.std, d_model))
         rows = torch.tensor(draws, dtype=torch.float64).view(num_experts, d_model)
         mean = inputs.double().mean(dim=0)
         square = mean.dot(mean).clamp(min=torch.finfo(torch.float64).tiny)
@@ -131,7 +134,7 @@ class CentroidsRouter(RouterInit):
 
     needs_inputs = True
 
-    def __init__(self, std: float = EXACT_STD, steps: int = 10) -> None:
+    def __init__(self, std: float | None = None, steps: int = 10) -> None:
         _check_std(std)
         self.std, self.steps = std, steps
 
@@ -162,7 +165,7 @@ class CentroidsRouter(RouterInit):
             sums = torch.zeros_like(centres).index_add_(0, member, points)
             empty = torch.bincount(member, minlength=num_experts) == 0
             centres = normalize(torch.where(empty[:, None], centres, sums), dim=1)
-        return _flat(centres * (self.std * d_model**0.5))
+        return _flat(centres * (_std(self.std, d_model) * d_model**0.5))
 
 
 def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -193,6 +196,10 @@ def _flat(rows: Tensor) -> array[float]:
     return array("f", values)
 
 
-def _check_std(std: float) -> None:
-    if not 0.0 <= std < 1e3:
+def _std(given: float | None, d_model: int) -> float:
+    return float(EXACT_LOGIT_STD / d_model**0.5) if given is None else given
+
+
+def _check_std(std: float | None) -> None:
+    if std is not None and not 0.0 <= std < 1e3:
         raise ConfigError("std must be a number >= 0", field="std", found=std)
