@@ -24,7 +24,7 @@ def embedded(
     if ids is not None:
         check_ids(ids, table.num_embeddings, name)
         _check_device(ids, table.weight, name)
-        return table(ids)  # type: ignore[no-any-return]
+        return table(ids.long())  # type: ignore[no-any-return]
     assert embeds is not None
     check_hidden(embeds, table.embedding_dim, embeds_name)
     _check_device(embeds, table.weight, embeds_name)
@@ -38,8 +38,7 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
 
     The range is checked where reading it costs nothing; on other devices the embedding does.
     """
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise DtypeError(f"{name} must be integers", field=name, found=ids.dtype)
+    _check_integers(ids, name)
     if ids.dim() != 2:
         raise ShapeError(
             f"{name} has the wrong shape", field=name, expected="(B, L)", found=tuple(ids.shape)
@@ -49,8 +48,7 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
     """Refuse labels that are not (B, L) integers in [0, vocab_size) or -100."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DtypeError("labels must be integers", field="labels", found=labels.dtype)
+    _check_integers(labels, "labels")
     if labels.dim() != 2:
         found = tuple(labels.shape)
         raise ShapeError(
@@ -61,6 +59,7 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
 
 def check_hidden(x: Tensor, d_model: int, name: str) -> None:
     """Refuse hidden states that are not (B, L, d_model) floating."""
+    _check_tensor(x, name)
     if x.dim() != 3 or x.shape[2] != d_model:
         found = tuple(x.shape)
         wanted = f"(B, L, {d_model})"
@@ -86,6 +85,7 @@ def real_tokens(
     """
     if mask is None:
         return None
+    _check_tensor(mask, name)
     wanted = (x.shape[0], x.shape[1] + (0 if cache is None else cache.length))
     if tuple(mask.shape) != wanted:
         found = tuple(mask.shape)
@@ -117,6 +117,18 @@ def up_to_last_label(labels: Tensor) -> Tensor | None:
     if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
         return None
     return real
+
+
+def _check_tensor(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        found = type(x).__name__
+        raise DtypeError(f"{name} must be a tensor", field=name, found=found)
+
+
+def _check_integers(ids: Tensor, name: str) -> None:
+    _check_tensor(ids, name)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise DtypeError(f"{name} must be integers", field=name, found=ids.dtype)
 
 
 def _check_device(x: Tensor, weight: Tensor, name: str) -> None:

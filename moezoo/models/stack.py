@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +63,8 @@ class Stack(nn.Module):
         Returns:
             (B, L, D), and the routing of each sparse block.
         """
-        length = x.shape[1]
         offset = 0 if cache is None else cache.length
-        masks = self._masks(x, mask, length, offset)
+        masks = self._masks(x, mask, x.shape[1], offset)
         if routed is None and mask is not None:
             routed = mask[:, offset:]
         arguments = {
@@ -75,9 +75,24 @@ class Stack(nn.Module):
             "cache": cache,
         }
         recompute = self.gradient_checkpointing and self.training and cache is None
+        x, routing = self._run_blocks(
+            self.dropout(x), masks, offset, arguments, recompute=recompute
+        )
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.dropout(self.final_norm(x)), routing
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        masks: Tensor | None,
+        offset: int,
+        arguments: Mapping[str, Any],
+        *,
+        recompute: bool,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        length, bias = x.shape[1], masks
         routings: list[Routing] = []
-        bias = masks
-        x = self.dropout(x)
         for block in cast("list[Block]", self.blocks):
             table = block.attention.position_bias
             if table is not None:
@@ -89,9 +104,7 @@ class Stack(nn.Module):
             )
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.advance(length)
-        return self.dropout(self.final_norm(x)), tuple(routings)
+        return x, tuple(routings)
 
     def _masks(self, x: Tensor, mask: Tensor | None, length: int, offset: int) -> Tensor | None:
         padding = key_mask(mask, x.dtype)

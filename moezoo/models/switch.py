@@ -226,6 +226,7 @@ class SwitchForConditionalGeneration(SwitchModel):
         routed = None
         if labels is not None:
             check_labels(labels, self.config.vocab_size)
+            labels = labels.long()
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = shifted_right(labels, self.config)
                 routed = None if decoder_attention_mask is not None else up_to_last_label(labels)

@@ -213,6 +213,8 @@ def test_float16_activations_stay_finite() -> None:
         ),
         ({"inputs_embeds": torch.zeros(1, 2, 16, dtype=torch.long)}, "inputs_embeds"),
         ({"input_ids": source().to("meta")}, "input_ids"),
+        ({"input_ids": [[1, 2]]}, "input_ids"),
+        ({"input_ids": source(), "attention_mask": [[1] * 7] * 2}, "attention_mask"),
         ({"input_ids": source(), "labels": torch.full((2, 3), -5)}, "labels"),
         ({"input_ids": source(), "labels": torch.zeros(2, 3)}, "labels"),
     ],
@@ -328,3 +330,11 @@ def test_building_honours_dtype_and_the_surrounding_device() -> None:
     assert torch.get_default_dtype() == torch.float32
     with torch.device("meta"):
         assert moezoo.build(TINY).shared.weight.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_every_integer_dtype_is_read_alike(dtype: torch.dtype) -> None:
+    model, ids, labels = tiny(), source(), source(2, 4)
+    expected = model(ids, torch.ones_like(ids), labels=labels).loss
+    found = model(ids.to(dtype), torch.ones_like(ids, dtype=dtype), labels=labels.to(dtype)).loss
+    assert torch.equal(found, expected)
