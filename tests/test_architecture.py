@@ -138,6 +138,8 @@ def test_no_submodule_has_the_name_of_what_its_package_holds_or_uses(package: st
     tree = parsed(MODULES[package])
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     local = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    local |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    local |= {node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
     used = {node.id for node in names} - local
     defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert not inside & (used | defined)
