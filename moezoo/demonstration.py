@@ -66,15 +66,15 @@ def prepare(
     tokenizer = Tokenizer.train(lines, vocabulary, vocab_size=pieces)
     corruption = SpanCorruption(tokenizer)
     ids = [packed_ids(part, tokenizer) for part in (train, held_out)]
-    batches = [
+    trained, held = (
         span_corruption_batches(
             part, corruption, input_length=INPUT_LENGTH, batch_size=batch_size, seed=seed
         )
         for part in ids
-    ]
+    )
     prose = (line for document in train for line in document.text.splitlines() if len(line) > 60)
     sample = "\n".join(itertools.islice(prose, SAMPLE_LINES))
-    return Material(tokenizer, *batches, num_tokens=len(ids[0]), sample=sample)
+    return Material(tokenizer, trained, held, num_tokens=len(ids[0]), sample=sample)
 
 
 def small_t5(vocab_size: int) -> SwitchConfig:
