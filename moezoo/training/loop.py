@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from moezoo.errors import NonFiniteLoss
 from moezoo.functional.statistics import LayerStats, layer_stats
+from moezoo.layer import MoE
 from moezoo.records import Assignment, Routing
 from moezoo.training.batches import IGNORED, Batches
 from moezoo.training.recipes import TrainingRecipe, make_optimizer, make_schedule
@@ -122,6 +123,8 @@ def training_step(
         tokens += int(part["attention_mask"].sum()) + count
         routings += output.routing
     norm, skipped = _update(state, settings, total, nonfinite)
+    if not skipped:
+        _adapt_routers(state.model, routings)
     rate = float(state.schedule.get_last_lr()[0])
     state.schedule.step()
     state.step += 1
@@ -193,6 +196,15 @@ def _update(
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return norm, not finite
+
+
+def _adapt_routers(model: nn.Module, routings: Sequence[Routing]) -> None:
+    """Let routers adapt what no gradient trains (balancing biases, thresholds, sparsity) to the
+    step's routings, which come layer by layer for one batch part after another.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for index, layer in enumerate(layers):
+        layer.router.adapt(routings[index :: len(layers)])
 
 
 def _first_nonfinite(model: nn.Module) -> str:

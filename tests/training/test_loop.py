@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moezoo
+from moezoo.layer import MoE
 from moezoo.training.batches import ExampleBatches, pair_batches, span_corruption_batches
 from moezoo.training.corpus import Document, file_documents, python_documents, split
 from moezoo.training.loop import evaluate, expert_loads, fit, start
@@ -42,6 +43,22 @@ def test_a_few_steps_lower_the_loss_and_every_record_is_filled() -> None:
     loads = expert_loads(model, data, count=2)
     assert len(loads) == 2
     assert all(sum(layer.load) == layer.tokens for layer in loads)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_routers_adapt_to_all_routings_of_their_own_layer_once_per_step(accumulate: int) -> None:
+    router = {"name": "sigmoid_top_k", "k": 1, "bias_rate": 0.5}
+    model = small_model(router=router, dropout_rate=0.0)
+    settings, data = TrainingRecipe(accumulate=accumulate), batches(4)
+    model.train()
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    wanted = [torch.zeros(4) for _ in layers]
+    for part in range(accumulate):
+        for load, routing in zip(wanted, model(**data(part)).routing, strict=True):
+            load += torch.bincount(routing.proposed.expert[routing.proposed.kept], minlength=4)
+    fit(start(model, settings, steps=1), data, settings, steps=1)
+    for layer, load in zip(layers, wanted, strict=True):
+        assert torch.equal(layer.router.expert_bias, 0.5 * torch.sign(load.mean() - load))
 
 
 def test_a_batch_depends_on_its_step_alone() -> None:
