@@ -70,7 +70,7 @@ def _matcher(where: Where) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: where.fullmatch(name) is not None
     if isinstance(where, type) and issubclass(where, nn.Module):
         return lambda name, module: isinstance(module, where)
-    if callable(where):
+    if callable(where) and not isinstance(where, type):
         return where
     wanted = "a pattern, a compiled expression, a module class or a predicate"
     raise ConfigError("cannot search with this", field="where", expected=wanted, found=repr(where))

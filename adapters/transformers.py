@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def to_transformers(model: nn.Module) -> nn.Module:
     values = family.write(ours, task)
     (architecture,) = values.pop("architectures")
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    twin: nn.Module = getattr(transformers, architecture)(config)
+    twin: Any = getattr(transformers, architecture)(config)
     state = {
         disk: part.clone()
         for name, tensor in model.state_dict().items()
@@ -67,7 +67,7 @@ def to_transformers(model: nn.Module) -> nn.Module:
     missing = [n for n in missing if not is_ignored(n) and n != "lm_head.weight"]
     assert not missing, f"transformers wants {missing}"
     assert not unexpected, f"transformers does not know {unexpected}"
-    return twin.train(model.training)
+    return cast(nn.Module, twin.train(model.training))
 
 
 def _parts(name: str, tensor: Tensor, mlp: str, num_experts: int) -> list[tuple[str, Tensor]]:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from moezoo import capacity, experts, losses, routers
     from moezoo.adapters.checkpoint import load, save
     from moezoo.adapters.plug import plug
-    from moezoo.adapters.upcycle import downcycle, upcycle
+    from moezoo.adapters.upcycle import downcycle as downcycle
+    from moezoo.adapters.upcycle import upcycle as upcycle
     from moezoo.building import build
     from moezoo.config import SwitchConfig
     from moezoo.errors import MoezooError
     from moezoo.layer import MoE
     from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
     from moezoo.presets import list_models
-    from moezoo.quantization import quantize
     from moezoo.recording import record
     from moezoo.sparse_mlp import SparseMLP
     from moezoo.tokenizer import ByteTokenizer, Tokenizer
@@ -49,7 +49,6 @@ _HOME = {
     "list_models": "moezoo.presets",
     "load": "moezoo.adapters.checkpoint",
     "plug": "moezoo.adapters.plug",
-    "quantize": "moezoo.quantization",
     "record": "moezoo.recording",
     "save": "moezoo.adapters.checkpoint",
     "upcycle": "moezoo.adapters.upcycle",
@@ -74,7 +73,6 @@ __all__ = [
     "load",
     "losses",
     "plug",
-    "quantize",
     "record",
     "routers",
     "save",

@@ -26,7 +26,8 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert not list(tmp_path.iterdir()), "an example leaves no files behind"
+    left = [path for path in tmp_path.iterdir() if path.name != ".hypothesis"]
+    assert not left, "an example leaves no files behind"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -54,7 +54,11 @@ class Family(abc.ABC):
         """Why the layout cannot hold a model, or None when it can."""
 
 
-registry: Registry[Family] = Registry("checkpoint family", Family, "moezoo.adapters")
+registry: Registry[Family] = Registry(
+    "checkpoint family",
+    Family,  # type: ignore[type-abstract]
+    "moezoo.adapters",
+)
 
 _SHARED_FIELDS = (
     "vocab_size",

@@ -1,0 +1,135 @@
+"""Invariants of expert containers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo import experts as containers
+from moezoo.experts.base import Experts
+from moezoo.testing.invariants import D_MODEL, Case, Invariant, close, same, verify
+from moezoo.testing.strategies import cases
+
+D_FF = 8
+Subject = str | dict[str, Any] | type[Experts] | Callable[[int, int, int], Experts]
+
+
+def check_experts(subject: Subject, *, examples: int | None = None) -> None:
+    """Verify everything that an expert container promises, in evaluation mode.
+
+    Args:
+        subject: a registered name or spec, a class whose constructor takes d_model, d_ff and
+            num_experts, or a function (d_model, d_ff, num_experts) -> Experts.
+        examples: cases per invariant; None: hypothesis' current profile.
+
+    Raises InvariantBroken naming the promise and the smallest input that breaks it.
+    """
+    checks = _Checks(subject)
+    invariants: dict[str, tuple[str, Invariant]] = {
+        "rows of nobody": ("rows past the counts come out as zero", checks.rows_of_nobody),
+        "alone": ("an expert's rows come out as if it were run alone", checks.alone),
+        "unhit": ("an expert without rows gets a zero gradient, never None", checks.unhit),
+        "input": ("slots and counts are never changed", checks.input_unchanged),
+        "dtype": ("float64 goes in and out, and zero rows work", checks.dtype),
+        "gradcheck": ("gradients are right in float64", checks.gradcheck),
+    }
+    if checks.build(Case()).row_wise:
+        invariants["rows"] = ("a row's output depends on that row alone", checks.rows)
+    verify(checks.label, invariants, cases(max_group=10, max_experts=5), examples=examples)
+
+
+class _Checks:
+    """The invariants of one subject; each takes a case and asserts."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.label = (
+            subject if isinstance(subject, str) else getattr(subject, "__name__", str(subject))
+        )
+
+    def build(self, case: Case) -> Experts:
+        with torch.random.fork_rng():
+            torch.manual_seed(case.seed)
+            if isinstance(self.subject, (str, dict)):
+                sizes = {"d_model": D_MODEL, "d_ff": D_FF, "num_experts": case.num_experts}
+                made = containers.build(self.subject, **sizes)
+            else:
+                made = self.subject(D_MODEL, D_FF, case.num_experts)
+            with torch.no_grad():
+                for parameter in made.parameters():
+                    parameter.normal_()
+        return made.double().eval()
+
+    def rows_of_nobody(self, case: Case) -> None:
+        slots, counts = inputs(case)
+        used = int(counts.sum())
+        slots[used:] = float("nan")
+        tail = self.build(case)(slots, counts)[used:]
+        same([tail], [torch.zeros_like(tail)], "rows past the counts")
+
+    def alone(self, case: Case) -> None:
+        experts, (slots, counts) = self.build(case), inputs(case)
+        whole, start = experts(slots, counts), 0
+        for expert, count in enumerate(counts.tolist()):
+            only = torch.zeros_like(counts)
+            only[expert] = count
+            rows = slice(start, start + count)
+            close(experts(slots[rows], only), whole[rows], f"expert {expert}", atol=1e-9)
+            start += count
+
+    def rows(self, case: Case) -> None:
+        experts, (slots, counts) = self.build(case), inputs(case)
+        used = int(counts.sum())
+        if used < 2:
+            return
+        changed = slots.clone()
+        changed[0] += 1.0
+        found, expected = experts(changed, counts), experts(slots, counts)
+        close(found[1:], expected[1:], "rows other than the changed one", atol=1e-9)
+
+    def unhit(self, case: Case) -> None:
+        experts, (slots, counts) = self.build(case), inputs(case)
+        experts(slots, counts).sum().backward()
+        for name, parameter in experts.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            finite = bool(torch.isfinite(parameter.grad).all())
+            assert finite, f"the gradient of {name} is not finite"
+            if parameter.dim() == 3 and parameter.shape[0] == case.num_experts:
+                idle = parameter.grad[counts == 0]
+                assert bool((idle == 0).all()), f"{name} of an idle expert has a gradient"
+
+    def input_unchanged(self, case: Case) -> None:
+        slots, counts = inputs(case)
+        before = slots.clone(), counts.clone()
+        self.build(case)(slots, counts)
+        same([slots, counts], before, "the container's input")
+
+    def dtype(self, case: Case) -> None:
+        experts = self.build(case)
+        slots, counts = inputs(case)
+        found = experts(slots, counts)
+        assert found.dtype == torch.float64, f"float64 came out as {found.dtype}"
+        assert found.shape == slots.shape, f"shape {tuple(found.shape)}"
+        empty = experts(slots[:0], torch.zeros_like(counts))
+        assert empty.shape == (0, D_MODEL), f"no rows came out as {tuple(empty.shape)}"
+
+    def gradcheck(self, case: Case) -> None:
+        if case.num_tokens > 5:
+            return
+        experts, (slots, counts) = self.build(case), inputs(case)
+        slots = slots.requires_grad_()
+        torch.autograd.gradcheck(lambda x: experts(x, counts), (slots,), eps=1e-7, atol=1e-4)
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor]:
+    """Slots (N, D) float64 and counts (E,) of a case; some rows may belong to nobody."""
+    total = case.num_tokens
+    source = case.generator(5)
+    slots = torch.randn(total, D_MODEL, generator=source, dtype=torch.float64)
+    used = total if not case.padded else int(0.7 * total)
+    chosen = torch.randint(case.num_experts, (used,), generator=source)
+    counts = torch.zeros(case.num_experts, dtype=torch.int64)
+    return slots, counts.index_add_(0, chosen, torch.ones_like(chosen))

@@ -1,0 +1,143 @@
+"""How an invariant is run: many drawn cases, and the smallest one that breaks it in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from moezoo.errors import MoezooError
+from moezoo.records import Tokens
+
+D_MODEL, VOCABULARY = 6, 24
+
+
+class InvariantBroken(AssertionError):
+    """A component does not keep a promise.
+
+    Attributes: component, invariant (its name), claim (what was promised), case (the smallest input
+    found that breaks it).
+    """
+
+    def __init__(
+        self, component: str, invariant: str, claim: str, case: object, reason: str
+    ) -> None:
+        self.component, self.invariant, self.claim, self.case = component, invariant, claim, case
+        super().__init__(
+            f"{component} breaks {invariant!r}: {claim}.\n"
+            f"  how:            {reason}\n"
+            f"  smallest input: {case}"
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and a seed from which all inputs of a check follow.
+
+    group_size * groups tokens; `padded` marks about a third of them as padding; `ties` rounds
+    activations so that equal scores occur.
+    """
+
+    group_size: int = 4
+    groups: int = 1
+    num_experts: int = 4
+    seed: int = 0
+    padded: bool = False
+    training: bool = False
+    ties: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.group_size * self.groups
+
+    def generator(self, purpose: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1009 + purpose)
+
+    def tokens(self, dtype: torch.dtype = torch.float32) -> Tokens:
+        """The token batch of this case (T, D_MODEL)."""
+        source = self.generator()
+        x = torch.randn(self.num_tokens, D_MODEL, generator=source, dtype=torch.float64)
+        if self.ties:
+            x = x.round()
+        ids = torch.randint(VOCABULARY, (self.num_tokens,), generator=source)
+        real = torch.rand(self.num_tokens, generator=source) < 0.67 if self.padded else None
+        return Tokens(x.to(dtype), ids, real, self.group_size)
+
+    def noise(self, *shape: int, purpose: int = 1) -> Tensor:
+        """Further random numbers of this case."""
+        return torch.randn(*shape, generator=self.generator(purpose))
+
+
+Invariant = Callable[[Case], None]
+
+
+def verify(
+    component: str,
+    invariants: Mapping[str, tuple[str, Invariant]],
+    strategy: SearchStrategy[Case],
+    *,
+    examples: int | None,
+) -> None:
+    """Run each invariant over drawn cases. Raises InvariantBroken for the first broken one."""
+    for name, (claim, invariant) in invariants.items():
+        _verify_one(component, name, claim, invariant, strategy, examples)
+
+
+def _verify_one(
+    component: str,
+    name: str,
+    claim: str,
+    invariant: Invariant,
+    strategy: SearchStrategy[Case],
+    examples: int | None,
+) -> None:
+    last: list[tuple[Case, str]] = []
+
+    def holds(case: Case) -> None:
+        try:
+            invariant(case)
+        except (AssertionError, MoezooError, RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).strip().splitlines()
+            last.append((case, f"{type(error).__name__}: {reason[0]}" if reason else repr(error)))
+            raise
+
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
+    run = settings(deadline=None, database=None, print_blob=False, suppress_health_check=quiet)
+    if examples is not None:
+        run = settings(run, max_examples=examples)
+    try:
+        run(given(strategy)(holds))()
+    except Exception:
+        if not last:
+            raise
+        # hypothesis runs the smallest failing case last.
+        case, reason = last[-1]
+        raise InvariantBroken(component, name, claim, case, reason) from None
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    """Assert that tensors are equal to the bit."""
+    assert len(found) == len(expected), f"{what}: {len(found)} values instead of {len(expected)}"
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+        assert torch.equal(a, b), f"{what}: {_difference(a, b)}"
+
+
+def close(found: Tensor, expected: Tensor, what: str, *, atol: float = 1e-5) -> None:
+    """Assert that two tensors are equal up to rounding."""
+    assert found.shape == expected.shape, (
+        f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    )
+    fine = torch.allclose(found, expected, atol=atol, rtol=1e-4)
+    assert fine, f"{what}: {_difference(found, expected)}"
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    if a.numel() <= 12:
+        return f"{a.flatten().tolist()} instead of {b.flatten().tolist()}"
+    count = int((a != b).sum())
+    return f"{count} of {a.numel()} entries differ"

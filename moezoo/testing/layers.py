@@ -1,0 +1,146 @@
+"""Invariants of whole layers: router, policy and experts together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moezoo.layer import MoE
+from moezoo.pairing import causality_refusal
+from moezoo.records import Assignment
+from moezoo.testing.invariants import D_MODEL, Case, Invariant, close, same, verify
+from moezoo.testing.strategies import cases
+
+Subject = Callable[[int, int], MoE]
+
+
+def check_layer(subject: Subject, *, label: str | None = None, examples: int | None = None) -> None:
+    """Verify what a mixture-of-experts layer promises.
+
+    Args:
+        subject: a function (d_model, num_experts) -> MoE.
+        label: what to call it in messages.
+        examples: cases per invariant; None: hypothesis' current profile.
+
+    Raises InvariantBroken naming the promise and the smallest input that breaks it.
+    """
+    checks = _Checks(subject)
+    invariants: dict[str, tuple[str, Invariant]] = {
+        "plain loop": ("equals a loop over pairs", checks.plain_loop),
+        "padding": ("padding comes out as 0 and changes nothing, NaN or not", checks.padding),
+        "input": ("x is never changed; y is like x", checks.input_unchanged),
+        "dropped": ("a token without a kept pair gives 0 and no gradient", checks.dropped),
+    }
+    sample = checks.build(Case())
+    if not sample.router.soft and causality_refusal(sample.router, sample.capacity) is None:
+        invariants["prefill"] = (
+            "in evaluation, token by token equals the whole sequence",
+            checks.prefill,
+        )
+    name = label or str(getattr(subject, "__name__", "layer"))
+    verify(name, invariants, cases(max_group=6, max_groups=2, max_experts=4), examples=examples)
+
+
+class _Checks:
+    """The invariants of one subject; each takes a case and asserts."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+
+    def build(self, case: Case) -> MoE:
+        with torch.random.fork_rng():
+            torch.manual_seed(case.seed)
+            layer = self.subject(D_MODEL, case.num_experts)
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.normal_()
+        return layer.double().train(case.training)
+
+    def inputs(self, case: Case) -> tuple[Tensor, Tensor | None, Tensor]:
+        """x (B, L, D) float64, mask (B, L) or None, token ids (B, L)."""
+        tokens = case.tokens(torch.float64)
+        shape = (case.groups, case.group_size)
+        mask = None if tokens.real is None else tokens.real.view(shape)
+        assert tokens.ids is not None
+        return tokens.x.view(*shape, D_MODEL), mask, tokens.ids.view(shape)
+
+    def run(
+        self, case: Case, layer: MoE, x: Tensor, mask: Tensor | None, ids: Tensor
+    ) -> tuple[Tensor, Assignment | None]:
+        with torch.random.fork_rng():
+            torch.manual_seed(case.seed + 1)
+            y, routing = layer(x, mask=mask, token_ids=ids)
+        found = routing.assignment
+        return y, found if isinstance(found, Assignment) else None
+
+    def plain_loop(self, case: Case) -> None:
+        layer = self.build(case)
+        x, mask, ids = self.inputs(case)
+        y, a = self.run(case, layer, x, mask, ids)
+        if a is None:
+            return
+        flat, expected = x.reshape(-1, D_MODEL), torch.zeros(x.numel() // D_MODEL, D_MODEL)
+        expected = expected.to(x.dtype)
+        for token, expert, weight, kept in zip(a.token, a.expert, a.weight, a.kept, strict=True):
+            if kept:
+                counts = torch.zeros(layer.experts.num_experts, dtype=torch.int64)
+                counts[expert] = 1
+                row = layer.experts(flat[token : token + 1], counts)
+                expected[token] += (weight * row[0]).detach()
+        if layer.shared is None:
+            close(y.detach().reshape(-1, D_MODEL), expected, "y against the loop", atol=1e-8)
+
+    def padding(self, case: Case) -> None:
+        layer = self.build(case)
+        x, mask, ids = self.inputs(case)
+        if mask is None or layer.capacity.counts_padding:
+            return
+        dirty = torch.where(mask[:, :, None], x, float("nan"))
+        clean, _ = self.run(case, layer, x, mask, ids)
+        found, _ = self.run(case, layer, dirty, mask, ids)
+        same([found], [clean], "NaN in padding changed y")
+        zero = found[~mask]
+        same([zero], [torch.zeros_like(zero)], "padding in y")
+
+    def input_unchanged(self, case: Case) -> None:
+        layer = self.build(case)
+        x, mask, ids = self.inputs(case)
+        before = x.clone()
+        y, _ = self.run(case, layer, x, mask, ids)
+        same([x], [before], "x after the layer")
+        assert (y.shape, y.dtype) == (x.shape, x.dtype), f"y is {tuple(y.shape)} {y.dtype}"
+
+    def dropped(self, case: Case) -> None:
+        layer = self.build(case)
+        x, mask, ids = self.inputs(case)
+        if layer.shared is not None or layer.router.soft:
+            return
+        x = x.clone().requires_grad_()
+        y, a = self.run(case, layer, x, mask, ids)
+        assert a is not None
+        lost = torch.ones(a.num_tokens, dtype=torch.bool)
+        lost[a.token[a.kept]] = False
+        rows = y.reshape(-1, D_MODEL)[lost[: y.numel() // D_MODEL]]
+        same([rows], [torch.zeros_like(rows)], "tokens without a kept pair")
+        if rows.numel() and rows.requires_grad:
+            (gradient,) = torch.autograd.grad(rows.sum(), x, allow_unused=True)
+            none = gradient is None or bool((gradient == 0).all())
+            assert none, "a dropped token passes a gradient"
+
+    def prefill(self, case: Case) -> None:
+        layer = self.build(case).eval()
+        x, _, ids = self.inputs(case)
+        if not layer.router.deterministic or layer.router.needs_token_ids and case.num_tokens == 0:
+            return
+        whole, a = self.run(case, layer, x, None, ids)
+        if a is None or not bool(a.kept.all()) and layer.capacity.may_drop:
+            return  # a limit that binds sees other queues; the policy's page says so
+        for row in range(case.groups):
+            for place in range(case.group_size):
+                here = slice(place, place + 1)
+                alone, _ = self.run(
+                    case, layer, x[row : row + 1, here], None, ids[row : row + 1, here]
+                )
+                close(alone[0, 0], whole[row, place], f"token {place} alone", atol=1e-8)

@@ -1,0 +1,92 @@
+"""Every registered component, and every allowed product, keeps its promises."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from hypothesis import settings
+
+import moezoo
+from moezoo.layer import MoE
+from moezoo.product_table import policy_products
+from moezoo.testing import check_experts, check_layer, check_loss, check_policy, check_router
+
+# The share of a profile's examples that each of the many checks below runs.
+EXAMPLES = max(8, settings().max_examples // 8)
+CONTAINERS = moezoo.experts.names()
+PRODUCTS = [p for p in policy_products() if not p.refused]
+
+
+@pytest.mark.parametrize("name", moezoo.routers.names())
+def test_every_router_keeps_its_promises(name: str) -> None:
+    check_router(name, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "top_k", "k": 3, "normalize": "none"},
+        {"name": "switch", "bias": True},
+        {"name": "switch", "jitter": 0.1},
+    ],
+    ids=str,
+)
+def test_router_options_keep_their_promises(spec: dict[str, object]) -> None:
+    check_router(spec, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("name", moezoo.capacity.names())
+def test_every_policy_keeps_its_promises(name: str) -> None:
+    check_policy(name, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("rule", ["switch", "flaxformer", "mesh", "vmoe"])
+@pytest.mark.parametrize("order", ["rank", "token"])
+def test_first_come_keeps_its_promises_under_every_rule(rule: str, order: str) -> None:
+    def make(limit: int) -> moezoo.capacity.CapacityPolicy:
+        spec = {"name": "first_come", "rule": rule, "order": order, "factor": 0.25 * limit}
+        return moezoo.capacity.build(spec)
+
+    check_policy(make, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_keeps_its_promises(name: str) -> None:
+    check_experts(name, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gated-gelu", "gated-silu", "squared-relu"])
+def test_stacked_experts_keep_their_promises_for_every_activation(activation: str) -> None:
+    check_experts({"name": "stacked", "activation": activation}, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("name", moezoo.losses.names())
+def test_every_loss_keeps_its_promises(name: str) -> None:
+    check_loss(name, examples=EXAMPLES)
+
+
+def layer(
+    d_model: int, num_experts: int, *, router: str, policy: str, container: str, group: str
+) -> MoE:
+    options: dict[str, object] = {"name": router}
+    if "k" in moezoo.routers.registry.get(router).__init__.__annotations__:
+        options["k"] = min(2, num_experts)
+    if router == "gshard":
+        num_experts = max(num_experts, 2)
+    sizes = {"d_model": d_model, "num_experts": num_experts}
+    built = moezoo.routers.build(options, **sizes, vocab_size=24)
+    experts = moezoo.experts.build(container, d_ff=8, **sizes)
+    return MoE(built, experts, capacity=moezoo.capacity.build(policy), group=group)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: f"{p.router}-{p.partner}")
+def test_every_product_is_a_sound_layer(product: object, container: str) -> None:
+    names = {"router": product.router, "policy": product.partner, "container": container}
+    for group in ("batch", "sequence") if container == "stacked" else ("batch",):
+        check_layer(
+            partial(layer, **names, group=group),
+            label=f"{names} by {group}",
+            examples=max(3, EXAMPLES // 8),
+        )
