@@ -160,7 +160,7 @@ def rouge_l(found: Sequence[str], wanted: Sequence[str]) -> float:
         raise ConfigError("ROUGE needs rouge-score", field="metrics", hint=hint) from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = (scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(found, wanted, strict=True))
-    return sum(scores) / max(len(wanted), 1)
+    return float(sum(scores) / max(len(wanted), 1))
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
