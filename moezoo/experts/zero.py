@@ -64,7 +64,7 @@ class ZeroExperts(Experts):
             nn.init.normal_(self.mixer, std=d_model**-0.5)
 
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
-        out_ND: Tensor = self.experts(slots, counts[: self.real])  # zero past the real experts' rows
+        out_ND: Tensor = self.experts(slots, counts[: self.real])  # zero past the real rows
         end_E = counts.cumsum(0)
         row_N = torch.arange(slots.shape[0], device=slots.device)
         expert_N = torch.searchsorted(end_E, row_N, right=True)  # E for rows of nobody
