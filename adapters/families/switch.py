@@ -19,6 +19,8 @@ from moezoo.errors import ConfigError
 from moezoo.registry import Spec
 
 UNLIMITED = 1_000_000  # an expert capacity that no sequence reaches
+# What transformers has no word for and need not know to compute the same in evaluation.
+_OWN = ("capacity", "group", "experts")
 
 
 @registry.register("switch_transformers")
@@ -27,7 +29,8 @@ class SwitchFamily(Family):
 
     `expert_capacity` there is an absolute number per sequence, in evaluation too; here the policy
     is the paper's unless you ask for `capacity="transformers"`. A model is written with a capacity
-    that never binds, so that transformers computes what moezoo computes.
+    that never binds, so that transformers computes what moezoo computes; what training needs
+    besides (policy, group, expert dropout) is kept under `moezoo_config`.
     """
 
     model_types = ("switch_transformers",)
@@ -50,6 +53,7 @@ class SwitchFamily(Family):
             },
             tie_word_embeddings=not weights.own_head,
             scale_decoder_outputs=bool(values.get("tie_word_embeddings", True)),
+            **_own_fields(values),
         )
 
     def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
@@ -59,8 +63,11 @@ class SwitchFamily(Family):
             limit = capacity.options.get("limit", 64)
         losses = config.router_losses
         losses = {"load_balance": 0.01, "z": 0.0} if losses is None else losses
+        own = {name: getattr(config, name) for name in _OWN}
+        own = {name: value for name, value in own.items() if value != getattr(SwitchConfig, name)}
         return {
             **written_fields(config, task, "SwitchTransformers"),
+            **({"moezoo_config": own} if own else {}),
             "model_type": "switch_transformers",
             "dense_act_fn": "relu",
             "feed_forward_proj": "relu",
@@ -101,6 +108,18 @@ def sparse_step(layers: tuple[int, ...], num_layers: int) -> int | None:
 
 def _placed(step: int, num_layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(num_layers) if step > 0 and (i % step == 1 or step == 1))
+
+
+def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What moezoo kept in a config.json of transformers' for itself."""
+    own = values.get("moezoo_config", {})
+    if not isinstance(own, dict) or set(own) - set(_OWN):
+        allowed = "an object with " + ", ".join(_OWN)
+        raise ConfigError(
+            "moezoo_config cannot be read", field="moezoo_config", expected=allowed,
+            found=repr(own)[:80],
+        )  # fmt: skip
+    return own
 
 
 def _layers(values: Mapping[str, Any], side: str, num_layers: int) -> tuple[int, ...]:

@@ -89,6 +89,33 @@ def test_a_model_with_any_router_round_trips(router: str, tmp_path: Path) -> Non
         torch.testing.assert_close(logits(again), logits(model))
 
 
+def test_switchs_layout_keeps_what_training_needs_besides(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "capacity": {"name": "switch", "factor": 2.0},
+        "group": "sequence",
+        "experts": {"name": "stacked", "dropout": 0.4},
+    }
+    model = tiny(**settings)
+    moezoo.save(model, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["model_type"] == "switch_transformers"
+    again = moezoo.load(tmp_path / "out").config.to_dict()
+    assert {name: again[name] for name in settings} == settings
+    loaded = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
+        tmp_path / "out"
+    )
+    torch.testing.assert_close(hf_logits(loaded), logits(model.eval()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("own", [[], {"router": "soft"}, {"capacity": 3}])
+def test_a_foreign_moezoo_config_is_refused(own: Any, tmp_path: Path) -> None:
+    moezoo.save(tiny(), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"moezoo_config": own}))
+    with pytest.raises(moezoo.MoezooError, match="moezoo_config|capacity"):
+        moezoo.load(tmp_path / "out")
+
+
 @pytest.mark.parametrize("task", ["conditional_generation", "model", "encoder"])
 def test_every_task_saves_and_loads(task: str, tmp_path: Path) -> None:
     model = tiny(task)
