@@ -197,7 +197,7 @@ class _Checks:
 
     def _slots_vary(self) -> bool:
         """Whether the limit depends on the group's size, padding included."""
-        long, short = (routing_of(Case(group_size=n)) for n in (24, 4))
+        long, short = (routing_of(Case(group_size=n)) for n in (800, 4))  # above any least limit
         policy = self.build(2).train()
         return policy.limit(long) != policy.limit(short)
 
