@@ -92,6 +92,11 @@ class Tokenizer:
         words.append(self._pieces.decode(run))
         return " ".join(word for word in words if word)
 
+    def piece(self, number: int) -> str:
+        """What one id stands for; a piece that begins a word begins with a low bar."""
+        is_piece = self._is_piece(number)
+        return str(self._pieces.id_to_piece(number)) if is_piece else self._special(number)
+
     def batch(self, texts: Sequence[str], *, max_length: int | None = None) -> Batch:
         """Encode, truncate (eos stays last) and pad texts."""
         return padded([truncated(self.encode(text), max_length) for text in texts])
@@ -176,6 +181,10 @@ class ByteTokenizer:
             elif not skip_special:
                 content += self._special(number).encode()
         return content.decode("utf-8", errors="ignore")
+
+    def piece(self, number: int) -> str:
+        """What one id stands for: a byte as ASCII shows it, else its escape."""
+        return ascii(bytes([number - 3]))[2:-1] if 3 <= number < 259 else self._special(number)
 
     def batch(self, texts: Sequence[str], *, max_length: int | None = None) -> Batch:
         """Encode, truncate (eos stays last) and pad texts."""

@@ -41,6 +41,7 @@ VERBS = {
     "finetune": "fine-tune on pairs: translation, summarisation, your own",
     "evaluate": "loss and task metrics of a checkpoint",
     "generate": "text from a checkpoint",
+    "report": "what the experts of a checkpoint do on a text, as a table and as a page",
     "demo": "the main job on the text that ships with Python, end to end",
     "doctor": "what this installation has and lacks",
 }
