@@ -115,7 +115,8 @@ def _favourites(
     expert_N = torch.cat([expert for _, expert in pairs])
     first = calls[0].offered
     assert isinstance(first, Assignment)
-    known, row_N = token_N.unique(return_inverse=True)
+    known = token_N.bincount().nonzero().flatten()
+    row_N = torch.searchsorted(known, token_N)
     count_VE = torch.zeros(len(known), first.num_experts, dtype=torch.float64)
     count_VE.index_put_((row_N, expert_N), torch.ones((), dtype=torch.float64), accumulate=True)
     expected_VE = count_VE.sum(1, keepdim=True) * count_VE.sum(0) / count_VE.sum()
