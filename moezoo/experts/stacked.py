@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
-from moezoo.functional.dropout import Dropout, relu_dropout
+from moezoo.functional.dropout import Dropout
 from moezoo.functional.truncated_normal import truncated_normal_
-from moezoo.ops.grouped_linear import grouped_linear
+from moezoo.ops.grouped_mlp import grouped_mlp
 
 
 @registry.register("stacked")
@@ -60,15 +59,9 @@ class StackedExperts(Experts):
             truncated_normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
-        if self.gated:
-            gate = self.function(grouped_linear(slots, self.wi_0, counts))
-            hidden = self.dropout(gate * grouped_linear(slots, self.wi_1, counts))
-        elif self.function is F.relu:
-            inner = grouped_linear(slots, self.wi, counts)
-            hidden = relu_dropout(inner, self.dropout.p, training=self.training)
-        else:
-            hidden = self.dropout(self.function(grouped_linear(slots, self.wi, counts)))
-        return grouped_linear(hidden, self.wo, counts)
+        inner = (self.wi_0, self.wi_1) if self.gated else (self.wi,)
+        p = self.dropout.p if self.dropout.training else 0.0
+        return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,11 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
     sorted_N, order_N = key_N.sort(stable=True)
     count_E = torch.zeros(a.num_experts + 1, dtype=torch.int64, device=key_N.device)
     count_E.index_add_(0, sorted_N, torch.ones_like(sorted_N))
-    return Slots(x_TD.index_select(0, a.token[order_N]), count_E[:-1]), order_N
+    token_N = a.token[order_N]
+    if x_TD.requires_grad and _by_hand(a):
+        slots_ND: Tensor = _Spread.apply(x_TD, token_N, _rows_by_token(a, order_N))  # type: ignore[no-untyped-call]
+        return Slots(slots_ND, count_E[:-1]), order_N
+    return Slots(x_TD.index_select(0, token_N), count_E[:-1]), order_N
 
 
 def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
@@ -32,19 +38,80 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
     pair.
     """
     a = assignment
-    weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))[order_N]
-    weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
+    weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))
     if a.num_pairs == a.num_tokens == 1:
-        return weighted_ND
-    if a.choices:
-        by_token_N = torch.empty_like(order_N)
-        by_token_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
-        rows_N = by_token_N[a.token.argsort(stable=True)]
-        return (
-            weighted_ND.index_select(0, rows_N).view(a.num_tokens, a.choices, y_ND.shape[1]).sum(1)
-        )
-    out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
-    return out_TD.index_add(0, a.token[order_N], weighted_ND)
+        return y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
+    if not a.choices:
+        weighted_ND = y_ND * weight_N[order_N].unsqueeze(-1).to(y_ND.dtype)
+        out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
+        return out_TD.index_add(0, a.token[order_N], weighted_ND)
+    rows_TK = _rows_by_token(a, order_N)
+    if a.choices > 1:
+        weighted_ND = y_ND * weight_N[order_N].unsqueeze(-1).to(y_ND.dtype)
+        return _collected(weighted_ND, rows_TK, a, order_N)
+    out_TD = _collected(y_ND, rows_TK, a, order_N)
+    weight_T1 = weight_N[order_N[rows_TK]].to(y_ND.dtype)
+    # Without a gradient nobody else has seen this copy.
+    return out_TD * weight_T1 if torch.is_grad_enabled() else out_TD.mul_(weight_T1)
+
+
+def _rows_by_token(assignment: Assignment, order_N: Tensor) -> Tensor:
+    """(T, K): in which row each pair of a token stands, in list order."""
+    a = assignment
+    row_N = torch.empty_like(order_N)
+    row_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
+    if a.choices == 1:
+        rows_T = torch.empty_like(row_N)
+        rows_T[a.token] = row_N
+    else:
+        rows_T = row_N[a.token.argsort(stable=True)]
+    return rows_T.view(a.num_tokens, a.choices)
+
+
+def _collected(y_ND: Tensor, rows_TK: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
+    if y_ND.requires_grad and _by_hand(assignment):
+        out: Tensor = _Collect.apply(y_ND, assignment.token[order_N], rows_TK)  # type: ignore[no-untyped-call]
+        return out
+    return _collect(y_ND, rows_TK)
+
+
+def _collect(y_ND: Tensor, rows_TK: Tensor) -> Tensor:
+    taken = y_ND.index_select(0, rows_TK.reshape(-1))
+    if rows_TK.shape[1] == 1:
+        return taken
+    return taken.view(*rows_TK.shape, y_ND.shape[1]).sum(1)
+
+
+def _by_hand(assignment: Assignment) -> bool:
+    return bool(assignment.choices) and not torch.compiler.is_compiling()
+
+
+class _Spread(torch.autograd.Function):
+    """x (T, D) -> (N, D), row r from token token_N[r]. Its transpose gathers, where that of
+    `index_select` adds row after row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, rows_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N, rows_TK)
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        return _Collect.apply(grad_ND, *ctx.saved_tensors), None, None  # type: ignore[no-untyped-call]
+
+
+class _Collect(torch.autograd.Function):
+    """y (N, D) -> (T, D), the sum over the rows of each token: the transpose of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, token_N: Tensor, rows_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N, rows_TK)
+        return _collect(y_ND, rows_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return _Spread.apply(grad_TD, *ctx.saved_tensors), None, None  # type: ignore[no-untyped-call]
 
 
 def soft_dispatch(x_TD: Tensor, assignment: SoftAssignment) -> Slots:

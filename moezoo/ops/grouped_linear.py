@@ -1,4 +1,4 @@
-"""E linear maps over rows sorted by expert."""
+"""E linear maps over rows sorted by expert, as an operator of torch."""
 
 from __future__ import annotations
 
@@ -7,84 +7,98 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.ops.few_rows import MOST_ROWS, few_rows_linear
+from moezoo.ops.backends import choose
 
 
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, counts)
-        return _loop(x, weight, counts)
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Row r of expert e times weight[e]^T [+ bias[e]].
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, counts = ctx.saved_tensors
-        grad_x = (
-            grouped_linear(grad, weight.transpose(1, 2), counts)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        grad_w = None
-        if ctx.needs_input_grad[1]:
-            grad_w = _GroupedOuter.apply(grad, x, counts)  # type: ignore[no-untyped-call]
-        return grad_x, grad_w, None
-
-
-class _GroupedOuter(torch.autograd.Function):
-    """Per expert a^T b over its rows: (N, M), (N, K) -> (E, M, K)."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b, counts)
-        out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
-        for expert, count in enumerate(counts.tolist()):
-            if not count:
-                out[expert].zero_()
-        for expert, rows in _runs(counts):
-            torch.mm(a[rows].t(), b[rows], out=out[expert])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, b, counts = ctx.saved_tensors
-        return (
-            grouped_linear(b, grad, counts),
-            grouped_linear(a, grad.transpose(1, 2), counts),
-            None,
-        )
-
-
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Row r of expert e times weight[e]^T.
+    `torch.compile` and `torch.export` see one operator with a fixed output shape; the counts are
+    read inside it. Twice differentiable. Under autocast it computes in autocast's dtype, as
+    `F.linear` does, and casts only the weights of experts that have rows.
 
     Args:
-        x: (N, K), rows sorted by expert. weight: (E, M, K). counts: (E,) int64.
+        x: (N, K), rows sorted by expert. weight: (E, M, K). counts: (E,) int64. bias: (E, M).
+        backend: "auto", or one of `moezoo.ops.backends.BACKENDS`.
 
     Returns:
         (N, M), zero in rows past counts.sum().
+
+    Raises ConfigError for an unknown backend, or one that cannot take these tensors.
     """
-    out: Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
-    return out
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    out: Tensor = _linear(x, weight, counts, backend)
+    return out if bias is None else out + _rows_of(bias.to(out.dtype), counts, x.shape[0])
 
 
-def _loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[1])
-    runs = _runs(counts)
-    out[runs[-1][1].stop if runs else 0 :].zero_()
-    # Under autocast the product would round to bfloat16; `mm` with `out` does not.
-    thin = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    for expert, rows in runs:
-        if thin and rows.stop - rows.start <= MOST_ROWS:
-            out[rows] = few_rows_linear(x[rows], weight[expert])
-        else:
-            torch.mm(x[rows], weight[expert].t(), out=out[rows])
-    return out
+def _rows_of(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
+    """(E, M) -> (N, M): its expert's bias in each row, zero past the counts."""
+    place_N = torch.arange(num_rows, device=counts.device)
+    expert_N = torch.searchsorted(counts.cumsum(0), place_N, right=True)
+    return torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).index_select(0, expert_N)
 
 
-def _runs(counts: Tensor) -> list[tuple[int, slice]]:
-    runs, start = [], 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            runs.append((expert, slice(start, start + count)))
-        start += count
-    return runs
+@torch.library.custom_op(
+    "moezoo::grouped_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor counts, str backend) -> Tensor",
+)
+def _linear(x: Tensor, weight: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return choose(backend, x, weight, counts).linear(x, weight, counts)
+
+
+@torch.library.custom_op(
+    "moezoo::grouped_outer",
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, Tensor counts, str backend) -> Tensor",
+)
+def _outer(a: Tensor, b: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return choose(backend, a, b, counts).outer(a, b, counts)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_outer.register_fake
+def _(a: Tensor, b: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, second, counts, ctx.backend = inputs
+    ctx.save_for_backward(first, second, counts)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, counts = ctx.saved_tensors
+    grad_x = grad_w = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _linear(grad, weight.transpose(1, 2), counts, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        grad_w = _outer(grad, x, counts, ctx.backend).to(weight.dtype)
+    return grad_x, grad_w, None, None
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, counts = ctx.saved_tensors
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[0]:
+        grad_a = _linear(b, grad, counts, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        grad_b = _linear(a, grad.transpose(1, 2), counts, ctx.backend)
+    return grad_a, grad_b, None, None
+
+
+_linear.register_autograd(_linear_backward, setup_context=_keep)
+_outer.register_autograd(_outer_backward, setup_context=_keep)

@@ -1,0 +1,24 @@
+"""Rows sorted by expert, and the plain loop that operators are compared with."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@st.composite
+def row_counts(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Counts (E,) with empty experts among them, and rows that belong to nobody."""
+    counts = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+    return torch.tensor(counts), sum(counts) + draw(st.integers(0, 3))
+
+
+def looped(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Row by row, as the definition says."""
+    experts = torch.arange(counts.shape[0]).repeat_interleave(counts).tolist()
+    rows = [x[row] @ weight[e].t() for row, e in enumerate(experts)]
+    if bias is not None:
+        rows = [y + bias[e] for y, e in zip(rows, experts, strict=True)]
+    nobody = x.new_zeros(x.shape[0] - len(experts), weight.shape[1])
+    return torch.cat([torch.stack(rows), nobody]) if rows else nobody

@@ -1,0 +1,47 @@
+"""Memory of large gradients: zero where it must be, used again, given back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moezoo.ops import memory
+from moezoo.ops.memory import release_memory, stacked_gradient
+
+SHAPE = (4, 1024, 2048)  # 32 MiB in float32
+LIKE = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def empty_stock() -> None:
+    release_memory()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4, 3), (0, 3)])
+def test_what_is_not_written_is_zero(shape: tuple[int, ...]) -> None:
+    for written in ([1, 3], [0, 1, 2, 3], [2], []):
+        written = written[: shape[0]]
+        for _ in range(2):
+            gradient = stacked_gradient(shape, LIKE, written)
+            assert gradient.shape == shape
+            rest = [number for number in range(shape[0]) if number not in written]
+            assert not gradient[rest].any()
+            gradient.fill_(float("nan"))
+
+
+def test_freed_memory_serves_the_next_gradient_until_it_is_released() -> None:
+    first = stacked_gradient(SHAPE, LIKE, range(4))
+    place, part = first.data_ptr(), first[1]
+    del first
+    other = stacked_gradient(SHAPE, LIKE, range(4))
+    assert other.data_ptr() != place  # a view of the first one is still alive
+    del part
+    assert stacked_gradient(SHAPE, LIKE, range(4)).data_ptr() == place
+    assert memory._stock
+    release_memory()
+    assert not memory._stock
+
+
+def test_it_has_the_dtype_of_its_example() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        assert stacked_gradient(SHAPE, LIKE.to(dtype), [0]).dtype == dtype
