@@ -26,11 +26,11 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
     sorted_N, order_N = key_N.sort(stable=True)
     count_E = torch.zeros(a.num_experts + 1, dtype=torch.int64, device=key_N.device)
     count_E.index_add_(0, sorted_N, torch.ones_like(sorted_N))
-    token_N = a.token[order_N]
     if x_TD.requires_grad and _by_hand(a):
-        slots_ND: Tensor = _Spread.apply(x_TD, token_N, _rows_by_token(a, order_N))  # type: ignore[no-untyped-call]
-        return Slots(slots_ND, count_E[:-1]), order_N
-    return Slots(x_TD.index_select(0, token_N), count_E[:-1]), order_N
+        rows_TK = _rows_by_token(a, order_N)
+        spread: Tensor = _Spread.apply(x_TD, a.token[order_N], rows_TK)  # type: ignore[no-untyped-call]
+        return Slots(spread, count_E[:-1]), order_N
+    return Slots(x_TD.index_select(0, a.token[order_N]), count_E[:-1]), order_N
 
 
 def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
@@ -38,21 +38,20 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
     pair.
     """
     a = assignment
-    weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))
+    weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))[order_N]
+    if a.choices == 1 and a.num_tokens > 1:
+        rows_T1 = _rows_by_token(a, order_N)
+        out_TD = _collected(y_ND, rows_T1, a, order_N)
+        weight_T1 = weight_N[rows_T1].to(y_ND.dtype)
+        # Without a gradient nobody else has seen this copy.
+        return out_TD * weight_T1 if torch.is_grad_enabled() else out_TD.mul_(weight_T1)
+    weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
     if a.num_pairs == a.num_tokens == 1:
-        return y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
-    if not a.choices:
-        weighted_ND = y_ND * weight_N[order_N].unsqueeze(-1).to(y_ND.dtype)
-        out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
-        return out_TD.index_add(0, a.token[order_N], weighted_ND)
-    rows_TK = _rows_by_token(a, order_N)
-    if a.choices > 1:
-        weighted_ND = y_ND * weight_N[order_N].unsqueeze(-1).to(y_ND.dtype)
-        return _collected(weighted_ND, rows_TK, a, order_N)
-    out_TD = _collected(y_ND, rows_TK, a, order_N)
-    weight_T1 = weight_N[order_N[rows_TK]].to(y_ND.dtype)
-    # Without a gradient nobody else has seen this copy.
-    return out_TD * weight_T1 if torch.is_grad_enabled() else out_TD.mul_(weight_T1)
+        return weighted_ND
+    if a.choices:
+        return _collected(weighted_ND, _rows_by_token(a, order_N), a, order_N)
+    out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
+    return out_TD.index_add(0, a.token[order_N], weighted_ND)
 
 
 def _rows_by_token(assignment: Assignment, order_N: Tensor) -> Tensor:
