@@ -10,7 +10,7 @@ from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
 from moezoo.functional.dropout import Dropout
 from moezoo.functional.truncated_normal import truncated_normal_
-from moezoo.ops.grouped_mlp import grouped_mlp
+from moezoo.functional.grouped_mlp import grouped_mlp
 
 
 @registry.register("stacked")

