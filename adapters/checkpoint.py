@@ -21,6 +21,7 @@ from moezoo.adapters.writer import replacing_directory
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
+from moezoo.quantization import is_quantized
 
 
 def load(
@@ -88,6 +89,9 @@ def save(
         hint = "Save other modules with safetensors.torch.save_model."
         found = type(model).__name__
         raise ConfigError("only moezoo models can be saved", field="model", found=found, hint=hint)
+    if is_quantized(model):
+        hint = "Save the model before moezoo.quantize; quantise again after loading."
+        raise ConfigError("a quantised model cannot be saved", field="model", hint=hint)
     family = layout_for(config, layout)
     tensors = {
         plan.name: (plan, tensor_bytes(tensor))

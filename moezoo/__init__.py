@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moezoo.layer import MoE
     from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
     from moezoo.presets import list_models
+    from moezoo.quantization import quantize
     from moezoo.recording import record
     from moezoo.sparse_mlp import SparseMLP
     from moezoo.tokenizer import ByteTokenizer, Tokenizer
@@ -49,6 +50,7 @@ _HOME = {
     "list_models": "moezoo.presets",
     "load": "moezoo.adapters.checkpoint",
     "plug": "moezoo.adapters.plug",
+    "quantize": "moezoo.quantization",
     "record": "moezoo.recording",
     "save": "moezoo.adapters.checkpoint",
     "upcycle": "moezoo.adapters.upcycle",
@@ -73,6 +75,7 @@ __all__ = [
     "load",
     "losses",
     "plug",
+    "quantize",
     "record",
     "routers",
     "save",

@@ -9,8 +9,8 @@ from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
 from moezoo.functional.dropout import Dropout
-from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.functional.grouped_mlp import grouped_mlp
+from moezoo.functional.truncated_normal import truncated_normal_
 
 
 @registry.register("stacked")
