@@ -32,7 +32,7 @@ def build(name: str, case: Case, **options: Any) -> Router:
                 parameter.normal_()
                 if case.ties:
                     parameter.round_()
-    return router
+    return router.requires_grad_(False)
 
 
 def policy(name: str, **options: Any) -> CapacityPolicy:
@@ -112,6 +112,7 @@ def test_top_k_takes_the_k_most_probable_experts(case: Case) -> None:
 @given(drawn)
 def test_choices_are_made_before_any_rounding_to_bfloat16(case: Case) -> None:
     router, tokens = build("switch", case).bfloat16(), case.tokens(torch.bfloat16)
+    router.classifier.weight.mul_(1e-3)  # probabilities that differ by less than bfloat16 sees
     probs = (tokens.x.float() @ router.classifier.weight.float().t()).softmax(-1)
     expected = {(t, ranked(probs[t])[0]): float(probs[t].max()) for t in real_tokens(tokens)}
     assert near(weights(sparse(router(tokens))), expected)
@@ -237,12 +238,13 @@ def test_base_and_sinkhorn_balance_in_training_and_go_by_score_in_evaluation(cas
 
 
 def test_sinkhorn_spreads_tokens_that_all_prefer_one_expert() -> None:
-    router = build("sinkhorn", Case(num_experts=2, seed=1), temperature=0.1).train()
+    router = build("sinkhorn", Case(num_experts=2, seed=1), iterations=200).train()
     x = Case(group_size=20, seed=3).tokens().x
     direction = router.classifier.weight[0] - router.classifier.weight[1]
-    skewed = x + 3.0 * direction.detach()
+    skewed = x + 0.5 * direction
     load = torch.bincount(sparse(router(Tokens(skewed))).expert, minlength=2)
-    assert int(load.min()) >= 7
+    assert int(load.min()) >= 5
+    assert bool((skewed @ direction > 0).float().mean() > 0.9)
 
 
 @few
@@ -250,9 +252,8 @@ def test_sinkhorn_spreads_tokens_that_all_prefer_one_expert() -> None:
 def test_every_policy_equals_a_loop(case: Case, k: int, limit: int) -> None:
     routing = routing_of(case, k)
     a = sparse(routing)
-    n, rank = a.num_pairs, {}
-    for i in range(n):
-        rank[i] = sum(int(a.token[j]) == int(a.token[i]) for j in range(i))
+    n = a.num_pairs
+    rank = {i: sum(int(a.token[j]) == int(a.token[i]) for j in range(i)) for i in range(n)}
     first = {int(a.token[i]): float(a.weight[i]) for i in range(n) if rank[i] == 0}
     orders = {
         "rank": list(range(n)),
@@ -338,9 +339,8 @@ def test_a_layer_is_the_weighted_sum_of_its_kept_experts(case: Case, name: str, 
     options = {"k": min(2, case.num_experts)} if name == "top_k" else {}
     router, tokens = build(name, case, **options).double(), case.tokens(torch.float64)
     sizes = {"d_model": D_MODEL, "d_ff": 5, "num_experts": case.num_experts}
-    experts = moezoo.experts.build("stacked", **sizes).double()
-    admit = policy("first_come", limit=limit)
-    group = max(case.group_size, 1)
+    experts = moezoo.experts.build("stacked", **sizes).double().requires_grad_(False)
+    admit, group = policy("first_come", limit=limit), max(case.group_size, 1)
     layer = MoE(router, experts, capacity=admit, group=group)
     y, routing = layer(tokens.x, mask=tokens.real, token_ids=tokens.ids)
     expected = torch.zeros_like(tokens.x)
