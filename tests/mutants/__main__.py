@@ -1,0 +1,92 @@
+"""Run the property tests against every seeded bug: `python -m tests.mutants [--quick] [WORD ...]`.
+
+Each bug goes into a copy of the package of its own; torch is imported once and every copy is tested
+in a forked process. A bug is caught when a test fails: an error in the machinery does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import hypothesis  # noqa: F401  (imported before forking, like pytest and torch)
+import pytest
+import torch
+
+from tests.mutants.bugs import BUGS, Bug
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = ["tests/properties/test_references.py", "tests/mutants/kit.py"]
+PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
+
+
+def main(words: list[str]) -> int:
+    """Print caught / total; 0 when every bug is caught and the sound package passes."""
+    chosen = [bug for bug in BUGS if "--quick" not in words or bug.quick]
+    names = [word for word in words if not word.startswith("-")]
+    chosen = [bug for bug in chosen if not names or any(name in bug.name for name in names)]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        if outcome(None, Path(folder) / "sound") != PASSED:
+            print("the suite fails on the sound package: nothing can be said about bugs")
+            return 1
+        jobs = [(bug, Path(folder) / str(number)) for number, bug in enumerate(chosen)]
+        start, caught = time.monotonic(), 0
+        for (bug, _), code in zip(jobs, pool.map(lambda job: outcome(*job), jobs), strict=True):
+            caught += code == FAILED
+            verdict = "caught" if code == FAILED else f"ESCAPED (exit {code})"
+            print(f"{verdict:8} {bug.name}{' (historic)' if bug.historic else ''}", flush=True)
+    print(f"caught {caught} / {len(chosen)} in {time.monotonic() - start:.0f} s")
+    return 0 if caught == len(chosen) else 1
+
+
+def outcome(bug: Bug | None, copy: Path) -> int:
+    """pytest's exit code for the property tests on a copy of the package with the bug in it."""
+    copy.mkdir()
+    for name in ("moezoo", "adapters", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    if bug is not None:
+        seed(bug, copy)
+    child = os.fork()
+    if child == 0:
+        code = int(pytest.ExitCode.INTERNAL_ERROR)
+        try:
+            code = _tested(copy)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    shutil.rmtree(copy)
+    return os.waitstatus_to_exitcode(status)
+
+
+def seed(bug: Bug, root: Path) -> None:
+    """Write the bug into a source tree. Raises ValueError where its place is not unique."""
+    path = root / bug.path
+    text = path.read_text()
+    if text.count(bug.old) != 1:
+        raise ValueError(f"{bug.name}: {bug.old!r} occurs {text.count(bug.old)} times in {path}")
+    path.write_text(text.replace(bug.old, bug.new))
+
+
+def _tested(copy: Path) -> int:
+    """In the forked process: forget this package, run the suite on the copy."""
+    for name in [n for n in sys.modules if n.split(".")[0] in ("moezoo", "tests", "adapters")]:
+        del sys.modules[name]
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    os.environ["HYPOTHESIS_PROFILE"] = "dev"
+    flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib"]
+    flags += ["-W", "ignore:Module already imported"]
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return int(pytest.main([*flags, "--rootdir", str(copy), *SUITE]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
