@@ -36,6 +36,8 @@ def causality_refusal(router: Router, policy: CapacityPolicy) -> str | None:
 
 def loss_refusal(router: Router, loss: RouterLoss, name: str) -> str | None:
     """Why a router cannot feed a loss, or None when it can."""
+    if name in router.own_losses:
+        return None
     missing = {
         "logits": not router.has_logits,
         "probs": not router.has_probs,

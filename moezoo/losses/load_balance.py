@@ -40,7 +40,8 @@ class LoadBalanceLoss(RouterLoss):
     def forward(self, routing: Routing) -> Tensor:
         offered, probs = routing.offered, routing.probs
         assert isinstance(offered, Assignment)
-        assert probs is not None
+        if probs is None:
+            return _own(routing, self.scope)
         if self.scope == "global":
             return global_load_balance(probs, offered, routing.real)
         if self.scope == "sequence":
@@ -58,3 +59,11 @@ def _length(offered: Assignment, length: int) -> int:
         hint = "Route through MoE, or give Routing a sequence_length."
         raise RoutingError("scope='sequence' needs to know the sequence length", hint=hint)
     return length
+
+
+def _own(routing: Routing, scope: str) -> Tensor:
+    """The loss as a router without probabilities summed it up itself."""
+    if scope != "batch":
+        hint = "Use scope='batch', or the router 'switch'."
+        raise RoutingError(f"scope={scope!r} needs probabilities, not held here", hint=hint)
+    return routing.losses["load_balance"]

@@ -13,6 +13,7 @@ from moezoo.routers.relu import ReLURouter
 from moezoo.routers.sigmoid_top_k import SigmoidTopKRouter
 from moezoo.routers.sinkhorn import SinkhornRouter
 from moezoo.routers.soft import SoftRouter
+from moezoo.routers.streamed_switch import StreamedSwitchRouter
 from moezoo.routers.switch import SwitchRouter
 from moezoo.routers.top_k import TopKRouter
 
@@ -34,6 +35,7 @@ __all__ = [
     "SigmoidTopKRouter",
     "SinkhornRouter",
     "SoftRouter",
+    "StreamedSwitchRouter",
     "SwitchRouter",
     "TopKRouter",
     "build",

@@ -1,0 +1,106 @@
+"""Top-1 routing over very many experts: scores come and go in chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moezoo.ops.products import product
+
+_SCORES = 1 << 19  # of one chunk: 2 MiB in float32
+
+
+def streamed_top_1(
+    x_TD: Tensor, weight: Tensor, bias: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choice (T,), its probability (T,), mean probability (E,) and mean logsumexp^2, the last two
+    over real tokens.
+
+    Nothing of size (T, E) is ever held, in backward neither, where each chunk's scores are computed
+    again. It differentiates once.
+
+    Args:
+        x_TD: float32 or float64, finite. weight: (E, D) of the same dtype. bias: (E,) or None.
+        real: (T,) bool or None.
+    """
+    if real is None:
+        share_T = x_TD.new_full((x_TD.shape[0],), 1.0 / max(x_TD.shape[0], 1))
+    else:
+        share_T = real.to(x_TD.dtype) / real.sum().clamp(min=1)
+    if torch.compiler.is_compiling():
+        return _at_once(x_TD, weight, bias, share_T)
+    found: tuple[Tensor, ...] = _Streamed.apply(x_TD, weight, bias, share_T)  # type: ignore[no-untyped-call]
+    return found[0], found[1], found[2], found[3]
+
+
+def _at_once(
+    x_TD: Tensor, weight: Tensor, bias: Tensor | None, share_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For tracing, which has no chunks."""
+    logits_TE = torch.nn.functional.linear(x_TD, weight, bias)
+    probs_TE = logits_TE.softmax(-1)
+    expert_T = probs_TE.argmax(-1)
+    gate_T = probs_TE.gather(1, expert_T[:, None])[:, 0]
+    return expert_T, gate_T, share_T @ probs_TE, share_T @ logits_TE.logsumexp(-1).square()
+
+
+def _chunks(num_tokens: int, num_experts: int) -> Iterator[slice]:
+    size = max(_SCORES // num_experts, 16)
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = product(x, weight)
+    return logits if bias is None else logits.add_(bias)
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor | None, share_T: Tensor
+    ) -> tuple[Tensor, ...]:
+        num_tokens, num_experts = x_TD.shape[0], weight.shape[0]
+        expert_T = torch.empty(num_tokens, dtype=torch.int64, device=x_TD.device)
+        gate_T, lse_T = x_TD.new_empty(num_tokens), x_TD.new_empty(num_tokens)
+        mean_E = x_TD.new_zeros(num_experts)
+        for part in _chunks(num_tokens, num_experts):
+            logits = _logits(x_TD[part], weight, bias)
+            lse_T[part] = logits.logsumexp(-1)
+            probs = logits.sub_(lse_T[part, None]).exp_()
+            expert_T[part] = probs.argmax(-1)
+            gate_T[part] = probs.gather(1, expert_T[part, None])[:, 0]
+            mean_E += share_T[part] @ probs
+        ctx.save_for_backward(x_TD, weight, bias, share_T, expert_T, lse_T)
+        ctx.mark_non_differentiable(expert_T)
+        return expert_T, gate_T, mean_E, share_T @ lse_T.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _: Tensor, grad_gate_T: Tensor, grad_mean_E: Tensor, grad_z: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x_TD, weight, bias, share_T, expert_T, lse_T = ctx.saved_tensors
+        grad_x = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros_like(weight)
+        grad_b = None if bias is None else torch.zeros_like(bias)
+        for part in _chunks(x_TD.shape[0], weight.shape[0]):
+            logits = _logits(x_TD[part], weight, bias)
+            probs = logits.sub_(lse_T[part, None]).exp_()
+            chosen, share = expert_T[part, None], share_T[part, None]
+            gate = probs.gather(1, chosen) * grad_gate_T[part, None]
+            # softmax: p * (g - sum p g), for g from the mean and from the chosen one's gate;
+            # logsumexp^2: p * 2 logsumexp.
+            outer = share * (probs @ grad_mean_E)[:, None] + gate
+            outer -= share * (2 * grad_z) * lse_T[part, None]
+            grad = probs.mul_((share * grad_mean_E).sub_(outer)).scatter_add_(1, chosen, gate)
+            if grad_x is not None:
+                grad_x[part] = product(grad, weight.t())
+            grad_w.addmm_(grad.t(), x_TD[part])
+            if grad_b is not None:
+                grad_b += grad.sum(0)
+        return grad_x, grad_w, grad_b, None
