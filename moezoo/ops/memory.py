@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 # glibc hands out blocks beyond this straight from the system, never from its stock, whatever was
 # freed before (M_MMAP_THRESHOLD_MAX): every page of them is a page fault.
 _LARGE = 32 * 2**20
+
+# A kernel without huge pages refuses to be asked for them.
+_HUGE_PAGES = hasattr(mmap, "MADV_FREE") and Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 
 _stock: dict[int, list[mmap.mmap]] = {}
 
@@ -29,7 +33,7 @@ def stacked_gradient(shape: Sequence[int], like: Tensor, written: Sequence[int])
     (benchmarks/layer.md, "Fresh memory").
     """
     size = torch.Size(shape).numel() * like.element_size()
-    if size < _LARGE or not hasattr(mmap, "MADV_FREE") or like.device.type != "cpu":
+    if size < _LARGE or not _HUGE_PAGES or like.device.type != "cpu":
         return _zeroed(like.new_empty(shape), written)
     waiting = _stock.get(size)
     block = waiting.pop() if waiting else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -29,7 +31,20 @@ def test_what_is_not_written_is_zero(shape: tuple[int, ...]) -> None:
             gradient.fill_(float("nan"))
 
 
-def test_freed_memory_serves_the_next_gradient_until_it_is_released() -> None:
+def test_a_system_without_huge_pages_gets_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_HUGE_PAGES", False)
+    gradient = stacked_gradient(SHAPE, LIKE, [1])
+    assert not gradient[[0, 2, 3]].any()
+    del gradient
+    assert not memory._stock
+
+
+def test_freed_memory_serves_the_next_gradient_until_it_is_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not memory._HUGE_PAGES:  # the stock itself works with pages of any size
+        monkeypatch.setattr(memory, "_huge_pages", lambda size: mmap.mmap(-1, size))
+        monkeypatch.setattr(memory, "_HUGE_PAGES", True)
     first = stacked_gradient(SHAPE, LIKE, range(4))
     place, part = first.data_ptr(), first[1]
     del first

@@ -1,0 +1,187 @@
+"""Routing alone, `switch` with `first_come` (factor 1.25), next to transformers' Switch router.
+
+    python benchmarks/router.py [--experts 8 64 256 2048] [--tokens 8192]
+
+"routing" is scores, choice and admission; "streamed" the same by `streamed_switch`, which holds no
+score per token and expert; "with dispatch" (of "routing") also moves the rows to their experts and
+back (the experts return them as they are); "scores" is the classifier product and softmax by torch
+alone, which no such router can do without. The peer's routing is its router module, whose dispatch
+is a loop in its experts. Width 768. "forward" is without gradient; "training" is forward and the
+gradient of the weights of all pairs and of both router losses. Writes benchmarks/router.json and
+router.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import added_mib, machine, milliseconds, ratio, samples, save, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moezoo.capacity import FirstCome
+from moezoo.experts.base import Experts
+from moezoo.functional.losses import load_balance, z_loss
+from moezoo.layer import MoE
+from moezoo.records import Tokens
+from moezoo.routers import StreamedSwitchRouter, SwitchRouter
+
+WIDTH = 768
+RUNS = ("routing", "streamed", "with dispatch", "scores", "transformers")
+
+
+class SameExperts(Experts):
+    """Experts that return their rows."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.d_model, self.num_experts = WIDTH, num_experts
+
+    def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
+        return slots
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 256, 2048])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--seconds", type=float, default=2.0, help="at least, per row")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    x = torch.randn(options.tokens, WIDTH)
+    rows = []
+    for count in options.experts:
+        layer = MoE(SwitchRouter(WIDTH, count), SameExperts(count), capacity=FirstCome(factor=1.25))
+        peer = transformers_router(layer, options.tokens)
+        lean = MoE(
+            StreamedSwitchRouter(WIDTH, count), layer.experts, capacity=FirstCome(factor=1.25)
+        )
+        lean.router.classifier = layer.router.classifier
+        modes = {"forward": forward(layer, lean, peer, x), "training": train(layer, lean, peer, x)}
+        for mode, runs in modes.items():
+            times = samples(runs, seconds=options.seconds)
+            memory = {name: added_mib(run) for name, run in runs.items()}
+            rows.append({"experts": count, "mode": mode, "s": times, "mib": memory})
+            print("\t".join(cells(rows[-1])), flush=True)
+    record = {"machine": machine(), "tokens": options.tokens, "rows": rows}
+    save(options.out, record, page(record))
+
+
+def transformers_router(layer: MoE, tokens: int) -> nn.Module:
+    """The peer's router on the same classifier, with the same capacity."""
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers import modeling_switch_transformers as theirs
+
+    count = layer.router.num_experts
+    capacity = -(-5 * tokens // (4 * count))
+    config = SwitchTransformersConfig(
+        d_model=WIDTH, num_experts=count, expert_capacity=capacity, router_jitter_noise=0.0
+    )
+    peer = theirs.SwitchTransformersTop1Router(config)
+    peer.classifier.weight = layer.router.classifier.weight
+    return peer
+
+
+def forward(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    weight = layer.router.classifier.weight
+
+    def quiet(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad():
+                call()
+
+        return run
+
+    return {
+        "routing": quiet(lambda: layer.route(Tokens(x))),
+        "streamed": quiet(lambda: lean.route(Tokens(x))),
+        "transformers": quiet(lambda: peer(x[None])),
+        "with dispatch": quiet(lambda: layer(x)),
+        "scores": quiet(lambda: F.linear(x, weight).softmax(-1)),
+    }
+
+
+def train(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    weight = layer.router.classifier.weight
+
+    def ours() -> None:
+        routing = layer.route(Tokens(x))
+        loss = z_loss(routing.logits) + load_balance(routing.probs, routing.offered)
+        (loss + routing.assignment.weight.sum()).backward()
+        weight.grad = None
+
+    def streamed() -> None:
+        routing = lean.route(Tokens(x))
+        loss = routing.losses["z"] + routing.losses["load_balance"]
+        (loss + routing.assignment.weight.sum()).backward()
+        weight.grad = None
+
+    def theirs() -> None:
+        from transformers.models.switch_transformers import modeling_switch_transformers as module
+
+        mask, gate, logits = peer(x[None])
+        z = module.router_z_loss_func(logits)
+        balance = module.load_balancing_loss_func(logits.softmax(-1), mask.argmax(-1))
+        (z + balance + gate.sum()).backward()
+        weight.grad = None
+
+    def moved() -> None:
+        y, routing = layer(x)
+        loss = z_loss(routing.logits) + load_balance(routing.probs, routing.offered)
+        (loss + y.sum()).backward()
+        weight.grad = None
+
+    def scores() -> None:
+        F.linear(x, weight).softmax(-1).backward(torch.ones(()).expand(x.shape[0], weight.shape[0]))
+        weight.grad = None
+
+    return {
+        "routing": ours,
+        "streamed": streamed,
+        "transformers": theirs,
+        "with dispatch": moved,
+        "scores": scores,
+    }
+
+
+def page(record: dict[str, Any]) -> list[str]:
+    """The Markdown page."""
+    intro = (__doc__ or "").strip().split("\n\n")
+    sections = ["# Routing", f"`python benchmarks/router.py`, {record['machine']}. {intro[-1]}"]
+    sections.append(
+        f"{record['tokens']:,} tokens. Times are medians (minima) in ms, and so are ratios. "
+        "MiB: what one call adds at its peak; in brackets the part of logits and probabilities, "
+        "which a routing holds."
+    )
+    head = ["experts", *(f"{name} ms" for name in RUNS), "transformers / routing"]
+    head += ["transformers / streamed", "routing / scores", "streamed / scores"]
+    head += ["MiB (scores)", "MiB, streamed", "MiB, transformers"]
+    for mode in ("forward", "training"):
+        rows = [cells(row, record["tokens"]) for row in record["rows"] if row["mode"] == mode]
+        sections += [f"## {mode.capitalize()}", table(head, rows)]
+    return sections
+
+
+def cells(row: dict[str, Any], tokens: int = 8192) -> list[str]:
+    s, mib = row["s"], row["mib"]
+    held = 2 * 4 * tokens * row["experts"] / 2**20
+    return [
+        f"{row['experts']:,}",
+        *(milliseconds(s[name]) for name in RUNS),
+        ratio(s["transformers"], s["routing"]),
+        ratio(s["transformers"], s["streamed"]),
+        ratio(s["routing"], s["scores"]),
+        ratio(s["streamed"], s["scores"]),
+        f"{mib['routing']:.0f} ({held:.1f})",
+        f"{mib['streamed']:.0f}",
+        f"{mib['transformers']:.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
