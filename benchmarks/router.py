@@ -164,7 +164,15 @@ def page(record: dict[str, Any]) -> list[str]:
     for mode in ("forward", "training"):
         rows = [cells(row, record["tokens"]) for row in record["rows"] if row["mode"] == mode]
         sections += [f"## {mode.capitalize()}", table(head, rows)]
-    return sections
+    return [*sections, _LIMITS]
+
+
+_LIMITS = """## What limits it
+
+The classifier product: at 2,048 experts it takes most of "routing", so that even a router that did
+nothing else could be no more than about 3.5 times as fast as the peer here. Choice, ranks and
+admission cost the same for 8 and for 2,048 experts but for one pass over the probabilities. In
+training "scores" has no router losses, the others have both."""
 
 
 def cells(row: dict[str, Any], tokens: int = 8192) -> list[str]:

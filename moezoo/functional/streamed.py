@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from moezoo.ops.products import product
 
-_SCORES = 1 << 19  # of one chunk: 2 MiB in float32
+_SCORES = 1 << 18  # of one chunk: 1 MiB in float32
 
 
 def streamed_top_1(

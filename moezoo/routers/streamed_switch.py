@@ -19,7 +19,7 @@ class StreamedSwitchRouter(Router):
     """The choice and gradients of `switch` without ever holding a score per token and expert.
 
     Switch Transformers, 2101.03961, section 2.1, for the 2,048 experts of its section 5: logits and
-    probabilities of 8,192 tokens would be 128 MiB, here they come and go in chunks of 2 MiB, and
+    probabilities of 8,192 tokens would be 128 MiB, here they come and go in chunks of 1 MiB, and
     backward computes them again. What the losses "load_balance" (over the batch) and "z" need is
     summed up on the way. The weights are those of `switch`, so checkpoints serve both.
 
