@@ -7,7 +7,10 @@ from pathlib import Path
 
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.formats.files import read_start, refuse_pointer, regular_file
+from moezoo.adapters.formats.flax import FlaxSource
+from moezoo.adapters.formats.gguf import GgufSource
 from moezoo.adapters.formats.safetensors import SafetensorsSource
+from moezoo.adapters.formats.t5x import T5xSource
 from moezoo.adapters.formats.torch_bin import TorchSource
 from moezoo.errors import CheckpointError, CorruptFile
 
@@ -17,6 +20,8 @@ _IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
     ("model.safetensors.index.json", lambda path, file: SafetensorsSource(path, index=file)),
     ("pytorch_model.bin", lambda path, file: TorchSource(path, file=file)),
     ("pytorch_model.bin.index.json", lambda path, file: TorchSource(path, index=file)),
+    ("flax_model.msgpack", lambda path, file: FlaxSource(path, file=file)),
+    ("checkpoint", lambda path, file: T5xSource(path, file=file)),
 )
 
 
@@ -39,15 +44,16 @@ def _open_directory(path: Path) -> Source:
         if file.exists() or file.is_symlink():
             return open_it(path, file)
     try:
-        single = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
+        single = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
     except OSError as error:
         raise CheckpointError(f"cannot be opened: {error.strerror}", path=path) from None
     if len(single) == 1:
-        return SafetensorsSource(path, file=single[0])
+        kind = GgufSource if single[0].suffix == ".gguf" else SafetensorsSource
+        return kind(path, file=single[0])
     wanted = ", ".join(name for name, _ in _IN_DIRECTORY)
     if single:
         raise CheckpointError(
-            f"{len(single)} safetensors files and no index that joins them",
+            f"{len(single)} weight files and no index that joins them",
             path=path,
             hint="Pass one of the files, or restore model.safetensors.index.json.",
         )
@@ -60,6 +66,12 @@ def _open_file(path: Path) -> Source:
     if path.name.endswith(".index.json"):
         kind = TorchSource if ".bin." in path.name else SafetensorsSource
         return kind(path, index=path)
+    if start.startswith(b"GGUF") or path.suffix == ".gguf":
+        return GgufSource(path)
+    if path.suffix == ".msgpack":
+        return FlaxSource(path)
+    if path.name == "checkpoint":
+        return T5xSource(path, file=path)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return SafetensorsSource(path)
     if path.suffix in (".bin", ".pt", ".pth") or start.startswith(b"PK\x03\x04"):
@@ -67,7 +79,7 @@ def _open_file(path: Path) -> Source:
     raise CorruptFile(
         "not a checkpoint container that moezoo knows",
         path=path,
-        expected="safetensors or a PyTorch .bin",
+        expected="safetensors, a PyTorch .bin, Flax MessagePack, t5x or GGUF",
     )
 
 

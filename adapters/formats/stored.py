@@ -1,0 +1,80 @@
+"""Sources that hold a tensor in another form than its row-major bytes: transposed or packed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moezoo.adapters.formats.base import DTYPE_BITS, Source, TensorInfo, tensor_bytes, torch_dtype
+from moezoo.adapters.formats.files import quoted
+from moezoo.errors import CorruptFile
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array as its container has it: dtype, shape, and how to get its row-major bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], bytes | memoryview]
+
+    def tensor(self, path: Path, name: str) -> torch.Tensor:
+        """The array in memory. Raises CorruptFile when its bytes are too few or too many."""
+        import torch
+
+        content = self.read()
+        dtype = torch_dtype(self.dtype)
+        if len(content) != math.prod(self.shape) * dtype.itemsize:
+            raise CorruptFile(
+                f"the bytes of {quoted(name)} do not fill its shape",
+                path=path,
+                key=name,
+                expected=list(self.shape),
+                found=f"{len(content)} bytes",
+            )
+        if not content:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(content), dtype=dtype).view(self.shape)
+
+
+class StoredSource(Source):
+    """A source whose tensors come from arrays, each transposed and sliced as its name demands.
+
+    Only one tensor is in memory at a time.
+    """
+
+    def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
+        super().__init__(path, files)
+        self._arrays: dict[str, tuple[Array, int | None, bool]] = {}
+
+    def add(
+        self, name: str, array: Array, *, expert: int | None = None, transposed: bool = False
+    ) -> None:
+        """Offer an array as tensor `name`: slice `expert` of its first axis, then transposed."""
+        shape = array.shape if expert is None else array.shape[1:]
+        if array.dtype not in DTYPE_BITS or (transposed and len(shape) != 2):
+            raise CorruptFile(
+                f"{quoted(name)} is not a matrix of numbers",
+                path=self.path,
+                key=name,
+                found=f"{array.dtype} {list(array.shape)}",
+            )
+        if name in self.tensors:
+            raise CorruptFile(f"{quoted(name)} is there twice", path=self.path, key=name)
+        self.tensors[name] = TensorInfo(name, array.dtype, shape[::-1] if transposed else shape)
+        self._arrays[name] = (array, expert, transposed)
+
+    def read(self, name: str) -> memoryview:
+        return tensor_bytes(self.tensor(name))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        array, expert, transposed = self._arrays[self.info(name).name]
+        whole = array.tensor(self.path, name)
+        part = whole if expert is None else whole[expert]
+        return part.T.contiguous() if transposed else part.contiguous()
