@@ -1,0 +1,31 @@
+"""moezoo models as models of Hugging Face transformers: Auto classes, Trainer, generate, PEFT."""
+
+from __future__ import annotations
+
+from moezoo.adapters.hf.adaptation import AdaptRouters
+from moezoo.adapters.hf.configuration import MoezooConfig
+from moezoo.adapters.hf.modeling import (
+    MoezooEncoderModel,
+    MoezooForConditionalGeneration,
+    MoezooModel,
+)
+
+
+def register() -> None:
+    """Tell the Auto classes of transformers what `model_type: moezoo` is; may be called again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+    AutoConfig.register("moezoo", MoezooConfig, exist_ok=True)
+    # One model type, two classes without a head: `architectures` in config.json tells which.
+    AutoModel.register(MoezooConfig, (MoezooModel, MoezooEncoderModel), exist_ok=True)
+    AutoModelForSeq2SeqLM.register(MoezooConfig, MoezooForConditionalGeneration, exist_ok=True)
+
+
+__all__ = [
+    "AdaptRouters",
+    "MoezooConfig",
+    "MoezooEncoderModel",
+    "MoezooForConditionalGeneration",
+    "MoezooModel",
+    "register",
+]

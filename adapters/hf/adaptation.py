@@ -1,0 +1,52 @@
+"""Routers that adapt between steps, under transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from moezoo.layer import MoE
+from moezoo.records import Routing
+
+
+class AdaptRouters(TrainerCallback):  # type: ignore[misc]
+    """A Trainer callback that lets routers adapt what no gradient trains (balancing biases,
+    thresholds) after each optimizer step, as `moezoo.training` does.
+
+    Without it such routers train with the state that they started with; all others need it not.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[MoE, list[Routing]] = {}
+        self._handles: list[Any] = []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Watch every sparse layer."""
+        for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+            self._seen[layer] = []
+            self._handles.append(layer.register_forward_hook(self._keep))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adapt to the routings of the step, all of its accumulated batches."""
+        for layer, routings in self._seen.items():
+            layer.router.adapt(routings)
+            routings.clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: tuple[Any, Routing]) -> None:
+        # A layer that runs within backward is recomputed under activation checkpointing: the same
+        # routing again.
+        recomputed = torch._C._current_graph_task_id() != -1
+        if layer.training and not recomputed and isinstance(layer, MoE):
+            self._seen[layer].append(output[1])
