@@ -8,6 +8,7 @@ moezoo finetune CHECKPOINT OUT --task translation --pairs FILE
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,7 @@ from moezoo.training.loop import StepRecord, TrainingState, evaluate, fit, start
 from moezoo.training.recipes import recipe
 from moezoo.training.tasks import Pair, identifier_pairs, split_pairs, task
 
-TASK = task("identifiers")
+TASK = replace(task("identifiers"), max_source=48, max_target=48)  # counted in bytes
 TOKENIZER = moezoo.ByteTokenizer()
 
 
@@ -58,9 +59,8 @@ def main(steps: int) -> None:
 
 
 def batches(pairs: list[Pair], batch_size: int):
-    return pair_batches(
-        pairs, TOKENIZER, batch_size=batch_size, prefix=TASK.prefix, max_source=48, max_target=48
-    )
+    sizes = {"max_source": TASK.max_source, "max_target": TASK.max_target}
+    return pair_batches(pairs, TOKENIZER, batch_size=batch_size, prefix=TASK.prefix, **sizes)
 
 
 def shown(state: TrainingState, record: StepRecord) -> None:
