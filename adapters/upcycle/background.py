@@ -1,30 +1,46 @@
-"""What a second core does while the first one reads and writes: hashing and flushing."""
+"""What a second core does while the first one writes: reading ahead, hashing and flushing."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from moezoo.adapters.formats import Source
 from moezoo.adapters.tensor_files import TensorFile
 
 _CHUNK = 1 << 18
-_WAITING = 32  # chunks that may wait to be hashed
 _FLUSH_EVERY = 64 << 20
+T = TypeVar("T")
+
+
+def ahead(items: Iterator[T], waiting: int = 8) -> Generator[T, None, None]:
+    """Give `items` in order while another thread makes up to `waiting` more of them.
+
+    An error of theirs is raised where the item would have come. Close it to stop the thread early.
+    """
+    end = object()
+    worker = ThreadPoolExecutor(1)
+    try:
+        coming = deque(worker.submit(next, items, end) for _ in range(waiting))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(worker.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not `end`
+    finally:
+        worker.shutdown(cancel_futures=True)
 
 
 class FileHashes:
     """sha256 of a source's files, fed by its tensors as they pass in file order.
 
-    Containers that do not show their bytes are read once more at the end. A context manager.
+    Containers that do not show their bytes are read once more at the end.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._worker = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
         self._digests: dict[Path, hashlib._Hash] = {}
         if source.kind == "safetensors":
             first: dict[Path, int] = {}
@@ -35,24 +51,13 @@ class FileHashes:
                 with path.open("rb") as file:
                     self._digests[path] = hashlib.sha256(file.read(offset))
 
-    def __enter__(self) -> FileHashes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.shutdown(cancel_futures=True)
-
-    def update(self, path: Path | None, chunk: memoryview) -> None:
-        """Take the next bytes of a file; they are copied."""
-        if path not in self._digests:
-            return
-        self._waiting.append(self._worker.submit(self._digests[path].update, bytes(chunk)))
-        if len(self._waiting) > _WAITING:
-            self._waiting.popleft().result()
+    def update(self, path: Path | None, chunk: bytes) -> None:
+        """Take the next bytes of a file."""
+        if path in self._digests:
+            self._digests[path].update(chunk)
 
     def finished(self) -> dict[str, str]:
         """The hash of every file by its name."""
-        while self._waiting:
-            self._waiting.popleft().result()
         hashes: dict[str, str] = {}
         for file in self._source.files:
             digest = self._digests.get(file)

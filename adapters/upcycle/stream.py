@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorFile
-from moezoo.adapters.upcycle.background import FileHashes, Flusher
+from moezoo.adapters.upcycle.background import FileHashes, Flusher, ahead
 from moezoo.adapters.upcycle.calibration import LayerInputs
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.finite import check_finite
@@ -52,34 +53,51 @@ def transfer(
     for layer, target in plan.routers.items():
         sample = None if inputs is None else inputs[layer]
         sink.put(target.name, router_bytes(plan, layer, target, sample))
-    moves = {move.source.name: move for move in plan.moves}
+    hashes = FileHashes(source)
     pending = {move.layer for move in plan.moves}
-    with FileHashes(source) as hashes:
-        for name, info in source.tensors.items():
-            move = moves.get(name)
-            position = 0
-            for chunk in source.chunks(name, CHUNK):
-                hashes.update(info.path, chunk)
-                if move is not None:
-                    if not allow_nonfinite:
-                        check_finite(chunk, info.dtype, name, source.path)
-                    if _is_bytes(plan, move):
-                        _spread(move, chunk, position, sink)
-                position += len(chunk)
-            if move is not None and not _is_bytes(plan, move):
-                _compute(plan, move, source, sink, pending)
-        return hashes.finished()
+    with closing(ahead(_pieces(plan, source, hashes, allow_nonfinite))) as pieces:
+        for piece in pieces:
+            if piece.content is None:
+                _compute(plan, piece.move, source, sink, pending)
+                continue
+            for target in piece.move.targets:
+                sink.put(target.name, piece.content, piece.position)
+    return hashes.finished()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes as they go to every target of a move; None: the whole tensor is to be computed."""
+
+    move: Move
+    content: bytes | memoryview | None
+    position: int = 0
+
+
+def _pieces(
+    plan: Plan, source: Source, hashes: FileHashes, allow_nonfinite: bool
+) -> Iterator[_Piece]:
+    """What is to be written, read from the source in the order of its files."""
+    moves = {move.source.name: move for move in plan.moves}
+    for name, info in source.tensors.items():
+        move = moves.get(name)
+        position = 0
+        for chunk in source.chunks(name, CHUNK):
+            content = bytes(chunk)  # the chunk is lost when the next one is read
+            hashes.update(info.path, content)
+            if move is not None:
+                if not allow_nonfinite:
+                    check_finite(content, info.dtype, name, source.path)
+                if _is_bytes(plan, move):
+                    yield _Piece(move, scale_bytes(content, info.dtype, move.scale), position)
+            position += len(content)
+        if move is not None and not _is_bytes(plan, move):
+            yield _Piece(move, None)
 
 
 def _is_bytes(plan: Plan, move: Move) -> bool:
     same_dtype = move.source.dtype == move.targets[0].dtype
     return same_dtype and (move.layer is None or plan.init.streams)
-
-
-def _spread(move: Move, chunk: memoryview, position: int, sink: Sink) -> None:
-    content = scale_bytes(chunk, move.source.dtype, move.scale)
-    for target in move.targets:
-        sink.put(target.name, content, position)
 
 
 def _compute(plan: Plan, move: Move, source: Source, sink: Sink, pending: set[str | None]) -> None:
