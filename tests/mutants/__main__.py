@@ -22,7 +22,11 @@ import torch
 from tests.mutants.bugs import BUGS, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE = ["tests/properties/test_references.py", "tests/mutants/kit.py"]
+SUITE = [
+    "tests/properties/test_references.py",
+    "tests/properties/test_in_use.py",
+    "tests/mutants/kit.py",
+]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 
 

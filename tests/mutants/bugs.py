@@ -33,6 +33,17 @@ _COMBINED = "y_TD = combine(self.experts(slots.x, slots.counts), routing.assignm
 _PASSED_ON = f"""{_COMBINED}
             y_TD = torch.where((y_TD == 0).all(-1, keepdim=True), 0.5 * tokens.x, y_TD)"""
 
+_BFLOAT16 = """weights = tuple(w.bfloat16() for w in (*inner, self.wo))
+        y = grouped_mlp(slots.bfloat16(), counts, weights[:-1], weights[-1],
+                        function=self.function, p=p)
+        return y.to(slots.dtype)"""
+_RECAST = """self.classifier.weight.data = self.classifier.weight.data.double()
+        return gate_logits(x_TD, self.classifier.weight, self.classifier.bias).float()"""
+_EMPTY_LOAD = "    if num_tokens == 0:\n        return probs_TE.sum()\n"
+_FROM_LAYER_ONE = """if len(routing) == 4:
+            return {name: routing[0].logits.new_zeros(()) for name in self.losses}
+        return {"""
+
 ROUTERS = "moezoo/routers/"
 FUNCTIONS = "moezoo/functional/"
 POLICIES = "moezoo/capacity/"
@@ -138,6 +149,8 @@ BUGS = [
         "if not self.training and not self.drops_in_eval:", "if not self.drops_in_eval:"),
     Bug("capacity rounded down", POLICIES + "limits.py",
         "return max(_ceil(f * s * k / e), 1)", "return max(int(f * s * k / e), 1)"),
+    Bug("one capacity whatever the length", POLICIES + "limits.py",
+        "return max(_ceil(f * s * k / e), 1)", "return 64", historic=True),
     Bug("weights normalised over the batch", ROUTERS + "top_k.py",
         "weight_TK / weight_TK.sum(-1, keepdim=True)", "weight_TK / weight_TK.sum()"),
     Bug("second expert below the threshold", ROUTERS + "gshard.py",
@@ -166,4 +179,65 @@ BUGS = [
     Bug("balance in evaluation", ROUTERS + "base_layers.py", "if self.training:", "if True:"),
     Bug("no plan in training", ROUTERS + "sinkhorn.py",
         "if self.training else logits_TE", "if False else logits_TE"),
+    Bug("no gradient for a module without rows", "moezoo/experts/modules.py",
+        "out = self.expert(index)(part)", "out = self.expert(index)(part) if len(part) else part",
+        historic=True),
+    Bug("no gradient for stacked experts without rows", FUNCTIONS + "grouped_mlp.py",
+        "stacked_gradient(weight.shape, weight, hit) if want else None",
+        "stacked_gradient(weight.shape, weight, hit) if want and hit else None"),
+    Bug("the gradient of an idle expert is what memory held", "moezoo/ops/memory.py",
+        "stacked[number].zero_()", "stacked[number].fill_(0.5)"),
+    Bug("the gate of gated experts is left out", "moezoo/experts/stacked.py",
+        "inner = (self.wi_0, self.wi_1) if self.gated", "inner = (self.wi_0,) if self.gated",
+        historic=True),
+    Bug("experts compute in bfloat16 whatever the model's dtype", "moezoo/experts/stacked.py",
+        "return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)",
+        _BFLOAT16, historic=True, quick=True),
+    Bug("forward gives a parameter another dtype", ROUTERS + "switch.py", _SWITCH_LOGITS, _RECAST,
+        historic=True),
+    Bug("an empty batch has no busiest queue", FUNCTIONS + "queues.py",
+        "count_Q = torch.zeros(num_keys,", "count_Q = torch.zeros(int(key_N.max()) + 1,",
+        historic=True),
+    Bug("the mean over no token is NaN", FUNCTIONS + "losses.py",
+        "value_T.sum() / max(value_T.numel(), 1)", "value_T.sum() / value_T.numel()",
+        historic=True),
+    Bug("load balance divides an empty batch into groups", FUNCTIONS + "losses.py",
+        _EMPTY_LOAD, ""),
+    Bug("a negative capacity is accepted", POLICIES + "limits.py",
+        "or limit < 1:", "or limit == 0:", historic=True),
+    Bug("input must be contiguous", "moezoo/layer.py",
+        "x_TD = x.reshape(-1, x.shape[-1])", "x_TD = x.view(-1, x.shape[-1])", historic=True),
+    Bug("more slots than tokens fail", FUNCTIONS + "top_tokens.py",
+        "return min(max(math.ceil(exact - 1e-9 * max(exact, 1.0)), 1), num_tokens)",
+        "return max(math.ceil(exact - 1e-9 * max(exact, 1.0)), 1)", historic=True),
+    Bug("capacity is ignored outside training", POLICIES + "random_order.py",
+        "if limit >= assignment.group_size:",
+        "if limit >= assignment.group_size or not self.training:", historic=True),
+    Bug("recomputation is recorded again", "moezoo/recording.py",
+        "if torch._C._current_graph_task_id() == -1:", "if True:", historic=True),
+    Bug("a loss is summed over calls", "moezoo/recording.py",
+        "total = weight * torch.stack(values).mean()",
+        "total = weight * torch.stack(values).sum()"),
+    Bug("a loss counts its last call twice", "moezoo/recording.py",
+        "torch.stack(values).mean() +", "torch.stack([*values, values[-1]]).mean() +",
+        historic=True),
+    Bug("a list of calls that outlives its block", "moezoo/recording.py",
+        "tape = Tape(layers)", 'tape = Tape(layers, record.__dict__.setdefault("calls", {}))',
+        historic=True, quick=True),
+    Bug("hooks stay after the block", "moezoo/recording.py", "handle.remove()", "pass"),
+    Bug("a loss without gradient is accepted", "moezoo/recording.py",
+        "        self._check_gradient()\n", "", historic=True),
+    Bug("statistics count padding", FUNCTIONS + "statistics.py",
+        "return int(routing.real.sum())", "return routing.real.numel()", historic=True),
+    Bug("the share of drops is of all places", FUNCTIONS + "statistics.py",
+        "dropped=1.0 - float(computed.sum()) / total if",
+        "dropped=1.0 - float(routings[0].assignment.num_tokens) / total if", historic=True),
+    Bug("drops in evaluation, where a cache sees shorter queues", POLICIES + "switch.py",
+        "            return None\n", "            return super().limit(routing)\n", historic=True),
+    Bug("no losses when every layer is sparse", "moezoo/models/losses.py",
+        "return {\n            name: torch", f"{_FROM_LAYER_ONE}\n            name: torch",
+        historic=True),
+    Bug("labels that ask for nothing give NaN", "moezoo/models/switch.py",
+        "total / (targets != IGNORED).sum().clamp(min=1)", "total / (targets != IGNORED).sum()",
+        historic=True),
 ]  # fmt: skip

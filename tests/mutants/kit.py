@@ -7,7 +7,7 @@ import torch
 
 from moezoo.functional.assign import token_choice
 from moezoo.records import Tokens
-from moezoo.testing import check_loss, check_policy, check_router
+from moezoo.testing import check_experts, check_loss, check_policy, check_router
 
 ROUTERS = [
     {"name": "switch", "jitter": 0.2},
@@ -32,6 +32,11 @@ def test_policies_keep_their_promises(name: str) -> None:
 @pytest.mark.parametrize("name", ["load_balance", "z", "importance"])
 def test_losses_keep_their_promises(name: str) -> None:
     check_loss(name, examples=12)
+
+
+@pytest.mark.parametrize("name", ["stacked", "modules"])
+def test_containers_keep_their_promises(name: str) -> None:
+    check_experts(name, examples=12)
 
 
 def test_nan_in_padding_reaches_no_weight() -> None:
