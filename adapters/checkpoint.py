@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from moezoo.adapters.writer import replacing_directory
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
+from moezoo.ops.memory import large_empty
 from moezoo.quantization import is_quantized
 
 
@@ -35,7 +36,8 @@ def load(
 ) -> nn.Module:
     """Load a T5-family or Switch checkpoint, dense or sparse, in evaluation mode.
 
-    Weights are mapped from the file and read once; expert weights go straight into their stack.
+    Weights are mapped from the file and read once. The experts of a layer are one view of the file
+    where they lie there in a row, as moezoo writes them, and else go straight into their stack.
 
     Args:
         path: a directory, weight file or shard index; safetensors or PyTorch .bin, single or
@@ -119,6 +121,29 @@ class _Tensors:
 
     def get(self, name: str, shape: tuple[int, ...], *, floating: bool = True) -> Tensor:
         """The tensor called `name` (without the prefix), as stored. Raises TensorMismatch."""
+        full = self._full_name(name, shape)
+        tensor = self.source.tensor(full)
+        if tensor.is_floating_point() != floating:
+            info = self.source.info(full)
+            kind = "floating" if floating else "an integer"
+            reason = f"{full} is not {kind}"
+            raise TensorMismatch(reason, path=self.source.path, key=full, found=info.dtype)
+        if not self.allow_nonfinite and tensor.is_floating_point() and not _is_finite(tensor):
+            hint = "Pass allow_nonfinite=True to load it all the same."
+            reason = f"{full} holds NaN or infinity"
+            raise NonFiniteWeights(reason, path=self.source.path, key=full, hint=hint)
+        return tensor
+
+    def stack(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
+        """Tensors of `shape` as one that needs no copy, or None: then each tells what is wrong."""
+        whole = self.source.stack([self._full_name(name, shape) for name in names])
+        if whole is None or not whole.is_floating_point():
+            return None
+        if not self.allow_nonfinite and not _is_finite(whole):
+            return None
+        return self.placed(whole)
+
+    def _full_name(self, name: str, shape: tuple[int, ...]) -> str:
         full = self.description.prefix + name
         info = self.source.info(full)
         if info.shape != shape:
@@ -130,16 +155,7 @@ class _Tensors:
                 found=info.shape,
                 hint="config.json does not belong to these weights, or an override changes shapes.",
             )
-        tensor = self.source.tensor(full)
-        if tensor.is_floating_point() != floating:
-            kind = "floating" if floating else "an integer"
-            reason = f"{full} is not {kind}"
-            raise TensorMismatch(reason, path=self.source.path, key=full, found=info.dtype)
-        if not self.allow_nonfinite and tensor.is_floating_point() and not _is_finite(tensor):
-            hint = "Pass allow_nonfinite=True to load it all the same."
-            reason = f"{full} holds NaN or infinity"
-            raise NonFiniteWeights(reason, path=self.source.path, key=full, hint=hint)
-        return tensor
+        return full
 
     def placed(self, tensor: Tensor) -> Tensor:
         """On the wanted device and in the wanted dtype; no copy when it is there already."""
@@ -196,12 +212,15 @@ def _stacked(
             expected=f"{count} experts",
             found=len(places),
         )
+    names = [places[expert] for expert in range(count)]
+    whole = tensors.stack(names, tuple(parameter.shape[1:]))
+    if whole is not None:
+        return whole
     stack: Tensor | None = None
-    for expert in range(count):
-        part = tensors.get(places[expert], tuple(parameter.shape[1:]))
+    for expert, disk in enumerate(names):
+        part = tensors.get(disk, tuple(parameter.shape[1:]))
         if stack is None:
-            dtype = tensors.dtype or part.dtype
-            stack = torch.empty(parameter.shape, dtype=dtype, device=tensors.device or "cpu")
+            stack = large_empty(parameter.shape, tensors.dtype or part.dtype, tensors.device)
         stack[expert].copy_(part)
     assert stack is not None
     return stack

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
@@ -69,10 +72,34 @@ def _construct(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
-        with place:
+        with place, _Unfilled() if place.type == "meta" else nullcontext():
             return model(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out calls that only fill a tensor: "meta" has no content, and for some of them torch
+    would import its compiler, which takes a second.
+    """
+
+    _FILLING = frozenset(
+        ("normal_", "uniform_", "constant_", "zero_", "fill_", "erfinv_", "mul_", "clamp_", "copy_")
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._FILLING:
+            filled = args[0] if args else kwargs["tensor"]  # as torch.nn.init calls itself
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 def _device(name: torch.device | str) -> torch.device:

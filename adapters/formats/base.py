@@ -7,8 +7,8 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,18 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, sharing memory with the file where the container allows."""
+
+    def stack(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Tensors of one shape as one tensor (n, ...) that shares memory with the file, where they
+        lie there one after the other; else None.
+        """
+        infos = [self.info(name) for name in names]
+        first = infos[0]
+        for place, info in enumerate(infos):
+            alike = (info.path, info.dtype, info.shape) == (first.path, first.dtype, first.shape)
+            if info.path is None or not alike or info.offset != first.offset + place * first.nbytes:
+                return None
+        return self._mapped(replace(first, shape=(len(infos), *first.shape)))
 
     def chunks(self, name: str, size: int = 1 << 20) -> Iterator[memoryview]:
         """The tensor's bytes in order, `size` at a time; each is valid until the next is taken."""

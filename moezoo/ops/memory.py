@@ -1,4 +1,4 @@
-"""Memory of large gradients: in huge pages, and kept for the next step."""
+"""Large memory in huge pages; that of gradients is kept for the next step."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def stacked_gradient(shape: Sequence[int], like: Tensor, written: Sequence[int])
     if block is None or 2 * len(written) < shape[0]:
         return _tensor(_huge_pages(size), size, like).view(shape)
     return _zeroed(_tensor(block, size, like).view(shape), written)
+
+
+def large_empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
+) -> Tensor:
+    """`torch.empty`, in huge pages when it is large and on a Linux CPU: filling fresh memory then
+    costs a quarter, and weights there are read with fewer misses of the address cache.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < _LARGE or not _HUGE_PAGES or torch.device(device or "cpu").type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_huge_pages(size), dtype=dtype).view(torch.Size(shape))
 
 
 def release_memory() -> None:

@@ -267,3 +267,32 @@ def test_a_config_that_is_not_a_json_object_is_refused(content: bytes, tmp_path:
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(moezoo.MoezooError, match="nowhere"):
         moezoo.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("order", ["as moezoo writes", "as transformers writes"])
+def test_experts_in_a_row_in_the_file_are_loaded_without_a_copy(order: str, tmp_path: Path) -> None:
+    reference, model = pair("switch")
+    if order == "as moezoo writes":
+        moezoo.save(model, tmp_path / "out")
+    else:
+        reference.save_pretrained(tmp_path / "out")
+    loaded = moezoo.load(tmp_path / "out", capacity="dropless")
+    torch.testing.assert_close(logits(loaded), hf_logits(reference), atol=1e-4, rtol=0)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in maps if str(tmp_path) in line]
+    stacks = [p for name, p in loaded.named_parameters() if ".experts.w" in name]
+    mapped = [any(int(a, 16) <= p.data_ptr() < int(b, 16) for a, b in spans) for p in stacks]
+    assert stacks and set(mapped) == {order == "as moezoo writes"}
+
+
+def test_training_a_loaded_model_leaves_its_file_as_it_was(tmp_path: Path) -> None:
+    _, model = pair("switch")
+    moezoo.save(model, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    loaded = moezoo.load(tmp_path / "out", capacity="dropless").train()
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.1, fused=True)
+    loaded(source(2, 7), labels=source(2, 5, seed=1)).loss.backward()
+    optimizer.step()
+    changed = zip(loaded.parameters(), model.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in changed)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

@@ -94,3 +94,12 @@ def test_the_hubs_spelling_of_v1_1_is_understood() -> None:
 def test_presets_import_no_torch() -> None:
     code = "import sys, moezoo; moezoo.list_models(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_building_on_meta_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, moezoo; moezoo.build('switch-base-8', device='meta'); "
+        "moezoo.build('t5-v1.1-small', device='meta'); print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

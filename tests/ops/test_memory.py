@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moezoo.ops import memory
-from moezoo.ops.memory import release_memory, stacked_gradient
+from moezoo.ops.memory import large_empty, release_memory, stacked_gradient
 
 SHAPE = (4, 1024, 2048)  # 32 MiB in float32
 LIKE = torch.zeros(1)
@@ -60,3 +60,12 @@ def test_freed_memory_serves_the_next_gradient_until_it_is_released(
 def test_it_has_the_dtype_of_its_example() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         assert stacked_gradient(SHAPE, LIKE.to(dtype), [0]).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4, 3), (0, 3)])
+def test_large_memory_is_written_and_read_like_any(shape: tuple[int, ...]) -> None:
+    tensor = large_empty(shape, torch.float32)
+    expected = torch.arange(tensor.numel(), dtype=torch.float32).view(shape)
+    tensor.copy_(expected)
+    assert torch.equal(tensor, expected)
+    assert tensor.requires_grad_().is_leaf
