@@ -75,6 +75,11 @@ class Plan:
     def expressible(self) -> bool:
         return not self.layout_reason
 
+    @property
+    def layout(self) -> str:
+        """The layout that is written, in words, and why it is moezoo's."""
+        return layout_words(self.family, self.layout_reason)
+
     def outputs(self) -> Iterator[TensorPlan]:
         """Every tensor to be written, in the order of the files."""
         drawn = set()
@@ -163,6 +168,14 @@ def target_config(
         capacity=recipe.capacity,
         experts="stacked" if width == source.d_ff else experts,
     )
+
+
+def layout_words(family: Family, reason: str) -> str:
+    """What a layout is called, with the reason for moezoo's own ("" when it was asked for)."""
+    if "moezoo" in family.model_types:
+        return f"moezoo, because {reason}" if reason else "moezoo, as asked for"
+    names = {"switch_transformers": "Switch", "t5": "T5", "umt5": "UMT5"}
+    return f"Hugging Face {names[family.model_types[0]]}"
 
 
 def _moves(

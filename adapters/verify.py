@@ -6,16 +6,19 @@ Levels 1 and 2 read bytes; 3 holds one layer in memory; 4 and 5 run both models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.formats import Source
+from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.plan import Move, Plan, make_plan
-from moezoo.adapters.upcycle.background import file_hash
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.upcycle.watch import source_hashes
 from moezoo.adapters.verification import LEVELS, LevelResult, Verification
+from moezoo.config import SwitchConfig
 from moezoo.errors import CheckpointError, ConfigError
 
 _CHUNK = 1 << 18
@@ -45,16 +48,35 @@ def verify(
 
 
 def recipe_of(made: CheckpointSource) -> Recipe:
-    """The recipe in an upcycled checkpoint's provenance. Raises ConfigError when there is none."""
-    provenance = made.description.values.get("moezoo_provenance")
-    recipe = provenance.get("recipe") if isinstance(provenance, Mapping) else None
-    if not isinstance(recipe, Mapping):
-        raise ConfigError(
-            "config.json names no recipe: not made by `moezoo upcycle`",
-            field="moezoo_provenance",
-            path=made.source.directory / "config.json",
-        )
-    return Recipe.from_dict(recipe)
+    """The recipe in an upcycled checkpoint's provenance, in the dtype that it was exported in.
+
+    Raises ConfigError when there is none.
+    """
+    provenance, exported = _upcycling(made)
+    recipe = Recipe.from_dict(provenance["recipe"])
+    return recipe if exported is None else replace(recipe, dtype=exported)
+
+
+def _upcycling(made: CheckpointSource) -> tuple[Mapping[str, Any], str | None]:
+    """The provenance of the upcycling, seen through exports, and the dtype of the last of them."""
+    provenance: Any = made.description.values.get("moezoo_provenance")
+    operation: Any = "something else"
+    dtype: str | None = None
+    while isinstance(provenance, Mapping):
+        operation = provenance.get("operation")
+        if operation == "upcycle" and isinstance(provenance.get("recipe"), Mapping):
+            return provenance, dtype
+        if operation != "export" or provenance.get("expert") is not None:
+            break
+        dtype = dtype or provenance.get("dtype")
+        before = provenance.get("made_from")
+        provenance = before[0].get("provenance") if isinstance(before, list) and before else None
+    raise ConfigError(
+        f"config.json names no recipe: made by {quoted(operation)}, not by `moezoo upcycle`",
+        field="moezoo_provenance",
+        path=made.source.directory / "config.json",
+        hint="Verify the upcycled model that it was made from.",
+    )
 
 
 def _run(level: int, plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
@@ -79,9 +101,7 @@ def _static(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> Lev
     missing = sorted(set(expected) - set(found))
     invented = sorted(set(found) - set(expected))
     changed = sorted(n for n in expected if n in found and expected[n] != found[n])
-    same_config = made.config.replace(capacity=None, router_losses=None) == plan.config.replace(
-        capacity=None, router_losses=None
-    )
+    same_config = _comparable(made.config) == _comparable(plan.config)
     passed = not (missing or invented or changed) and same_config
     problem = next(
         (f"{what} {names[0]}" for what, names in
@@ -93,12 +113,18 @@ def _static(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> Lev
     return LevelResult(1, passed, summary, {"tensors": len(found), **numbers})
 
 
+def _comparable(config: SwitchConfig) -> SwitchConfig:
+    """A config without what its file may say in other words, or is free to change."""
+    layers = config.decoder_layers
+    return config.replace(capacity=None, router_losses=None, num_decoder_layers=layers)
+
+
 def _bytes(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
-    known = made.description.values.get("moezoo_provenance", {}).get("source_sha256", {})
-    for file in source.source.files:
-        if known.get(file.name) != file_hash(file):
-            summary = f"bytes: the source file {file.name} is not the one it was made from"
-            return LevelResult(2, False, summary, {"file": file.name})
+    known = _upcycling(made)[0].get("source_sha256", {})
+    for name, value in source_hashes(source.source).items():
+        if known.get(name) != value:
+            summary = f"bytes: the source file {name} is not the one it was made from"
+            return LevelResult(2, False, summary, {"file": name})
     compared = 0
     drawn: set[str] = set()
     for move in plan.moves:

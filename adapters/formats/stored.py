@@ -15,6 +15,8 @@ from moezoo.errors import CorruptFile
 if TYPE_CHECKING:
     import torch
 
+_MAX_TENSORS = 1 << 17  # Switch-C has 61,440 expert matrices
+
 
 @dataclass(frozen=True)
 class Array:
@@ -46,11 +48,13 @@ class Array:
 class StoredSource(Source):
     """A source whose tensors come from arrays, each transposed and sliced as its name demands.
 
-    Only one tensor is in memory at a time.
+    Only one tensor is in memory at a time. `folders` are directories of further weight files (the
+    arrays of t5x), in a fixed order.
     """
 
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         super().__init__(path, files)
+        self.folders: tuple[Path, ...] = ()
         self._arrays: dict[str, tuple[Array, int | None, bool]] = {}
 
     def add(
@@ -67,8 +71,14 @@ class StoredSource(Source):
             )
         if name in self.tensors:
             raise CorruptFile(f"{quoted(name)} is there twice", path=self.path, key=name)
+        if len(self.tensors) >= _MAX_TENSORS:
+            raise CorruptFile(f"more than {_MAX_TENSORS} tensors", path=self.path, key=name)
         self.tensors[name] = TensorInfo(name, array.dtype, shape[::-1] if transposed else shape)
         self._arrays[name] = (array, expert, transposed)
+
+    def close(self) -> None:
+        super().close()
+        self._arrays.clear()  # their bytes may lie in a mapped file, which goes with them
 
     def read(self, name: str) -> memoryview:
         return tensor_bytes(self.tensor(name))

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moezoo.adapters.formats.files import quoted
-from moezoo.adapters.formats.flax import arrays, read_msgpack
+from moezoo.adapters.formats.files import plain_name, quoted
+from moezoo.adapters.formats.flax import CHUNKED, arrays, read_msgpack
 from moezoo.adapters.formats.stored import Array, StoredSource
 from moezoo.adapters.formats.zarr import open_zarr
 from moezoo.errors import CheckpointError, CorruptFile, TensorMismatch
@@ -47,8 +47,10 @@ class T5xSource(StoredSource):
     def __init__(self, path: Path, *, file: Path | None = None) -> None:
         file = path / "checkpoint" if file is None else file
         super().__init__(path, (file,))
-        found = list(_target_arrays(file))
+        folders: list[Path] = []
+        found = list(_target_arrays(file, folders))
         self.directory = file.parent
+        self.folders = tuple(folders)
         sparse = {m[1] for name, _ in found if (m := re.match(r"(.+\.mlp)\.expert\.", name))}
         for name, array in found:
             self._add(name, array, sparse=bool(sparse))
@@ -74,7 +76,8 @@ class T5xSource(StoredSource):
         self.add(target, array, transposed=transposed)
 
 
-def _target_arrays(file: Path) -> Iterator[tuple[str, Array]]:
+def _target_arrays(file: Path, folders: list[Path]) -> Iterator[tuple[str, Array]]:
+    """The model's arrays; the folders of those that stand outside `file` are added to the list."""
     values: Any = read_msgpack(file)
     for key in _STATE:
         values = values.get(key, values) if isinstance(values, dict) else values
@@ -82,22 +85,32 @@ def _target_arrays(file: Path) -> Iterator[tuple[str, Array]]:
     if not isinstance(target, dict):
         raise CorruptFile("no model ('target') in it", path=file)
     target = target.get("params", target)
+    if not isinstance(target, dict):
+        raise CorruptFile("its model ('target') is not a map of arrays", path=file)
     inline = {".".join(keys): array for keys, array in arrays(target, file)}
     yield from inline.items()
     for name in _names(target):
         if name not in inline:
-            folder = file.parent / f"target.{name}"
-            if not folder.is_dir():
+            folder = file.parent / plain_name(f"target.{name}", file)
+            if not _is_folder(folder):
                 raise CheckpointError(
                     f"the array {quoted(name)} is missing", path=folder, key=name,
                     hint="Download the whole checkpoint.",
                 )  # fmt: skip
+            folders.append(folder)
             yield name, open_zarr(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name of more than 255 bytes
+        return False
 
 
 def _names(values: dict[str, Any], start: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and CHUNKED not in value:
             yield from _names(value, f"{start}{key}.")
         else:
             yield f"{start}{key}"

@@ -12,7 +12,6 @@ from typing import Any
 
 import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
-from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Plan, make_plan
 from moezoo.adapters.tensor_files import TensorFile, shard, shard_index
 from moezoo.adapters.upcycle.background import Flusher
@@ -22,8 +21,8 @@ from moezoo.adapters.upcycle.partial import partial_directory
 from moezoo.adapters.upcycle.provenance import Provenance, model_card, unhashed
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.stream import Progress, Sink, transfer
+from moezoo.adapters.upcycle.watch import Stamps, folder_hashes, refuse_change, stamps
 from moezoo.adapters.writer import checked_target
-from moezoo.errors import CheckpointError
 
 Verifier = Callable[[Path], str]
 
@@ -89,7 +88,7 @@ def convert(
             sources=source_places(checkpoint.source),
             bytes_needed=needed,
         )
-        before = _stamps(checkpoint.source)
+        before = stamps(checkpoint.source)
         digest = _digest(plan, before)
         with partial_directory(
             final, plan_digest=digest, overwrite=overwrite, bytes_needed=needed
@@ -103,12 +102,7 @@ def convert(
                 calibration,
                 progress,
             )
-            if _stamps(checkpoint.source) != before:
-                raise CheckpointError(
-                    "the source changed while it was read",
-                    path=checkpoint.path,
-                    hint="Convert it again when nothing writes to it.",
-                )
+            refuse_change(checkpoint.source, before)
             provenance = unhashed(plan, checkpoint.source).with_hashes(hashes)
             write_description(partial.path, plan, checkpoint, provenance, None)
             verdict = None if verifier is None else verifier(partial.path)
@@ -159,6 +153,7 @@ def _fill(
             hashes = transfer(
                 plan, checkpoint.source, sink, allow_nonfinite=allow_nonfinite, inputs=inputs
             )
+        hashes |= folder_hashes(checkpoint.source)
         for file in files.values():
             file.rewrite_metadata(provenance.with_hashes(hashes).metadata())
             file.close()
@@ -170,13 +165,6 @@ def _fill(
     return hashes
 
 
-def _stamps(source: Source) -> list[tuple[str, int, int, int]]:
-    """What changes when somebody writes to the source."""
-    files = [*source.files, source.directory / "config.json"]
-    found = [(file.name, file.stat()) for file in files if file.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found]
-
-
-def _digest(plan: Plan, stamps: list[tuple[str, int, int, int]]) -> str:
-    facts = [moezoo.__version__, plan.recipe.to_dict(), plan.config.to_dict(), stamps]
+def _digest(plan: Plan, before: Stamps) -> str:
+    facts = [moezoo.__version__, plan.recipe.to_dict(), plan.config.to_dict(), before]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

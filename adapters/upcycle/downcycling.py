@@ -41,14 +41,13 @@ def downcycle_checkpoint(
         outputs = list(_outputs(checkpoint, family.mlp))
         if out is None:
             return {o.plan.name: _tensor(checkpoint.source, o) for o in outputs}
-        operation = {"operation": "downcycle", "source": checkpoint.source.directory.resolve().name}
         return rewrite(
             checkpoint,
             out,
             outputs,
             config=config,
             family=family,
-            operation=operation,
+            operation={"operation": "downcycle"},
             overwrite=overwrite,
         )
 
@@ -66,20 +65,34 @@ def dense_config(checkpoint: CheckpointSource) -> SwitchConfig:
 
 def upcycled_scale(checkpoint: CheckpointSource) -> float:
     """The factor on `wo` that was applied: from the provenance, else what exactness needs."""
-    made = checkpoint.description.values.get("moezoo_provenance")
-    scale = made.get("wo_scale") if isinstance(made, Mapping) else None
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < 1e9:
-            raise ConfigError(
-                "moezoo_provenance.wo_scale is no factor",
-                field="wo_scale",
-                path=checkpoint.source.directory / "config.json",
-                found=repr(scale)[:80],
-            )
-        return float(scale)
+    known = known_scale(checkpoint)
+    if known is not None:
+        return known
     config = checkpoint.config
     router = Spec.parse(config.router, kind="router")
     return preserving_scale(expert_inits.build("copy"), router, config.num_experts, "exact")
+
+
+def known_scale(checkpoint: CheckpointSource) -> float | None:
+    """The factor on `wo` between the dense model and this one, if the provenance tells it."""
+    made = checkpoint.description.values.get("moezoo_provenance")
+    scale = made.get("wo_scale") if isinstance(made, Mapping) else None
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < 1e9:
+        raise ConfigError(
+            "moezoo_provenance.wo_scale is no factor",
+            field="wo_scale",
+            path=checkpoint.source.directory / "config.json",
+            found=repr(scale)[:80],
+        )
+    return float(scale)
+
+
+def scaled_further(checkpoint: CheckpointSource, factor: float) -> dict[str, float]:
+    """The entry `wo_scale` of a model whose `wo` is `factor` times this one's, if it is known."""
+    known = known_scale(checkpoint)
+    return {} if known is None else {"wo_scale": known * factor}
 
 
 def _outputs(checkpoint: CheckpointSource, mlp: str) -> Iterator[Output]:

@@ -12,7 +12,7 @@ from moezoo.adapters.formats import TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.downcycling import dense_config, upcycled_scale
+from moezoo.adapters.upcycle.downcycling import dense_config, scaled_further, upcycled_scale
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError, did_you_mean
@@ -55,8 +55,8 @@ def export(
                 )
         family = layout_for(config, layout)
         wanted = None if dtype is None else DTYPES[dtype]
-        source = checkpoint.source.directory.resolve().name
-        operation = {"operation": "export", "source": source, "expert": expert, "dtype": dtype}
+        scale = scaled_further(checkpoint, 1.0) if expert is None else {}
+        operation = {"operation": "export", "expert": expert, "dtype": dtype, **scale}
         return rewrite(
             checkpoint,
             out,

@@ -10,6 +10,7 @@ from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import layout_for
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.downcycling import scaled_further
 from moezoo.adapters.upcycle.keyed import keyed_normals
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError
@@ -50,11 +51,10 @@ def grow(
         outputs = list(_outputs(checkpoint, family.mlp, factor, scale, noise, seed))
         operation = {
             "operation": "grow",
-            "source": checkpoint.source.directory.resolve().name,
             "factor": factor,
             "noise": noise,
             "seed": seed,
-            "wo_scale": scale,
+            **scaled_further(checkpoint, scale),
         }
         return rewrite(
             checkpoint,

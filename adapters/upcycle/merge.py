@@ -57,7 +57,6 @@ def merge(
         plan = make_plan(branches[0], recipe, layout=layout)
         operation = {
             "operation": "merge",
-            "sources": [branch.source.directory.resolve().name for branch in branches],
             "recipe": recipe.to_dict(),
             "wo_scale": plan.scale,
         }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import moezoo
+from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.families import Family, expressible
 from moezoo.adapters.formats import Source
-from moezoo.adapters.plan import Plan
+from moezoo.adapters.plan import Plan, layout_words
+from moezoo.adapters.upcycle.watch import hash_names
+from moezoo.config import SwitchConfig
 
 _UNKNOWN = "0" * 64
 
@@ -49,46 +53,111 @@ def unhashed(plan: Plan, source: Source) -> Provenance:
     """Provenance whose hashes are still to come, of the length that it will have."""
     return Provenance(
         source=source.directory.resolve().name,
-        files={file.name: _UNKNOWN for file in source.files},
+        files=dict.fromkeys(hash_names(source), _UNKNOWN),
         recipe=plan.recipe.to_dict(),
         scale=plan.scale,
     )
 
 
+def rewritten(
+    operation: Mapping[str, Any],
+    sources: Sequence[CheckpointSource],
+    hashes: Sequence[Mapping[str, str]] = (),
+) -> dict[str, Any]:
+    """Provenance of a checkpoint made from others, with theirs under `made_from`.
+
+    Args:
+        hashes: sha256 of each source's files; left out, placeholders of their length.
+    """
+    made_from = []
+    for index, checkpoint in enumerate(sources):
+        source = checkpoint.source
+        blank = dict.fromkeys(hash_names(source), _UNKNOWN)
+        found = dict(hashes[index]) if hashes else blank
+        entry: dict[str, Any] = {"source": source.directory.resolve().name, "source_sha256": found}
+        before = checkpoint.description.values.get("moezoo_provenance")
+        if isinstance(before, Mapping):
+            entry["provenance"] = dict(before)
+        made_from.append(entry)
+    return {"moezoo_version": moezoo.__version__, **operation, "made_from": made_from}
+
+
 def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> str:
-    """README.md of the output: what it is, what it costs, how it was made and checked."""
-    config = plan.config
-    recipe = json.dumps(provenance.to_dict()["recipe"], indent=2, sort_keys=True)
-    hashes = "\n".join(f"- `{name}` sha256 `{value}`" for name, value in provenance.files.items())
-    layout = "Hugging Face Switch" if plan.expressible else f"moezoo ({plan.layout_reason})"
-    checked = verification or "not verified; run `moezoo verify OUT --against SRC`"
+    """README.md of an upcycled model: what it is, what it costs, how it was made and checked."""
+    rows = {
+        "parameters": f"{plan.parameters:,}",
+        "active per token": f"{plan.active_parameters:,}",
+        **_shape_rows(plan.config),
+        "layout": plan.layout,
+        "factor on `wo`": f"{plan.scale:g}",
+        "verification": verification or "not verified; run `moezoo verify OUT --against SRC`",
+    }
+    recipe = provenance.to_dict()["recipe"]
+    command = "moezoo upcycle SRC OUT --recipe recipe.json"
+    how = f"with this recipe (`{command}` makes the same bytes again)"
+    title = f"{provenance.source}, upcycled to {plan.config.num_experts} experts"
+    return _card(title, rows, provenance.files, how, recipe)
+
+
+def rewritten_card(
+    config: SwitchConfig, family: Family, parameters: int, made: Mapping[str, Any]
+) -> str:
+    """README.md of a checkpoint made from others (`rewritten`)."""
+    operation = {k: v for k, v in made.items() if k not in ("moezoo_version", "made_from")}
+    sparse = bool(config.encoder_sparse or config.decoder_sparse)
+    rows = {
+        "parameters": f"{parameters:,}",
+        **(_shape_rows(config) if sparse else {"feed-forward": config.feed_forward_proj}),
+        "layout": layout_words(family, expressible(config)[1]),
+    }
+    sources = made["made_from"]
+    names = " and ".join(entry["source"] for entry in sources)
+    files = {
+        (name if len(sources) == 1 else f"{entry['source']}/{name}"): value
+        for entry in sources
+        for name, value in entry["source_sha256"].items()
+    }
+    how = f"by `moezoo {operation['operation']}`"
+    return _card(f"{names}, after {operation['operation']}", rows, files, how, operation)
+
+
+def _shape_rows(config: SwitchConfig) -> dict[str, str]:
+    return {
+        "experts per sparse layer": str(config.num_experts),
+        "sparse encoder layers": _listed(config.encoder_sparse),
+        "sparse decoder layers": _listed(config.decoder_sparse),
+        "feed-forward": config.feed_forward_proj,
+    }
+
+
+def _card(
+    title: str,
+    rows: Mapping[str, str],
+    files: Mapping[str, str],
+    how: str,
+    values: Mapping[str, Any],
+) -> str:
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    hashes = "\n".join(f"- `{name}` sha256 `{value}`" for name, value in files.items())
     return f"""---
 library_name: moezoo
-tags: [mixture-of-experts, switch-transformers, upcycled]
+tags: [mixture-of-experts, switch-transformers]
 ---
 
-# {provenance.source}, upcycled to {config.num_experts} experts
+# {title}
 
 | | |
 |---|---|
-| parameters | {plan.parameters:,} |
-| active per token | {plan.active_parameters:,} |
-| experts per sparse layer | {config.num_experts} |
-| sparse encoder layers | {_listed(config.encoder_sparse)} |
-| sparse decoder layers | {_listed(config.decoder_sparse)} |
-| feed-forward | {config.feed_forward_proj} |
-| layout | {layout} |
-| factor on `wo` | {plan.scale:g} |
-| verification | {checked} |
+{table}
 
-Made by moezoo {provenance.to_dict()["moezoo_version"]} from:
+Made by moezoo {moezoo.__version__} from:
 
 {hashes}
 
-with this recipe (`moezoo upcycle SRC OUT --recipe recipe.json` makes the same bytes again):
+{how}:
 
 ```json
-{recipe}
+{json.dumps(values, indent=2, sort_keys=True)}
 ```
 """
 

@@ -5,19 +5,22 @@ shrink, merge and export.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
 from moezoo.adapters.upcycle.carried import carry_files, dtype_word, source_places, write_text
 from moezoo.adapters.upcycle.finite import check_finite
+from moezoo.adapters.upcycle.provenance import rewritten, rewritten_card
 from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.upcycle.watch import refuse_change, source_hashes, stamps
 from moezoo.adapters.writer import checked_target, replacing_directory
 from moezoo.config import SwitchConfig
 
@@ -52,33 +55,52 @@ def rewrite(
     Raises CheckpointError, ConfigError or SaveError; the target is then what it was.
     """
     needed = sum(output.plan.nbytes for output in outputs)
-    sources = [place for c in (checkpoint, *others) for place in source_places(c.source)]
-    final = checked_target(
-        target, overwrite=overwrite, sources=tuple(sources), bytes_needed=needed
-    )  # fmt: skip
-    metadata = {"format": "pt", "moezoo": json.dumps(_made(operation), sort_keys=True)}
-    with replacing_directory(final, overwrite=overwrite, bytes_needed=needed) as stage:
+    checkpoints = (checkpoint, *others)
+    places = tuple(place for c in checkpoints for place in source_places(c.source))
+    final = checked_target(target, overwrite=overwrite, sources=places, bytes_needed=needed)
+    before = [stamps(c.source) for c in checkpoints]
+    with (
+        replacing_directory(final, overwrite=overwrite, bytes_needed=needed) as stage,
+        ThreadPoolExecutor(1) as worker,
+    ):
+        hashing = worker.submit(lambda: [source_hashes(c.source) for c in checkpoints])
         shards = shard((output.plan for output in outputs), max_shard_size)
-        by_name = {output.plan.name: output for output in outputs}
-        for name, group in shards.items():
-            file = TensorFile(stage / name, group, metadata)
-            try:
-                for plan in group:
-                    _write(checkpoint.source, by_name[plan.name], file, allow_nonfinite)
+        files = [
+            TensorFile(stage / name, group, _metadata(rewritten(operation, checkpoints)))
+            for name, group in shards.items()
+        ]
+        try:
+            _write_all(checkpoint.source, outputs, files, allow_nonfinite)
+            made = rewritten(operation, checkpoints, hashing.result())
+            for file in files:
+                file.rewrite_metadata(_metadata(made))
                 file.close()
-            finally:
+        finally:
+            for file in files:
                 file.abandon()
         if len(shards) > 1:
             (stage / "model.safetensors.index.json").write_bytes(shard_index(shards))
-        values = {**family.write(config, checkpoint.task), "moezoo_provenance": _made(operation)}
+        for c, stamped in zip(checkpoints, before, strict=True):
+            refuse_change(c.source, stamped)
+        values = {**family.write(config, checkpoint.task), "moezoo_provenance": made}
         values["dtype"] = dtype_word(output.plan for output in outputs)
         write_text(stage / "config.json", json.dumps(values, indent=2, sort_keys=True))
+        parameters = sum(math.prod(output.plan.shape) for output in outputs)
+        write_text(stage / "README.md", rewritten_card(config, family, parameters, made))
         carry_files(checkpoint.source.directory, stage)
     return final
 
 
-def _made(operation: Mapping[str, Any]) -> dict[str, Any]:
-    return {"moezoo_version": moezoo.__version__, **operation}
+def _metadata(made: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "moezoo": json.dumps(made, sort_keys=True)}
+
+
+def _write_all(
+    source: Source, outputs: Sequence[Output], files: Sequence[TensorFile], allow_nonfinite: bool
+) -> None:
+    home = {name: file for file in files for name in file.tensors}
+    for output in outputs:
+        _write(source, output, home[output.plan.name], allow_nonfinite)
 
 
 def _write(source: Source, output: Output, file: TensorFile, allow_nonfinite: bool) -> None:

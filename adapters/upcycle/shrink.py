@@ -15,6 +15,7 @@ from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.shapes import matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.downcycling import scaled_further
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.records import Assignment
@@ -76,9 +77,9 @@ def shrink(
         family = layout_for(target)
         operation = {
             "operation": "shrink",
-            "source": checkpoint.source.directory.resolve().name,
             "method": method,
             "groups": {layer: [list(group) for group in made] for layer, made in groups.items()},
+            **_scale(checkpoint, groups, shared=shared),
         }
         return rewrite(
             checkpoint,
@@ -89,6 +90,12 @@ def shrink(
             operation=operation,
             overwrite=overwrite,
         )
+
+
+def _scale(checkpoint: CheckpointSource, groups: Groups, *, shared: bool) -> dict[str, float]:
+    """The factor on `wo` afterwards, where all experts have the same."""
+    sizes = {len(group) for made in groups.values() for group in made} if shared else {1}
+    return scaled_further(checkpoint, 1.0 / sizes.pop()) if len(sizes) == 1 else {}
 
 
 def _use(trace: Trace | None, layer: str, num_experts: int) -> Tensor:

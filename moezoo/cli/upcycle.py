@@ -55,9 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(report.to_dict(), indent=2))
         return 0
     plan = report.plan
-    layout = "Hugging Face Switch" if plan.expressible else f"moezoo: {plan.layout_reason}"
     print(f"{report.target}: {plan.parameters:,} parameters, {quantity(plan.bytes_written)}B, "
-          f"{duration(report.seconds)}, layout {layout}")  # fmt: skip
+          f"{duration(report.seconds)}, layout {plan.layout}")  # fmt: skip
     if report.verification:
         print(report.verification)
     return 0
