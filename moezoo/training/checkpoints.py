@@ -32,15 +32,15 @@ def save_checkpoint(
     target = Path(directory) / _NAME.format(state.step)
     with replacing_directory(target, overwrite=True) as stage:
         save(state.model, stage / "model")
-        torch.save(
-            {
-                "optimizer": state.optimizer.state_dict(),
-                "schedule": _plain(state.schedule.state_dict()),
-                "random": torch.get_rng_state(),
-                "training": state.model.training,
-            },
-            stage / "training.pt",
-        )
+        rest = {
+            "optimizer": state.optimizer.state_dict(),
+            "schedule": _plain(state.schedule.state_dict()),
+            "random": torch.get_rng_state(),
+            "training": state.model.training,
+        }
+        # Given a path, torch writes by itself and calls a full disk a RuntimeError.
+        with (stage / "training.pt").open("wb") as file:
+            torch.save(rest, file)
         facts = {
             "format": FORMAT,
             "step": state.step,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,54 +12,9 @@ import torch
 
 import moezoo
 from moezoo.training.checkpoints import checkpoints
-from moezoo.training.loop import StepRecord
-from moezoo.training.recipes import TrainingRecipe
-from moezoo.training.run import RunResult, run_training
+from moezoo.training.run import run_training
+from tests.training.runs import SETTINGS, STEPS, differences, noisy_model, train, weights
 from tests.training.test_loop import batches
-from tests.training.text import small_model
-
-SETTINGS = TrainingRecipe(learning_rate=1e-3, schedule="inverse_sqrt", warmup=3)
-STEPS = 12
-
-
-def noisy_model() -> torch.nn.Module:
-    """Dropout and jitter draw random numbers that a resumed run must draw again."""
-    return small_model(dropout_rate=0.1, router={"name": "switch", "jitter": 0.01})
-
-
-def train(directory: Path, *, until: int = STEPS, **options: object) -> RunResult:
-    def maybe_stop(record: StepRecord) -> None:
-        if record.step == until < STEPS:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    torch.manual_seed(7)
-    return run_training(
-        noisy_model(),
-        batches(),
-        SETTINGS,
-        directory,
-        steps=STEPS,
-        held_out=batches(seed=1),
-        held_out_batches=1,
-        save_every=4,
-        on_step=maybe_stop,
-        **options,
-    )
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return moezoo.load(checkpoints(directory / "checkpoints")[-1] / "model").state_dict()
-
-
-def assert_same(one: Path, two: Path) -> None:
-    expected = weights(two)
-    for name, tensor in weights(one).items():
-        assert torch.equal(tensor, expected[name]), name
-    rows = []
-    for directory in (one, two):
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-        rows.append([{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines])
-    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("until", [1, 4, 7])
@@ -74,37 +26,18 @@ def test_a_terminated_run_saves_and_goes_on_bit_for_bit(until: int, tmp_path: Pa
     second = train(tmp_path / "parts")
     assert not second.interrupted
     assert second.state.step == STEPS
-    assert_same(tmp_path / "parts", tmp_path / "whole")
+    assert not differences(tmp_path / "parts", tmp_path / "whole")
 
 
-KILLED = """
-import sys, torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.training.test_resume import train
-train(Path(sys.argv[1]))
-"""
+ROOT = Path(__file__).parent.parent.parent
 
 
-def killed_and_resumed(directory: Path, delays: list[float]) -> None:
-    """Start a run in a process of its own, kill -9 it after each delay, then let it finish."""
-    command = [sys.executable, "-c", KILLED, str(directory)]
-    for delay in delays:
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 60
-            while not (directory / "metrics.jsonl").exists() and time.monotonic() < deadline:
-                if process.poll() is not None:
-                    break
-                time.sleep(0.01)
-            time.sleep(delay)
-            process.kill()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-
-
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    killed_and_resumed(tmp_path / "whole", [])
-    killed_and_resumed(tmp_path / "killed", [0.02, 0.3, 0.15])
-    assert_same(tmp_path / "killed", tmp_path / "whole")
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit() -> None:
+    """`python -m tests.training.kills 50` does it fifty times."""
+    command = [sys.executable, "-m", "tests.training.kills", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 of 3 continuations bit-exact")
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
