@@ -2,37 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moezoo.errors import ConfigError
+from moezoo.adapters.formats.files import read_start
+from moezoo.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    LayerInputs = Mapping[str, Tensor]
+    LayerInputs = Mapping[str, "LayerSample"]
 else:
     LayerInputs = Mapping
 _MAX_TOKENS = 8192
+_MAX_FILE = 1 << 20
+_MAX_LINES, _MAX_LENGTH = 256, 512
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sample token ids: sequences for the encoder; the decoder reads the same ones."""
+    """Sample token ids: sequences for the encoder; the decoder reads the same ones.
+
+    `experts` names the expert that each sequence is a prompt of (for `prompts`), or is None.
+    """
 
     sequences: Sequence[Sequence[int]]
+    experts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not self.sequences or not all(self.sequences):
             raise ConfigError("calibration needs sequences of token ids", field="calibration")
+        if self.experts is not None and len(self.experts) != len(self.sequences):
+            raise ConfigError(
+                "calibration needs one expert per sequence",
+                field="calibration",
+                expected=len(self.sequences),
+                found=len(self.experts),
+            )
+
+    def sha256(self) -> str:
+        """A digest of the ids, for the provenance."""
+        experts = None if self.experts is None else list(self.experts)
+        ids = [list(sequence) for sequence in self.sequences]
+        return hashlib.sha256(json.dumps([ids, experts]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """What one layer reads: inputs (T, D) float32, and the expert of each token (T,) or None."""
+
+    inputs: Tensor
+    experts: Tensor | None = None
+
+
+def read_calibration(file: str | Path, directory: Path) -> Calibration:
+    """Sample text from a file, by the tokenizer in the checkpoint directory.
+
+    Text files hold one sample per line. JSON files hold a list with one list per expert, of texts
+    or of lists of token ids (which need no tokenizer). Raises ConfigError or CheckpointError.
+    """
+    content = read_start(Path(file).expanduser(), _MAX_FILE).decode("utf-8", "replace")
+    if Path(file).suffix != ".json":
+        lines = [line for line in content.splitlines() if line.strip()][:_MAX_LINES]
+        to_ids = _encoder(directory)
+        return Calibration([to_ids(line)[:_MAX_LENGTH] for line in lines])
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        values = None
+    groups = values if isinstance(values, list) else []
+    if not groups or not all(isinstance(g, list) and all(map(_is_prompt, g)) for g in groups):
+        raise ConfigError(
+            f"{file}: prompts cannot be read",
+            field="calibration",
+            expected="a JSON list with one list per expert, of texts or of lists of ids",
+        )
+    prompts = [(expert, prompt) for expert, group in enumerate(groups) for prompt in group]
+    texts = any(isinstance(prompt, str) for _, prompt in prompts)
+    encode = _encoder(directory) if texts else None
+    ids = [encode(p) if encode and isinstance(p, str) else list(p) for _, p in prompts]
+    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], [e for e, _ in prompts])
 
 
 def layer_inputs(
     path: Path, calibration: Calibration | None, layers: Sequence[str]
-) -> dict[str, Tensor]:
-    """The inputs (T, D) of the named MLPs of the dense checkpoint at `path`.
+) -> dict[str, LayerSample]:
+    """The inputs of the named MLPs of the dense checkpoint at `path`.
 
     Holds the dense model in memory. Raises ConfigError without sample text.
     """
@@ -49,8 +108,8 @@ def layer_inputs(
 
 def collected_inputs(
     model: nn.Module, calibration: Calibration, layers: Sequence[str]
-) -> dict[str, Tensor]:
-    """The inputs (T, D) in float32 of the named modules of a live model on sample text."""
+) -> dict[str, LayerSample]:
+    """The inputs of the named modules of a live model on sample text."""
     import torch
 
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
@@ -73,4 +132,42 @@ def collected_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: torch.cat(inputs)[:_MAX_TOKENS] for layer, inputs in found.items()}
+    return {layer: _sample(inputs, calibration) for layer, inputs in found.items()}
+
+
+def _sample(inputs: list[Tensor], calibration: Calibration) -> LayerSample:
+    """All tokens, or as many as are allowed, spread evenly."""
+    import torch
+
+    joined, experts = torch.cat(inputs), None
+    if calibration.experts is not None:
+        counts = torch.tensor([len(part) for part in inputs])
+        experts = torch.tensor(list(calibration.experts)).repeat_interleave(counts)
+    if len(joined) > _MAX_TOKENS:
+        chosen = torch.arange(_MAX_TOKENS) * len(joined) // _MAX_TOKENS
+        joined = joined[chosen]
+        experts = None if experts is None else experts[chosen]
+    return LayerSample(joined, experts)
+
+
+def _is_prompt(value: Any) -> bool:
+    """A text that is not empty, or a list of token ids."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    ids = isinstance(value, list) and bool(value)
+    return ids and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
+def _encoder(directory: Path) -> Callable[[str], list[int]]:
+    """Text to ids, by the tokenizer beside a checkpoint."""
+    from moezoo.tokenizer import tokenizer_of
+
+    try:
+        return tokenizer_of(directory).encode
+    except TokenizerError as error:
+        raise ConfigError(
+            f"calibration needs the tokenizer beside the source: {error.message}",
+            field="calibration",
+            path=directory,
+            hint="Put spiece.model there, or pass token ids in a JSON file.",
+        ) from None

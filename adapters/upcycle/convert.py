@@ -103,7 +103,7 @@ def convert(
                 progress,
             )
             refuse_change(checkpoint.source, before)
-            provenance = unhashed(plan, checkpoint.source).with_hashes(hashes)
+            provenance = unhashed(plan, checkpoint.source, calibration).with_hashes(hashes)
             write_description(partial.path, plan, checkpoint, provenance, None)
             verdict = None if verifier is None else verifier(partial.path)
             if verdict is not None:
@@ -141,7 +141,7 @@ def _fill(
     inputs = None
     if plan.router_init.needs_inputs:
         inputs = layer_inputs(checkpoint.path, calibration, list(plan.routers))
-    provenance = unhashed(plan, checkpoint.source)
+    provenance = unhashed(plan, checkpoint.source, calibration)
     shards = shard(plan.outputs(), plan.recipe.max_shard_size)
     files: dict[str, TensorFile] = {}
     try:

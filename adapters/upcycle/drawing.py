@@ -16,13 +16,20 @@ from moezoo.errors import NonFiniteWeights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moezoo.adapters.upcycle.calibration import LayerSample
 
-def router_bytes(plan: Plan, layer: str, target: TensorPlan, inputs: Tensor | None) -> bytes:
-    """The router (E, D) of a layer, in the target's dtype. Needs torch only for sample inputs."""
+
+def router_bytes(plan: Plan, layer: str, target: TensorPlan, sample: LayerSample | None) -> bytes:
+    """The router (E, D) of a layer, in the target's dtype. Needs torch only for sample text."""
     experts, width = target.shape
     rows = plan.router_init.rows(
-        experts, width, key=layer, seed=plan.recipe.seed, inputs=inputs
-    )  # fmt: skip
+        experts,
+        width,
+        key=layer,
+        seed=plan.recipe.seed,
+        inputs=None if sample is None else sample.inputs,
+        experts=None if sample is None else sample.experts,
+    )
     chosen = plan.init.router_rows(experts)
     if chosen != list(range(experts)):
         rows = array("f", (v for row in chosen for v in rows[row * width : (row + 1) * width]))

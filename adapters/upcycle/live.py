@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.adapters.plan import target_config
-from moezoo.adapters.upcycle.calibration import Calibration, collected_inputs
+from moezoo.adapters.upcycle.calibration import Calibration, LayerSample, collected_inputs
 from moezoo.adapters.upcycle.inits import expert_inits, router_inits
 from moezoo.adapters.upcycle.preservation import preserving_scale, router_for
 from moezoo.adapters.upcycle.recipe import Recipe
@@ -122,7 +122,7 @@ def as_moezoo(model: nn.Module) -> nn.Module:
 
 
 def _layer(
-    dense: dict[str, Tensor], layer: str, recipe: Recipe, scale: float, inputs: Tensor | None
+    dense: dict[str, Tensor], layer: str, recipe: Recipe, scale: float, sample: LayerSample | None
 ) -> dict[str, Tensor]:
     """Router and stacked experts of one layer, by parameter name."""
     start = f"{layer}."
@@ -139,7 +139,12 @@ def _layer(
         state[f"{layer}.experts.{matrix}"] = stack * scale if matrix == "wo" else stack
     width = matrices["wo"].shape[0]
     drawn = router_inits.build(recipe.router_init).rows(
-        count, width, key=layer, seed=recipe.seed, inputs=inputs
+        count,
+        width,
+        key=layer,
+        seed=recipe.seed,
+        inputs=None if sample is None else sample.inputs,
+        experts=None if sample is None else sample.experts,
     )
     like = matrices["wo"]
     rows = torch.tensor(drawn, dtype=torch.float32).view(count, width)[init.router_rows(count)]
@@ -149,7 +154,7 @@ def _layer(
 
 def _inputs(
     model: nn.Module, recipe: Recipe, calibration: Calibration | None, layers: list[str]
-) -> dict[str, Tensor]:
+) -> dict[str, LayerSample]:
     if not router_inits.build(recipe.router_init).needs_inputs:
         return {}
     if calibration is None:

@@ -12,6 +12,7 @@ from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Plan, layout_words
+from moezoo.adapters.upcycle.calibration import Calibration
 from moezoo.adapters.upcycle.watch import hash_names
 from moezoo.config import SwitchConfig
 
@@ -30,9 +31,12 @@ class Provenance:
     recipe: Mapping[str, Any]
     scale: float
     operation: str = "upcycle"
+    calibration: str | None = None  # sha256 of the sample text's ids
 
     def to_dict(self) -> dict[str, Any]:
+        sampled = {} if self.calibration is None else {"calibration_sha256": self.calibration}
         return {
+            **sampled,
             "moezoo_version": moezoo.__version__,
             "operation": self.operation,
             "recipe": dict(self.recipe),
@@ -49,13 +53,15 @@ class Provenance:
         return replace(self, files=dict(hashes))
 
 
-def unhashed(plan: Plan, source: Source) -> Provenance:
+def unhashed(plan: Plan, source: Source, calibration: Calibration | None = None) -> Provenance:
     """Provenance whose hashes are still to come, of the length that it will have."""
+    fitted = plan.router_init.needs_inputs and calibration is not None
     return Provenance(
         source=source.directory.resolve().name,
         files=dict.fromkeys(hash_names(source), _UNKNOWN),
         recipe=plan.recipe.to_dict(),
         scale=plan.scale,
+        calibration=calibration.sha256() if fitted and calibration else None,
     )
 
 

@@ -34,7 +34,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init", help="copy (default), noise:1e-3, drop:0.5, split, virtual_group:2, lora:8")
     add("--preserve", choices=("exact", "none"), help="exact: same function as the source")
     add("--router", type=_component, help="switch (default), or top_k:2, or JSON")
-    add("--router-init", help="normal (default), zero, mean_orthogonal, centroids")
+    add("--router-init", help="normal (default), zero, mean_orthogonal, centroids, prompts")
     add("--capacity", type=_component, help="dropless (default), switch, or JSON")
     add("--seed", type=int, help="of every random number (0)")
     add("--dtype", help="float32, bfloat16 or float16; default: the source's")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moezoo.cli.recipes import add_recipe_arguments, recipe_from
-from moezoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from moezoo.adapters.upcycle.calibration import Calibration
@@ -24,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--verify", action="store_true", help="verify before the result is put in place")
     add("--overwrite", action="store_true", help="replace what is at OUT")
     add("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
-    add("--calibration", metavar="FILE", help="sample text for routers that are fitted to it")
+    add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
     add("--json", action="store_true", help="one JSON object")
 
 
@@ -72,23 +71,9 @@ def _verifier(source: str) -> Verifier:
 
 
 def calibration(source: str, file: str | None) -> Calibration | None:
-    """Token ids of a sample text, by the tokenizer beside the source."""
+    """Sample text, by the tokenizer beside the source."""
     if file is None:
         return None
-    from moezoo.adapters.formats.files import read_start
-    from moezoo.adapters.upcycle.calibration import Calibration
-    from moezoo.tokenizer import Tokenizer
+    from moezoo.adapters.upcycle.calibration import read_calibration
 
-    directory = Path(source) if Path(source).is_dir() else Path(source).parent
-    model = directory / "spiece.model"
-    if not model.is_file():
-        raise ConfigError(
-            "calibration needs the tokenizer beside the source",
-            field="calibration",
-            path=model,
-            hint="Put spiece.model there, or use router_init='normal'.",
-        )
-    tokenizer = Tokenizer(model)
-    text = read_start(Path(file), 1 << 20).decode("utf-8", "replace")
-    lines = [line for line in text.splitlines() if line.strip()][:256]
-    return Calibration([list(tokenizer.encode(line))[:512] for line in lines])
+    return read_calibration(file, Path(source) if Path(source).is_dir() else Path(source).parent)

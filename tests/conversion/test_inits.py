@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from moezoo.adapters.upcycle.calibration import Calibration
 from moezoo.adapters.upcycle.convert import convert
 from moezoo.adapters.upcycle.inits import expert_inits, router_inits
 from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.cli import main
+from moezoo.errors import ConfigError
 from tests.conversion.dense import dense_t5, ids, relative
 
 KEY = "encoder.blocks.1.mlp"
@@ -125,8 +129,11 @@ def test_a_streamed_and_a_live_upcycling_are_the_same_model(tmp_path: Path) -> N
         assert all(torch.equal(live[name], streamed[name]) for name in live)
 
 
-def rows(name: object, inputs: Tensor | None = None, seed: int = 0) -> Tensor:
-    values = router_inits.build(name).rows(4, 16, key=KEY, seed=seed, inputs=inputs)
+def rows(
+    name: object, inputs: Tensor | None = None, seed: int = 0, experts: Tensor | None = None
+) -> Tensor:
+    init = router_inits.build(name)
+    values = init.rows(4, 16, key=KEY, seed=seed, inputs=inputs, experts=experts)
     return torch.tensor(values).view(4, 16)
 
 
@@ -170,6 +177,84 @@ def test_centroids_point_at_the_clusters() -> None:
     chosen = (inputs @ rows({"name": "centroids", "std": 1.0}, inputs).T).argmax(dim=1)
     groups = {tuple(chosen[member == m].unique().tolist()) for m in range(4)}
     assert len(groups) == 4 and all(len(group) == 1 for group in groups)
+
+
+def test_prompts_send_text_like_theirs_to_their_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 16, generator=generator) + 3.0
+    member = torch.arange(400) % 4
+    inputs = centres[member] + 0.1 * torch.randn(400, 16, generator=generator)
+    made = rows({"name": "prompts", "std": 1.0}, inputs[:200], experts=member[:200])
+    assert torch.equal((inputs[200:] @ made.T - (made @ inputs.mean(0))).argmax(1), member[200:])
+    assert torch.allclose(made.norm(dim=1), torch.tensor(4.0))
+    assert torch.allclose((made / 4).T, rows({"name": "prompts", "std": 0.25}, inputs[:200],
+                                             experts=member[:200]).T)  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [None, [0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 4]])
+def test_prompts_of_too_few_or_too_many_experts_are_refused(experts: list[int] | None) -> None:
+    labels = None if experts is None else torch.tensor(experts)
+    with pytest.raises(ConfigError, match="prompts are needed for every expert"):
+        rows("prompts", torch.randn(6, 16), experts=labels)
+
+
+def sample_file(tmp_path: Path, name: str, content: object) -> str:
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_prompts_work_from_the_command_line(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "dense")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    text = [["01234", "#$%"], ["&&&", [5, 6, 7]]]  # bytes below 58: the vocabulary has 61 ids
+    ids_alone = [[[ord(c) + 3 for c in p] + [1] if isinstance(p, str) else p for p in g]
+                 for g in text]  # fmt: skip
+    recipe = ["--experts", "2", "--router-init", "prompts"]
+    for name, content in (("text", text), ("ids", ids_alone)):
+        file = sample_file(tmp_path, f"{name}.json", content)
+        out = [str(source), str(tmp_path / name), "--calibration", file, "--verify"]
+        assert main(["upcycle", *out, *recipe]) == 0
+    for file in (tmp_path / "text").iterdir():
+        assert file.read_bytes() == (tmp_path / "ids" / file.name).read_bytes()
+    made = json.loads((tmp_path / "text/config.json").read_text())["moezoo_provenance"]
+    assert len(made["calibration_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[[", "cannot be read.*one list per expert"),
+        ("a.json", [], "cannot be read"),
+        ("a.json", {"0": ["text"]}, "cannot be read"),
+        ("a.json", [["text", 5]], "cannot be read"),
+        ("a.json", [[[1, -2]]], "cannot be read"),
+        ("a.json", [[True]], "cannot be read"),
+        ("a.json", [["text"], ["text"]], "tokenizer beside the source.*token ids in a JSON"),
+        ("a.txt", "some text", "tokenizer beside the source"),
+        ("a.json", [[[5]], [[6]], [[7]]], "prompts for experts 0 to 1"),
+    ],
+)
+def test_bad_calibrations_are_refused_and_leave_nothing(
+    name: str, content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = dense_t5(tmp_path / "dense")
+    (source / "spiece.model").unlink()
+    file = sample_file(tmp_path, name, content)
+    words = ["--experts", "2", "--router-init", "prompts", "--calibration", file]
+    assert main(["upcycle", str(source), str(tmp_path / "out"), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_live_and_streamed_prompts_are_the_same_router(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "dense")
+    sample = Calibration([[5, 9, 12, 1], [7, 20, 41, 1]], experts=[1, 0])
+    recipe = {"num_experts": 2, "router_init": "prompts"}
+    convert(source, tmp_path / "out", Recipe(**recipe), calibration=sample)
+    live = moezoo.upcycle(moezoo.load(source), calibration=sample, **recipe).state_dict()
+    streamed = moezoo.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(live[name], streamed[name]) for name in live)
 
 
 @pytest.mark.parametrize("router_init", ["mean_orthogonal", "centroids"])

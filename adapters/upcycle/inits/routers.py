@@ -38,12 +38,14 @@ class RouterInit(abc.ABC):
         key: str,
         seed: int,
         inputs: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> array[float]:
         """The router's weight, row-major, float32.
 
         Args:
             key: the layer's name; random numbers depend on it and on `seed` alone.
             inputs: (T, D) float32, the layer's inputs on sample text.
+            experts: (T,) int64, the expert whose prompt each token is of, for prompts.
         """
 
 
@@ -72,6 +74,7 @@ class NormalRouter(RouterInit):
         key: str,
         seed: int,
         inputs: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> array[float]:
         return keyed_normals(seed, f"{key}.router", num_experts * d_model, _std(self.std, d_model))
 
@@ -88,6 +91,7 @@ class ZeroRouter(RouterInit):
         key: str,
         seed: int,
         inputs: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> array[float]:
         return array("f", bytes(4 * num_experts * d_model))
 
@@ -113,6 +117,7 @@ class MeanOrthogonalRouter(RouterInit):
         key: str,
         seed: int,
         inputs: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> array[float]:
         import torch
 
@@ -146,6 +151,7 @@ class CentroidsRouter(RouterInit):
         key: str,
         seed: int,
         inputs: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> array[float]:
         import torch
         from torch.nn.functional import normalize
@@ -166,6 +172,51 @@ class CentroidsRouter(RouterInit):
             empty = torch.bincount(member, minlength=num_experts) == 0
             centres = normalize(torch.where(empty[:, None], centres, sums), dim=1)
         return _flat(centres * (_std(self.std, d_model) * d_model**0.5))
+
+
+@router_inits.register("prompts")
+class PromptsRouter(RouterInit):
+    """Row e points from the mean input to the inputs of expert e's own prompts, so that text like
+    theirs goes there.
+
+    Args:
+        std: root mean square of the rows.
+    """
+
+    needs_inputs = True
+
+    def __init__(self, std: float | None = None) -> None:
+        _check_std(std)
+        self.std = std
+
+    def rows(
+        self,
+        num_experts: int,
+        d_model: int,
+        *,
+        key: str,
+        seed: int,
+        inputs: Tensor | None = None,
+        experts: Tensor | None = None,
+    ) -> array[float]:
+        import torch
+        from torch.nn.functional import normalize
+
+        inputs = _inputs(inputs, key).double()
+        experts = torch.empty(0, dtype=torch.int64) if experts is None else experts
+        counts = torch.bincount(experts, minlength=num_experts)
+        if len(counts) != num_experts or not bool((counts > 0).all()):
+            raise ConfigError(
+                "prompts are needed for every expert, and for no others",
+                field="calibration",
+                expected=f"prompts for experts 0 to {num_experts - 1}",
+                found=f"prompts for {int((counts > 0).sum())}",
+                hint="Pass a JSON file: a list with one list of texts per expert.",
+            )
+        sums = torch.zeros(num_experts, d_model, dtype=torch.float64)
+        means = sums.index_add_(0, experts, inputs) / counts[:, None]
+        directions = normalize(means - means.mean(dim=0), dim=1)
+        return _flat(directions * (_std(self.std, d_model) * d_model**0.5))
 
 
 def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
