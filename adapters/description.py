@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.adapters.families import Family, T5Family, UMT5Family, Weights, family_of
+from moezoo.adapters.families import (
+    Family,
+    T5Family,
+    UMT5Family,
+    Weights,
+    family_of,
+    long_t5_refusal,
+)
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.names import MemoryName, common_prefix, is_ignored, memory_name
 from moezoo.config import SwitchConfig
@@ -43,6 +50,9 @@ def describe(source: Source) -> Description:
     """
     prefix = common_prefix(source.tensors)
     names = [n.removeprefix(prefix) for n in source.tensors if n.startswith(prefix)]
+    for kind in ("Local", "TransientGlobal"):
+        if any(f".{kind}SelfAttention." in name for name in names):
+            raise long_t5_refusal(kind, source.path)
     places = _places(names, source)
     own_head = _has_own_head(source, prefix, places)
     weights = Weights(frozenset(names), own_head)

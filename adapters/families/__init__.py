@@ -8,7 +8,7 @@ from typing import Any
 from moezoo.adapters.families.base import Family, Weights, registry
 from moezoo.adapters.families.native import NativeFamily
 from moezoo.adapters.families.switch import SwitchFamily
-from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family
+from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family, long_t5_refusal
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
 
@@ -77,5 +77,6 @@ __all__ = [
     "expressible",
     "family_of",
     "layout_for",
+    "long_t5_refusal",
     "registry",
 ]

@@ -98,18 +98,23 @@ class LongT5Family(Family):
     mlp = DENSE_T5
 
     def read(self, values: Mapping[str, Any], weights: Weights) -> SwitchConfig:
-        kind = values.get("encoder_attention_type", "local")
-        raise ConfigError(
-            f"LongT5 has {kind} attention, which moezoo's models cannot run",
-            field="model_type",
-            hint="Use transformers for the model and `moezoo.plug` for its MLPs.",
-        )
+        raise long_t5_refusal(str(values.get("encoder_attention_type", "local"))[:40])
 
     def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
         raise ConfigError("LongT5 cannot be written", field="model_type")
 
     def refusal(self, config: SwitchConfig) -> str | None:
         return "LongT5's attention is its own"
+
+
+def long_t5_refusal(kind: str, path: object = None) -> ConfigError:
+    """Why LongT5 cannot be read, and what can be done with it."""
+    return ConfigError(
+        f"this is LongT5, whose {kind} attention moezoo's models cannot run",
+        field="model_type",
+        path=path,
+        hint="Use transformers for the model and `moezoo.plug` for its MLPs.",
+    )
 
 
 def _activation_refusal(config: SwitchConfig) -> str | None:

@@ -21,7 +21,25 @@ _IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
     ("pytorch_model.bin", lambda path, file: TorchSource(path, file=file)),
     ("pytorch_model.bin.index.json", lambda path, file: TorchSource(path, index=file)),
     ("flax_model.msgpack", lambda path, file: FlaxSource(path, file=file)),
+    ("flax_model.msgpack.index.json", lambda path, file: FlaxSource(path, index=file)),
     ("checkpoint", lambda path, file: T5xSource(path, file=file)),
+)
+_TO_SAFETENSORS = "save_pretrained(OUT) of transformers 4.x writes safetensors: "
+_FROM_JAX = "Restore it in JAX and save it as Flax MessagePack or safetensors."
+_FOREIGN = (
+    (("manifest.ocdbt", "*/manifest.ocdbt"), "an orbax checkpoint (OCDBT)", _FROM_JAX),
+    (
+        ("tf_model.h5",),
+        "TensorFlow's HDF5 weights",
+        _TO_SAFETENSORS + "load these with from_tf=True first.",
+    ),
+    (
+        ("*.ckpt*.index",),
+        "a TensorFlow checkpoint",
+        _TO_SAFETENSORS + "convert this with load_tf_weights_in_t5 first.",
+    ),
+    # Beside a `checkpoint` of t5x these mean nothing: it can be read.
+    (("_METADATA", "*/_METADATA", "_CHECKPOINT_METADATA"), "an orbax checkpoint", _FROM_JAX),
 )
 
 
@@ -42,7 +60,10 @@ def _open_directory(path: Path) -> Source:
     for name, open_it in _IN_DIRECTORY:
         file = path / name
         if file.exists() or file.is_symlink():
+            if name == "checkpoint":  # orbax and TensorFlow have a file of that name too
+                _refuse_foreign(path, _FOREIGN[:-1])
             return open_it(path, file)
+    _refuse_foreign(path, _FOREIGN)
     try:
         single = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
     except OSError as error:
@@ -60,12 +81,27 @@ def _open_directory(path: Path) -> Source:
     raise CheckpointError("no weights here", path=path, expected=f"one of {wanted}")
 
 
+def _refuse_foreign(path: Path, kinds: tuple[tuple[tuple[str, ...], str, str], ...]) -> None:
+    """Raise CheckpointError for containers that are known, and known not to be read."""
+    for patterns, what, hint in kinds:
+        found = next((file for pattern in patterns for file in path.glob(pattern)), None)
+        if found is not None:
+            raise CheckpointError(
+                f"this is {what}, which moezoo does not read", path=path, key=found.name, hint=hint
+            )
+
+
 def _open_file(path: Path) -> Source:
     start = read_start(path, 64)
     refuse_pointer(path, start)
     if path.name.endswith(".index.json"):
+        if ".msgpack." in path.name:
+            return FlaxSource(path, index=path)
         kind = TorchSource if ".bin." in path.name else SafetensorsSource
         return kind(path, index=path)
+    if path.suffix == ".h5" or start.startswith(b"\x89HDF"):
+        _, what, hint = _FOREIGN[1]
+        raise CheckpointError(f"this is {what}, which moezoo does not read", path=path, hint=hint)
     if start.startswith(b"GGUF") or path.suffix == ".gguf":
         return GgufSource(path)
     if path.suffix == ".msgpack":

@@ -31,3 +31,17 @@ def read_index(path: Path) -> dict[str, set[str]]:
                 hint="Download the whole checkpoint.",
             ) from None
     return shards
+
+
+def check_shard(index: Path, shard: Path, listed: set[str], found: set[str]) -> None:
+    """Raise IndexFileError when a shard does not hold exactly the tensors that the index lists."""
+    missing, extra = sorted(listed - found), sorted(found - listed)
+    if missing or extra:
+        key, what = (missing[0], "lacks") if missing else (extra[0], "also holds")
+        rest = len(missing or extra) - 1
+        raise IndexFileError(
+            f"the index and the shard {quoted(shard.name)} disagree: the shard {what} "
+            f"{quoted(key)}" + (f" and {rest} more" if rest else ""),
+            path=index,
+            key=key,
+        )

@@ -17,8 +17,8 @@ from moezoo.adapters.formats.files import (
     refuse_pointer,
     regular_file,
 )
-from moezoo.adapters.formats.index import read_index
-from moezoo.errors import CorruptFile, IndexFileError
+from moezoo.adapters.formats.index import check_shard, read_index
+from moezoo.errors import CorruptFile
 
 if TYPE_CHECKING:
     import torch
@@ -81,20 +81,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
     _check_offsets(tensors, path, 8 + length, size)
     return {info.name: info for info in tensors}, metadata
-
-
-def check_shard(index: Path, shard: Path, listed: set[str], found: set[str]) -> None:
-    """Raise IndexFileError when a shard does not hold exactly the tensors that the index lists."""
-    missing, extra = sorted(listed - found), sorted(found - listed)
-    if missing or extra:
-        key, what = (missing[0], "lacks") if missing else (extra[0], "also holds")
-        rest = len(missing or extra) - 1
-        raise IndexFileError(
-            f"the index and the shard {quoted(shard.name)} disagree: the shard {what} "
-            f"{quoted(key)}" + (f" and {rest} more" if rest else ""),
-            path=index,
-            key=key,
-        )
 
 
 def _tensor(name: str, entry: Any, path: Path, base: int) -> TensorInfo:

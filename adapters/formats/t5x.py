@@ -72,7 +72,7 @@ class T5xSource(StoredSource):
                     transposed=True,
                 )
             return
-        target, transposed = _translated(name, sparse=sparse)
+        target, transposed = _translated(name, self.path, sparse=sparse)
         self.add(target, array, transposed=transposed)
 
 
@@ -116,7 +116,7 @@ def _names(values: dict[str, Any], start: str = "") -> Iterator[str]:
             yield f"{start}{key}"
 
 
-def _translated(name: str, *, sparse: bool) -> tuple[str, bool]:
+def _translated(name: str, path: Path, *, sparse: bool) -> tuple[str, bool]:
     """The name that Hugging Face gives an array, and whether it is transposed there."""
     if name in _TOP:
         return _TOP[name]
@@ -125,7 +125,7 @@ def _translated(name: str, *, sparse: bool) -> tuple[str, bool]:
         block = f"{bias[1]}.block.{bias[2] or 0}.layer.0.SelfAttention"
         return f"{block}.relative_attention_bias.weight", True
     if layer is None:
-        raise _unknown(name)
+        raise _unknown(name, path)
     stack, block, rest = f"{layer[1]}.block.{layer[2]}.layer", layer[1], layer[3]
     attention, matrix = _ATTENTION.match(rest), _MATRIX.match(rest)
     if attention:
@@ -143,8 +143,8 @@ def _translated(name: str, *, sparse: bool) -> tuple[str, bool]:
         return f"{stack}.{_MLP[block]}.mlp.router.classifier.weight", True
     if rest == "mlp.router.router_weights.w.bias":
         return f"{stack}.{_MLP[block]}.mlp.router.classifier.bias", False
-    raise _unknown(name)
+    raise _unknown(name, path)
 
 
-def _unknown(name: str) -> TensorMismatch:
-    return TensorMismatch(f"no T5 has an array called {quoted(name)}", key=name[:120])
+def _unknown(name: str, path: Path) -> TensorMismatch:
+    return TensorMismatch(f"no T5 has an array called {quoted(name)}", path=path, key=name[:120])

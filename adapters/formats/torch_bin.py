@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.formats.base import Source, TensorInfo, dtype_name, tensor_bytes
 from moezoo.adapters.formats.files import quoted, read_start, refuse_pointer, regular_file
-from moezoo.adapters.formats.index import read_index
-from moezoo.adapters.formats.safetensors import check_shard
+from moezoo.adapters.formats.index import check_shard, read_index
 from moezoo.errors import CheckpointError, CorruptFile, UnsafeCheckpoint
 
 if TYPE_CHECKING:
