@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from moezoo.adapters.families import (
     long_t5_refusal,
 )
 from moezoo.adapters.formats.base import Source
+from moezoo.adapters.formats.files import read_json
 from moezoo.adapters.names import MemoryName, common_prefix, is_ignored, memory_name
 from moezoo.config import SwitchConfig
-from moezoo.errors import ConfigError, CorruptFile, TensorMismatch
+from moezoo.errors import ConfigError, TensorMismatch
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -59,29 +59,12 @@ def describe(source: Source) -> Description:
     path = source.directory / "config.json"
     values: Mapping[str, Any] = {}
     if path.is_file() and not (prefix and source.path.is_file()):
-        values = read_json(path)
+        values = read_json(path, most=_MAX_CONFIG_BYTES)
         family = _named(path, family_of, values)
         config = _named(path, family.read, values, weights)
     else:
         family, config = inferred(source, prefix, weights)
     return Description(family, config, prefix, places, own_head, weights.has_decoder, values)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 1 MiB. Raises CorruptFile."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_CONFIG_BYTES:
-            raise CorruptFile("too large for a config", path=path, found=f"{size} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise CorruptFile(f"not JSON: {reason}", path=path) from None
-    except OSError as error:
-        raise CorruptFile(f"cannot be read: {error.strerror}", path=path) from None
-    if not isinstance(values, dict):
-        raise CorruptFile("not a JSON object", path=path, found=type(values).__name__)
-    return values
 
 
 def inferred(source: Source, prefix: str, weights: Weights) -> tuple[Family, SwitchConfig]:

@@ -7,6 +7,7 @@ options are refused before anything is built, with the nearest known name.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import threading
@@ -194,6 +195,7 @@ class Registry(Generic[T]):
             warnings.warn(f"{plugin} was not loaded: {reason}", stacklevel=4)
 
 
+@functools.cache  # components are few, and are built by name in every read of a config
 def _options(component: type) -> dict[str, inspect.Parameter]:
     """The constructor's named parameters; `*args, **kwargs` inherited from a base are not
     options.

@@ -7,13 +7,14 @@ import ctypes
 import math
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moezoo.adapters.formats.files import quoted
-from moezoo.errors import CorruptFile, TensorMismatch, did_you_mean
+from moezoo.errors import CheckpointError, CorruptFile, TensorMismatch, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ class Source(abc.ABC):
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
         self._maps: dict[Path, mmap.mmap] = {}
 
     def info(self, name: str) -> TensorInfo:
@@ -146,7 +148,7 @@ class Source(abc.ABC):
         descriptor, done = self._descriptor(info.path), 0
         while done < info.nbytes:
             part = buffer[: min(len(buffer), info.nbytes - done)]
-            _read_exactly(descriptor, part, info.offset + done, info.path)
+            read_exactly(descriptor, part, info.offset + done, info.path)
             yield part
             done += len(part)
 
@@ -164,14 +166,19 @@ class Source(abc.ABC):
         self.close()
 
     def _descriptor(self, path: Path) -> int:
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[path]
+        with self._opening:  # a conversion reads ahead in another thread
+            if path not in self._descriptors:
+                try:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    reason = f"cannot be read: {error.strerror}"
+                    raise CheckpointError(reason, path=path) from None
+            return self._descriptors[path]
 
     def _read_range(self, info: TensorInfo) -> memoryview:
         assert info.path is not None
         buffer = memoryview(bytearray(info.nbytes))
-        _read_exactly(self._descriptor(info.path), buffer, info.offset, info.path)
+        read_exactly(self._descriptor(info.path), buffer, info.offset, info.path)
         return buffer
 
     def _mapped(self, info: TensorInfo) -> torch.Tensor:
@@ -220,7 +227,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(window).cast("B")
 
 
-def _read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill the buffer from a file. Raises CorruptFile when the file ends before it is full."""
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moezoo.errors import CheckpointError, CorruptFile, IndexFileError
 
@@ -43,14 +43,22 @@ def regular_file(path: Path) -> int:
     return status.st_size
 
 
-def read_start(path: Path, count: int) -> bytes:
-    """The first bytes of a regular file. Raises as `regular_file`."""
+def opened(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises as `regular_file`."""
     regular_file(path)
     try:
-        with path.open("rb") as file:
-            return file.read(count)
+        return path.open("rb")
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
+
+
+def read_start(path: Path, count: int) -> bytes:
+    """The first bytes of a regular file. Raises as `regular_file`."""
+    with opened(path) as file:
+        try:
+            return file.read(count)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
@@ -60,17 +68,17 @@ def refuse_pointer(path: Path, start: bytes) -> None:
             raise CorruptFile(f"this is {what}", path=path, hint=hint)
 
 
-def read_json(path: Path, error: type[CheckpointError] = CorruptFile) -> dict[str, Any]:
-    """A JSON object from a small file, duplicate keys refused.
+def read_json(
+    path: Path, error: type[CheckpointError] = CorruptFile, most: int = _SMALL
+) -> dict[str, Any]:
+    """A JSON object from a small file of at most `most` bytes, duplicate keys refused.
 
     Raises `error` for anything malformed, CheckpointError for a missing or special file.
     """
     size = regular_file(path)
-    if size > _SMALL:
-        raise error(
-            "too large for a JSON file", path=path, expected=f"<= {_SMALL} bytes", found=size
-        )
-    content = read_start(path, _SMALL)
+    if size > most:
+        raise error("too large for a JSON file", path=path, expected=f"<= {most} bytes", found=size)
+    content = read_start(path, most)
     refuse_pointer(path, content[:64])
     return parse_json(content, path, error)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
+import mmap
 import re
 import struct
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.adapters.formats.base import TensorInfo, tensor_bytes
-from moezoo.adapters.formats.files import quoted, regular_file
+from moezoo.adapters.formats.base import TensorInfo, read_exactly, tensor_bytes
+from moezoo.adapters.formats.files import opened, quoted, regular_file
 from moezoo.adapters.formats.stored import Array, StoredSource
 from moezoo.errors import CheckpointError, CorruptFile, TensorMismatch
 
@@ -24,7 +24,8 @@ _BLOCK, _BLOCK_BYTES = 32, 34  # a float16 scale and 32 signed bytes
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
             11: "<q", 12: "<d"}  # fmt: skip
 _TEXT, _LIST = 8, 9
-_MAX_HEADER = 256 << 20
+_MAX_TENSORS, _MAX_VALUES = 1 << 16, 1 << 20  # a vocabulary of mT5 has 250,112 texts
+_MAX_TEXT = 1 << 16
 _TOP = {
     "token_embd.weight": "shared.weight",
     "enc.output_norm.weight": "encoder.final_layer_norm.weight",
@@ -48,9 +49,12 @@ class GgufSource(StoredSource):
         file = path if file is None else file
         super().__init__(path, (file,))
         size = regular_file(file)
-        with file.open("rb") as stream:
-            header = _Header(stream.read(min(size, _MAX_HEADER)), file)
-        self.metadata = {k: str(v) for k, v in header.metadata.items() if not isinstance(v, list)}
+        if size == 0:
+            raise CorruptFile("the file is empty", path=file)
+        # Mapped, so that only the pages of the header are read.
+        with opened(file) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            header = _Header(view, file)
+        self.metadata = {k: str(v) for k, v in header.metadata.items() if v is not None}
         gated = any(name.endswith(".ffn_gate.weight") for name, *_ in header.tensors)
         for name, shape, kind, offset in header.tensors:
             self._place(_translated(name, gated, file), shape, kind, header.data + offset, size)
@@ -98,7 +102,8 @@ class GgufSource(StoredSource):
         import torch
 
         (file,) = self.files
-        content = bytearray(os.pread(self._descriptor(file), nbytes, offset))
+        content = bytearray(nbytes)
+        read_exactly(self._descriptor(file), memoryview(content), offset, file)
         blocks = torch.frombuffer(content, dtype=torch.uint8).view(-1, _BLOCK_BYTES)
         scale = blocks[:, :2].contiguous().view(torch.float16).float()
         return tensor_bytes(blocks[:, 2:].contiguous().view(torch.int8).float() * scale)
@@ -107,8 +112,8 @@ class GgufSource(StoredSource):
 class _Header:
     """Metadata and tensor descriptions: (name, shape, ggml type, offset in the data)."""
 
-    def __init__(self, content: bytes, path: Path) -> None:
-        self.content, self.path, self.position = content, path, 0
+    def __init__(self, content: mmap.mmap, path: Path) -> None:
+        self.content, self.path, self.position, self.values = content, path, 0, 0
         if self.take(4) != b"GGUF":
             raise self.corrupt("not a GGUF file")
         version, tensors, values = self.number("<I"), self.number("<Q"), self.number("<Q")
@@ -116,8 +121,8 @@ class _Header:
             raise CheckpointError(
                 "unknown GGUF version", path=path, expected="2 or 3", found=version
             )
-        if max(tensors, values) > len(content) // 8:
-            raise self.corrupt("its counts exceed the file")
+        if tensors > _MAX_TENSORS or values > _MAX_TENSORS:
+            raise self.corrupt("it counts more tensors or values than any T5 has")
         self.metadata = dict(self.pair() for _ in range(values))
         self.tensors = [self.tensor() for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -140,24 +145,42 @@ class _Header:
 
     def text(self) -> str:
         length = self.number("<Q")
-        if length > len(self.content):
-            raise self.corrupt("a text is longer than the file")
+        if length > _MAX_TEXT:
+            raise self.corrupt(f"a text of {length} bytes")
         return self.take(length).decode("utf-8", "replace")
 
     def pair(self) -> tuple[str, Any]:
-        return self.text(), self.value(self.number("<I"), 0)
+        return self.text(), self.value(self.number("<I"))
 
-    def value(self, kind: int, depth: int) -> Any:
+    def value(self, kind: int) -> Any:
+        """A number or a text; of a list only that it is there: nothing in it is needed."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _TEXT:
             return self.text()
-        if kind == _LIST and depth < 4:
-            inner, count = self.number("<I"), self.number("<Q")
-            if count > len(self.content):
-                raise self.corrupt("a list is longer than the file")
-            return [self.value(inner, depth + 1) for _ in range(count)]
-        raise self.corrupt(f"unknown kind of value {kind}")
+        if kind != _LIST:
+            raise self.corrupt(f"unknown kind of value {kind}")
+        self.skip_list(0)
+        return None
+
+    def skip_list(self, depth: int) -> None:
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind in _SCALARS:
+            self.skip(struct.calcsize(_SCALARS[kind]) * count)
+            return
+        self.values += count
+        if self.values > _MAX_VALUES or depth >= 4 or kind not in (_TEXT, _LIST):
+            raise self.corrupt("a list is too long or of no known kind")
+        for _ in range(count):
+            if kind == _LIST:
+                self.skip_list(depth + 1)
+            else:
+                self.skip(self.number("<Q"))
+
+    def skip(self, count: int) -> None:
+        self.position += count
+        if self.position > len(self.content):
+            raise self.corrupt("the header is truncated")
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, axes = self.text(), self.number("<I")

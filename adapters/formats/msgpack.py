@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _DEPTH = 64
+_MAX_VALUES = 1 << 18  # the largest T5 has some thousand arrays; a refusal is to be quick
+_MAX_TEXT = 1 << 16
 _FIXED = {
     0xC0: None,
     0xC2: False,
@@ -68,7 +70,7 @@ def unpack(content: memoryview) -> Any:
 
 class _Reader:
     def __init__(self, content: memoryview) -> None:
-        self.content, self.position = content, 0
+        self.content, self.position, self.values = content, 0, 0
 
     def take(self, count: int) -> memoryview:
         end = self.position + count
@@ -84,6 +86,9 @@ class _Reader:
     def value(self, depth: int) -> Any:
         if depth > _DEPTH:
             raise Malformed("nested too deeply")
+        self.values += 1
+        if self.values > _MAX_VALUES:
+            raise Malformed(f"more than {_MAX_VALUES} values")
         first = self.take(1)[0]
         if first <= 0x7F:
             return first
@@ -129,6 +134,8 @@ class _Reader:
         return values
 
     def text(self, length: int) -> str:
+        if length > _MAX_TEXT:
+            raise Malformed(f"a text of {length} bytes")
         try:
             return str(self.take(length), "utf-8")
         except UnicodeDecodeError:

@@ -15,13 +15,15 @@ from moezoo.errors import CheckpointError, CorruptFile
 
 _DTYPES = {"<f4": "F32", "<f2": "F16", "<f8": "F64", "bfloat16": "BF16", "<i4": "I32", "<i8": "I64"}
 _WINDOW = {"gzip": 31, "zlib": 15}
+_MAX_CHUNKS = 1 << 16  # t5x writes one per accelerator
 
 
 def open_zarr(folder: Path) -> Array:
     """The array in a zarr folder; its chunks are read when its bytes are wanted.
 
     Raises CorruptFile naming the file for a malformed `.zarray`, CheckpointError for what t5x never
-    writes (other compressors, filters, column-major order).
+    writes (other compressors, filters, column-major order). zarr takes a missing chunk for zeros;
+    here every chunk must be there, since a download that stopped early looks the same.
     """
     path = folder / ".zarray"
     meta = read_json(path)
@@ -34,12 +36,16 @@ def open_zarr(folder: Path) -> Array:
     assert isinstance(shape, list) and isinstance(chunks, list)
     if len(shape) != len(chunks) or 0 in chunks or math.prod(shape) > 2**40:
         raise CorruptFile("shape and chunks do not fit", path=path, key="chunks")
+    if any(c > 2 * max(n, 1) for n, c in zip(shape, chunks, strict=True)):
+        raise CorruptFile("its chunks are larger than the array", path=path, key="chunks")
+    if math.prod(-(-n // c) for n, c in zip(shape, chunks, strict=True)) > _MAX_CHUNKS:
+        raise CorruptFile(f"it has more than {_MAX_CHUNKS} chunks", path=path, key="chunks")
     dtype = meta.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CorruptFile("unknown dtype", path=path, key="dtype", found=quoted(dtype))
     compressor = meta.get("compressor")
     kind = compressor.get("id") if isinstance(compressor, dict) else compressor
-    if kind is not None and kind not in _WINDOW:
+    if kind is not None and (not isinstance(kind, str) or kind not in _WINDOW):
         raise CheckpointError(
             "compressed in a way that moezoo cannot read",
             path=path,
@@ -70,8 +76,6 @@ def _read(
     grid = [range(math.ceil(n / c)) for n, c in zip(shape, chunks, strict=True)]
     for place in itertools.product(*grid):
         path = folder / (separator.join(map(str, place)) or "0")
-        if not path.exists():
-            continue  # never written: zeros, the fill value of every checkpoint
         content = _chunk(path, kind, math.prod(chunks) * size)
         _paste(whole, shape, content, chunks, place, size)
     return whole
