@@ -10,6 +10,7 @@ from typing import Any
 
 from moezoo.adapters.formats.base import DTYPE_BITS
 from moezoo.adapters.formats.files import opened, quoted, regular_file
+from moezoo.adapters.formats.index import check_shard, read_index
 from moezoo.adapters.formats.msgpack import Extension, Malformed, unpack
 from moezoo.adapters.formats.stored import Array, StoredSource
 from moezoo.errors import CorruptFile
@@ -33,14 +34,26 @@ _MAX_CHUNKS = 4096
 
 
 class FlaxSource(StoredSource):
-    """`flax_model.msgpack`: the names of the PyTorch model, kernels transposed."""
+    """One `flax_model.msgpack`, or a sharded one named by its `*.index.json`.
+
+    The names are the PyTorch model's, kernels transposed.
+    """
 
     kind = "flax"
 
-    def __init__(self, path: Path, *, file: Path | None = None) -> None:
-        file = path if file is None else file
-        super().__init__(path, (file,))
-        for keys, array in arrays(read_msgpack(file), file):
+    def __init__(self, path: Path, *, file: Path | None = None, index: Path | None = None) -> None:
+        shards = {} if index is None else read_index(index)
+        single = path if file is None else file
+        files = (single,) if index is None else tuple(index.parent / n for n in sorted(shards))
+        super().__init__(path, files)
+        for shard in files:
+            found = list(arrays(read_msgpack(shard), shard))
+            if index is not None:
+                check_shard(index, shard, shards[shard.name], {"/".join(k) for k, _ in found})
+            self._add(found)
+
+    def _add(self, found: list[tuple[tuple[str, ...], Array]]) -> None:
+        for keys, array in found:
             name = ".".join(keys)
             kernel = name.endswith(".kernel")
             for ending in (".kernel", ".embedding"):
