@@ -36,9 +36,16 @@ def dense_t5(
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     _enlarge(model)
+    if not options.get("tie_word_embeddings", True):
+        own_head(model)
     model.to(dtype).save_pretrained(path)
     (path / "spiece.model").write_bytes(b"\x00tokenizer bytes\xff\n")
     return path
+
+
+def own_head(model: nn.Module) -> None:
+    """Untie the head: transformers 5 ties that of a new model whatever its config says."""
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight) * 0.3)
 
 
 def encoder_only(path: Path) -> Path:
