@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from moezoo.cli.settings import settings_first
 from moezoo.cli.signals import orderly_termination
 from moezoo.errors import MoezooError
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.configure(parser)
-    parsed = parser.parse_args(words)
+    parsed = parser.parse_args(settings_first(words))
     return _guarded(module.run, parsed)
 
 

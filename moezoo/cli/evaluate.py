@@ -13,6 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a checkpoint with its tokenizer")
     parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     add_task_arguments(parser)
 
 
@@ -21,13 +22,14 @@ def run(arguments: argparse.Namespace) -> int:
     from moezoo.adapters.checkpoint import load
     from moezoo.errors import ConfigError
     from moezoo.tokenizer import tokenizer_of
-    from moezoo.training.evaluation import chosen_task, measured, report, task_pairs
+    from moezoo.training.evaluation import check_metrics, chosen_task, measured, report, task_pairs
 
     task = chosen_task(arguments)
     _, held = task_pairs(arguments, task)
+    check_metrics(task)
     if not held:
         raise ConfigError("no held-out pairs", field="pairs", hint="Pass --held-out-pairs.")
-    model = load(arguments.source, task="conditional_generation")
+    model = load(arguments.source, task="conditional_generation", device=arguments.device)
     tokenizer = tokenizer_of(arguments.tokenizer or arguments.source)
     chosen = held[: arguments.examples]
     if arguments.json:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.train import add_dataset_argument, add_run_arguments
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    from moezoo.cli.train import add_run_arguments
-
     parser.add_argument("source", help="a checkpoint with its tokenizer, dense or Switch")
     parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
     parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
@@ -24,6 +24,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs, translation, summarization, or a toy task: identifiers, docstrings",
     )
     parser.add_argument("--pairs", help="JSONL, CSV or TSV file to train on")
+    add_dataset_argument(parser)
     parser.add_argument("--held-out-pairs", help="file of held-out pairs (default: every tenth)")
     parser.add_argument("--source-field", help="field of the source (the task's)")
     parser.add_argument("--target-field", help="field of the target (the task's)")
@@ -35,11 +36,13 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, then generate for held-out sources and print the metrics."""
     from moezoo.training.batches import pair_batches
-    from moezoo.training.evaluation import chosen_task, report, task_pairs
+    from moezoo.training.corpus import fingerprint
+    from moezoo.training.evaluation import check_metrics, chosen_task, report, task_pairs
     from moezoo.training.session import execute, prepared
 
     task = chosen_task(arguments)
     train, held = task_pairs(arguments, task)
+    check_metrics(task)
     session = prepared(arguments)
 
     def batches(pairs: list[tuple[str, str]], seed: int):  # type: ignore[no-untyped-def]
@@ -53,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
             seed=seed,
         )
 
-    facts = {"task": arguments.task, "pairs": len(train), "prefix": task.prefix}
+    data = fingerprint(text for pair in [*train, *held] for text in pair)
+    facts = {"task": arguments.task, "pairs": len(train), "prefix": task.prefix, "data": data}
     code = execute(
         session,
         batches(train, arguments.seed),

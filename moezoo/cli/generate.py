@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument(
         "--keep-special", action="store_true", help="show sentinels, eos and padding"
@@ -40,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.file and arguments.text:
         raise ConfigError("pass texts or --file, not both", field="file")
     tokenizer = tokenizer_of(arguments.checkpoint)
-    model: Any = load(arguments.checkpoint, task="conditional_generation")
+    model: Any = load(arguments.checkpoint, task="conditional_generation", device=arguments.device)
     torch.manual_seed(arguments.seed)
     for texts in _batches(_sources(arguments), arguments.batch_size):
         batch = tokenizer.batch([arguments.prefix + text for text in texts])
         ids = model.generate(
-            batch.input_ids,
-            batch.attention_mask,
+            batch.input_ids.to(arguments.device),
+            batch.attention_mask.to(arguments.device),
             max_new_tokens=arguments.max_new_tokens,
             num_beams=arguments.num_beams,
             do_sample=arguments.sample,

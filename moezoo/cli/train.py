@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moezoo.cli.settings import FromFile
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
@@ -18,15 +20,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--python-text", action="store_true", help="the English within Python itself"
     )
+    add_dataset_argument(parser)
+    parser.add_argument("--text-field", default="text", help="field of a data set or JSONL (text)")
     parser.add_argument("--input-length", type=int, default=512, help="tokens per source (512)")
     add_run_arguments(parser, recipe="pretrain")
+
+
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """A source that both training verbs have."""
+    parser.add_argument(
+        "--dataset", help="a data set of Hugging Face's datasets, NAME[:SPLIT], or a saved one"
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     """What every training verb takes."""
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--settings", action=FromFile, help="TOML or JSON of flags; flags win")
     parser.add_argument("--recipe", default=recipe, help=f"a named recipe ({recipe})")
+    parser.add_argument("--teacher", help="a Switch checkpoint to distil, see docs/training.md")
+    parser.add_argument("--teacher-weight", type=float, help="its share of the loss (0.25)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of SwitchConfig"
+    )
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"))
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--schedule", choices=("constant", "linear", "inverse_sqrt"))
@@ -37,26 +54,31 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument("--dropout", type=float, help="dropout rate of the model")
     parser.add_argument("--expert-dropout", type=float, help="of the experts (the paper: 0.4)")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every block")
+    parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
+    parser.add_argument("--tensorboard", action="store_true", help="scalars in OUT/tensorboard")
     parser.add_argument("--nonfinite", choices=("stop", "skip"), default="stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--table-every", type=int, default=50, help="steps per row of the table")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--resume-from", type=int, metavar="STEP", help="go on from an earlier checkpoint"
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="go on with other settings than before"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print where the model is."""
-    from moezoo.errors import ConfigError
     from moezoo.training.batches import packed_ids, span_corruption_batches
-    from moezoo.training.corpus import file_documents, python_documents, split
+    from moezoo.training.corpus import fingerprint, split
     from moezoo.training.session import execute, prepared
     from moezoo.training.span_corruption import SpanCorruption
 
-    if not arguments.text and not arguments.python_text:
-        raise ConfigError("no text to train on", field="text", hint="Pass --text or --python-text.")
-    documents = file_documents(arguments.text) if arguments.text else []
-    documents += python_documents() if arguments.python_text else []
+    documents = _documents(arguments)
     train, held = split(documents)
     session = prepared(arguments, vocabulary_from=[d.text for d in train])
     corruption = SpanCorruption(session.tokenizer)
@@ -70,11 +92,31 @@ def run(arguments: argparse.Namespace) -> int:
             seed=seed,
         )
 
-    facts = {"text": sorted(Path(path).name for path in arguments.text)}
+    facts = {
+        "text": sorted(Path(path).name for path in arguments.text),
+        "dataset": arguments.dataset,
+        "python_text": arguments.python_text,
+        "input_length": arguments.input_length,
+    }
     return execute(
         session,
         batches(train, arguments.seed),
         batches(held, arguments.seed + 1) if held else None,
         arguments,
-        facts | {"python_text": arguments.python_text, "input_length": arguments.input_length},
+        facts | {"data": fingerprint(d.text for d in documents)},
     )
+
+
+def _documents(arguments: argparse.Namespace) -> list[Any]:
+    """The text of all sources. Raises ConfigError where there is none."""
+    from moezoo.errors import ConfigError
+    from moezoo.training.corpus import file_documents, python_documents
+    from moezoo.training.datasets import dataset_documents
+
+    if not (arguments.text or arguments.python_text or arguments.dataset):
+        hint = "Pass --text, --dataset or --python-text."
+        raise ConfigError("no text to train on", field="text", hint=hint)
+    field = arguments.text_field
+    documents = file_documents(arguments.text, field=field) if arguments.text else []
+    documents += dataset_documents(arguments.dataset, field=field) if arguments.dataset else []
+    return documents + (python_documents() if arguments.python_text else [])

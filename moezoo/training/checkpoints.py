@@ -14,7 +14,7 @@ import torch
 
 from moezoo.adapters.checkpoint import load, save
 from moezoo.adapters.writer import replacing_directory
-from moezoo.errors import CorruptFile, ResumeMismatch
+from moezoo.errors import CorruptFile, NonFiniteLoss, ResumeMismatch
 from moezoo.training.loop import StepRecord, TrainingState
 
 FORMAT = 1
@@ -27,8 +27,13 @@ def save_checkpoint(
     """Write `directory/step-N`: model, optimizer, schedule, random numbers, settings, thread count.
 
     Written beside its place and renamed, so that a kill leaves the last good one. Of older
-    checkpoints, `keep - 1` stay. Raises SaveError when writing fails.
+    checkpoints, `keep - 1` stay. Raises SaveError when writing fails, NonFiniteLoss naming a weight
+    that is NaN or infinite; either way the last good one stays.
     """
+    for name, parameter in state.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            reason = f"step {state.step}: weight {name} is not finite, so it is not saved"
+            raise NonFiniteLoss(reason, key=name, hint="Lower the learning rate.")
     target = Path(directory) / _NAME.format(state.step)
     with replacing_directory(target, overwrite=True) as stage:
         save(state.model, stage / "model")
@@ -36,6 +41,7 @@ def save_checkpoint(
             "optimizer": state.optimizer.state_dict(),
             "schedule": _plain(state.schedule.state_dict()),
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "training": state.model.training,
         }
         # Given a path, torch writes by itself and calls a full disk a RuntimeError.
@@ -69,6 +75,7 @@ def restore(
 
     Args:
         strict: refuse other settings, another thread count or another torch, which change the sums.
+            Otherwise the recipe and the schedule that the state was made with take effect.
 
     Raises ResumeMismatch naming the field, CheckpointError for files that are missing or corrupt.
     """
@@ -79,7 +86,7 @@ def restore(
     for name in sorted(found.keys() | now.keys()) if strict else []:
         old, new = found.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
-            hint = "Continue with the same setting, or start another run."
+            hint = "Continue with the same setting, or pass --allow-changes."
             raise ResumeMismatch(
                 f"{name} is not what the run was started with",
                 path=path,
@@ -95,11 +102,39 @@ def restore(
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = f"cannot be read: {type(error).__name__}"
         raise CorruptFile(reason, path=path / "training.pt") from None
-    state.optimizer.load_state_dict(rest["optimizer"])
-    state.schedule.load_state_dict(rest["schedule"])
+    _restore_optimizer(state, rest, int(facts["step"]), strict=strict)
     torch.set_rng_state(rest["random"])
+    if rest.get("random_cuda") and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(rest["random_cuda"])
     state.model.train(rest["training"])
     state.step = int(facts["step"])
+
+
+def _restore_optimizer(
+    state: TrainingState, rest: Mapping[str, Any], step: int, *, strict: bool
+) -> None:
+    """The optimizer's memory and the schedule's place; rates are the checkpoint's when strict."""
+    fresh = [dict(group) for group in state.optimizer.param_groups]
+    try:
+        state.optimizer.load_state_dict(rest["optimizer"])
+    except ValueError as error:
+        hint = "Start another run from the model of the checkpoint, with --from."
+        raise ResumeMismatch(f"the optimizer differs: {error}", key="recipe", hint=hint) from None
+    if strict:
+        state.schedule.load_state_dict(rest["schedule"])
+        return
+    for group, new in zip(state.optimizer.param_groups, fresh, strict=True):
+        group.update({name: value for name, value in new.items() if name != "params"})
+    state.schedule.last_epoch = step
+    factors = zip(
+        state.optimizer.param_groups,
+        state.schedule.base_lrs,
+        state.schedule.lr_lambdas,
+        strict=True,
+    )
+    for group, rate, factor in factors:
+        group["lr"] = rate * factor(step)
+    state.schedule._last_lr = [group["lr"] for group in state.optimizer.param_groups]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -128,6 +163,9 @@ def _plain(schedule: dict[str, Any]) -> dict[str, Any]:
 def json_row(record: StepRecord) -> dict[str, Any]:
     """A record as JSON values; NaN becomes null."""
     row = dataclasses.asdict(record)
+    row.pop("idle")  # thousands of numbers in a large model; `dead` counts them
+    if not record.culprit:
+        row.pop("culprit")
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()

@@ -36,8 +36,8 @@ def python_documents() -> list[Document]:
     return documents
 
 
-def file_documents(paths: Sequence[str | Path]) -> list[Document]:
-    """Documents from text files (blank lines part them) and JSONL files (a field "text").
+def file_documents(paths: Sequence[str | Path], *, field: str = "text") -> list[Document]:
+    """Documents from text files (blank lines part them) and JSONL files (a field of each row).
 
     Raises CorruptFile naming file and line, ConfigError when there is no text at all.
     """
@@ -47,7 +47,9 @@ def file_documents(paths: Sequence[str | Path]) -> list[Document]:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptFile(f"cannot be read as UTF-8 text: {error}", path=path) from None
-        parts = _json_lines(content, path) if path.suffix == ".jsonl" else content.split("\n\n")
+        parts = (
+            _json_lines(content, path, field) if path.suffix == ".jsonl" else content.split("\n\n")
+        )
         kept = (part.strip() for part in parts)
         documents += [Document(f"{path.name}:{i}", part) for i, part in enumerate(kept) if part]
     if not documents:
@@ -70,6 +72,14 @@ def split(
     return train, held
 
 
+def fingerprint(texts: Iterable[str]) -> str:
+    """A digest of texts in order: a run that goes on must have the same."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
 def stdlib_sources() -> Iterator[tuple[str, ast.Module]]:
     """Name and syntax tree of every module of this Python's library, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -89,7 +99,7 @@ def _docstrings(tree: ast.Module) -> list[str]:
     return [text for text in found if text]
 
 
-def _json_lines(content: str, path: Path) -> list[str]:
+def _json_lines(content: str, path: Path, field: str) -> list[str]:
     texts = []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
@@ -98,7 +108,7 @@ def _json_lines(content: str, path: Path) -> list[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CorruptFile(f"line {number} is not JSON: {error.msg}", path=path) from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise CorruptFile(f"line {number} has no string 'text'", path=path, key="text")
-        texts.append(row["text"])
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise CorruptFile(f"line {number} has no string {field!r}", path=path, key=field)
+        texts.append(row[field])
     return texts

@@ -13,6 +13,7 @@ from torch import nn
 from moezoo.errors import ConfigError
 from moezoo.tokenizer import ByteTokenizer, Tokenizer
 from moezoo.training.batches import pair_batches
+from moezoo.training.datasets import dataset_rows
 from moezoo.training.loop import evaluate
 from moezoo.training.tasks import (
     METRICS,
@@ -20,6 +21,7 @@ from moezoo.training.tasks import (
     Task,
     docstring_pairs,
     identifier_pairs,
+    pair_of,
     read_pairs,
     split_pairs,
     task,
@@ -48,14 +50,41 @@ def task_pairs(arguments: argparse.Namespace, chosen: Task) -> tuple[list[Pair],
         train = read_pairs(arguments.pairs, **fields)
         if arguments.held_out_pairs:
             return train, read_pairs(arguments.held_out_pairs, **fields)
-        held = train[9::10]
-        return [pair for i, pair in enumerate(train) if i % 10 != 9], held
+        return every_tenth(train)
+    if arguments.dataset:
+        return dataset_pairs(arguments, fields)
     if arguments.held_out_pairs:
         return [], read_pairs(arguments.held_out_pairs, **fields)
     if arguments.task not in toys:
         hint = "Pass --pairs FILE, or a toy task."
         raise ConfigError(f"task {arguments.task!r} needs pairs", field="pairs", hint=hint)
     return split_pairs(toys[arguments.task]())
+
+
+def dataset_pairs(
+    arguments: argparse.Namespace, fields: dict[str, str]
+) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of a data set, the held-out ones from a file where one is given."""
+    pairs = [
+        pair_of(row, number, arguments.dataset, **fields)
+        for number, row in enumerate(dataset_rows(arguments.dataset), 1)
+    ]
+    if arguments.held_out_pairs:
+        return pairs, read_pairs(arguments.held_out_pairs, **fields)
+    return every_tenth(pairs)
+
+
+def every_tenth(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and every tenth held out."""
+    return [pair for i, pair in enumerate(pairs) if i % 10 != 9], pairs[9::10]
+
+
+def check_metrics(chosen: Task) -> None:
+    """Raises ConfigError where a metric of the task needs a package that is not installed: before
+    an hour of training, not after it.
+    """
+    for name in chosen.metrics:
+        METRICS[name](["a"], ["a"])
 
 
 def measured(
@@ -82,15 +111,15 @@ def answered(
     model: Any, tokenizer: Tokenizer | ByteTokenizer, sources: Sequence[str], chosen: Task
 ) -> list[str]:
     """A generated answer for each source."""
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     answers: list[str] = []
     for start in range(0, len(sources), _BATCH):
         texts = [chosen.prefix + source for source in sources[start : start + _BATCH]]
         batch = tokenizer.batch(texts, max_length=chosen.max_source)
         ids = model.generate(
-            batch.input_ids,
-            batch.attention_mask,
+            batch.input_ids.to(device),
+            batch.attention_mask.to(device),
             max_new_tokens=chosen.max_target,
             num_beams=chosen.num_beams,
         )

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from moezoo.errors import NonFiniteLoss
+from moezoo.errors import NonFiniteLoss, TrainingError
 from moezoo.functional.statistics import LayerStats, layer_stats
 from moezoo.layer import MoE
+from moezoo.models.output import SwitchOutput
 from moezoo.records import Assignment, Routing
 from moezoo.training.batches import IGNORED, Batches
+from moezoo.training.culprits import culprit
 from moezoo.training.recipes import TrainingRecipe, make_optimizer, make_schedule
+
+Batch = dict[str, Tensor]
+Objective = Callable[[nn.Module, Batch], SwitchOutput]
+_MAX_SKIPS = 100
+
+
+def likelihood(model: nn.Module, batch: Batch) -> SwitchOutput:
+    """The usual objective: cross entropy with the labels, plus the configured router losses."""
+    output: SwitchOutput = model(**batch)
+    return output
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,8 @@ class StepRecord:
     loss: cross entropy plus weighted router losses, per target token. losses: its parts,
     unweighted. dropped: share of token-expert pairs that were not computed. max_violation: max load
     / mean load - 1, the worst layer's. dead: experts without a token, over all layers. entropy:
-    mean of the router's, in nats. skipped: the gradient was not finite and the weights are
-    unchanged.
+    mean of the router's, in nats. idle: those experts, as (sparse layer, expert). skipped: the
+    gradient was not finite and the weights are unchanged; culprit: where that began.
     """
 
     step: int
@@ -44,7 +57,9 @@ class StepRecord:
     max_violation: float = 0.0
     entropy: float = math.nan
     dead: int = 0
+    idle: tuple[tuple[int, int], ...] = ()
     skipped: bool = False
+    culprit: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +89,7 @@ def fit(
     settings: TrainingRecipe,
     *,
     steps: int,
+    objective: Objective = likelihood,
     on_step: Callable[[TrainingState, StepRecord], bool | None] | None = None,
     nonfinite: str = "stop",
 ) -> list[StepRecord]:
@@ -81,17 +97,20 @@ def fit(
 
     Args:
         batches: step -> batch; with accumulation, step * accumulate + i.
+        objective: (model, batch) -> output whose loss is minimised; see also `Distillation`.
         on_step: called after each step (progress, evaluation, checkpoints); True ends the run.
-        nonfinite: "stop" or "skip" a step whose loss or gradient is NaN or infinite.
+        nonfinite: "stop" or "skip" a step whose loss or gradient is NaN or infinite; a hundred
+            skips in a row stop too.
 
     Returns:
         The records of these steps. Raises NonFiniteLoss naming the step and the first layer whose
-        gradient is not finite; the weights are then those of the step before.
+        numbers are not finite; the weights are then those of the step before. TrainingError where
+        memory does not suffice.
     """
     state.model.train()
     first = len(state.history)
     while state.step < steps:
-        record = training_step(state, batches, settings, nonfinite=nonfinite)
+        record = training_step(state, batches, settings, objective=objective, nonfinite=nonfinite)
         state.history.append(record)
         if on_step is not None and on_step(state, record):
             break
@@ -99,45 +118,45 @@ def fit(
 
 
 def training_step(
-    state: TrainingState, batches: Batches, settings: TrainingRecipe, *, nonfinite: str = "stop"
+    state: TrainingState,
+    batches: Batches,
+    settings: TrainingRecipe,
+    *,
+    objective: Objective = likelihood,
+    nonfinite: str = "stop",
 ) -> StepRecord:
     """One optimizer step over `settings.accumulate` batches."""
     started = time.perf_counter()
     device = next(state.model.parameters()).device
     first = state.step * settings.accumulate
-    parts = [batches(first + i) for i in range(settings.accumulate)]
-    targets = [int((part["labels"] != IGNORED).sum()) for part in parts]
-    losses: dict[str, float] = {}
-    routings: list[Routing] = []
-    total, tokens = 0.0, 0
-    for part, count in zip(parts, targets, strict=True):
-        # Weighing by target tokens makes accumulation equal to one large batch.
-        share = count / max(sum(targets), 1)
-        batch = {name: tensor.to(device) for name, tensor in part.items()}
-        with _precision(settings, device):
-            output = state.model(**batch)
-        (output.loss * share).backward()
-        total += float(output.loss.detach()) * share
-        for name, value in output.losses.items():
-            losses[name] = losses.get(name, 0.0) + float(value.detach()) * share
-        tokens += int(part["attention_mask"].sum()) + count
-        routings += output.routing
-    norm, skipped = _update(state, settings, total, nonfinite)
-    if not skipped:
+    parts = [
+        {name: tensor.to(device) for name, tensor in batches(first + i).items()}
+        for i in range(settings.accumulate)
+    ]
+    with _typed_memory_errors(state.step + 1):
+        losses, routings = _gradients(state.model, parts, settings, objective)
+    norm = _clipped_norm(state.model, settings)
+    finite = math.isfinite(norm) and math.isfinite(losses["total"])
+    origin = "" if finite else _explained(state, parts, settings, objective, norm, nonfinite)
+    if finite:
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if finite:
         _adapt_routers(state.model, routings)
     rate = float(state.schedule.get_last_lr()[0])
     state.schedule.step()
     state.step += 1
     return StepRecord(
         step=state.step,
-        loss=total,
+        loss=losses.pop("total"),
         losses=losses,
         gradient_norm=norm,
         learning_rate=rate,
-        tokens=tokens,
+        tokens=sum(int(p["attention_mask"].sum()) + _targets(p) for p in parts),
         seconds=time.perf_counter() - started,
-        skipped=skipped,
-        **_summary(routings),
+        skipped=not finite,
+        culprit=origin,
+        **_summary(_by_layer(routings, len(parts))),
     )
 
 
@@ -158,17 +177,20 @@ def evaluate(model: nn.Module, batches: Batches, *, count: int) -> dict[str, flo
         targets += seen
         routings += output.routing
     model.train(was_training)
-    return {"cross_entropy": total / max(targets, 1), "targets": targets, **_summary(routings)}
+    summary = _summary([[routing] for routing in routings])
+    summary.pop("idle", None)
+    return {"cross_entropy": total / max(targets, 1), "targets": targets, **summary}
 
 
 @torch.no_grad()
 def expert_loads(model: nn.Module, batches: Batches, *, count: int) -> list[LayerStats]:
     """Statistics of every sparse layer over `count` batches, encoder first."""
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     layers: list[list[Routing]] = []
     for step in range(count):
-        routing = model(**batches(step)).routing
+        batch = {name: tensor.to(device) for name, tensor in batches(step).items()}
+        routing = model(**batch).routing
         layers = layers or [[] for _ in routing]
         for seen, layer in zip(layers, routing, strict=True):
             seen.append(layer)
@@ -176,26 +198,80 @@ def expert_loads(model: nn.Module, batches: Batches, *, count: int) -> list[Laye
     return [layer_stats(seen) for seen in layers]
 
 
-def _update(
-    state: TrainingState, settings: TrainingRecipe, loss: float, nonfinite: str
-) -> tuple[float, bool]:
-    """Clip and step; returns the gradient norm and whether the step was skipped."""
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    limit = settings.clip or math.inf
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    if not finite and nonfinite == "stop":
-        culprit = _first_nonfinite(state.model)
-        state.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteLoss(
-            f"step {state.step + 1}: the loss is {loss}, the gradient norm {norm}",
-            key=culprit,
-            hint=f"First seen in {culprit}. Lower the learning rate, or pass nonfinite='skip'.",
-        )
-    if finite:
-        state.optimizer.step()
+def _gradients(
+    model: nn.Module, parts: Sequence[Batch], settings: TrainingRecipe, objective: Objective
+) -> tuple[dict[str, float], list[Routing]]:
+    """Backward over all parts; their losses by name, "total" among them, and their routings."""
+    everything = max(sum(map(_targets, parts)), 1)
+    losses = {"total": 0.0}
+    routings: list[Routing] = []
+    for part in parts:
+        # Weighing by target tokens makes accumulation equal to one large batch.
+        share = _targets(part) / everything
+        with _precision(settings, part["labels"].device):
+            output = objective(model, part)
+        assert output.loss is not None
+        loss: Tensor = output.loss * share
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, value in (("total", output.loss), *output.losses.items()):
+            losses[name] = losses.get(name, 0.0) + float(value.detach()) * share
+        routings += output.routing
+    return losses, routings
+
+
+def _targets(part: Batch) -> int:
+    return int((part["labels"] != IGNORED).sum())
+
+
+def _clipped_norm(model: nn.Module, settings: TrainingRecipe) -> float:
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return float(nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf))
+
+
+def _explained(
+    state: TrainingState,
+    parts: Sequence[Batch],
+    settings: TrainingRecipe,
+    objective: Objective,
+    norm: float,
+    nonfinite: str,
+) -> str:
+    """Where a step that is not finite went wrong. Raises NonFiniteLoss unless it may be skipped."""
+
+    def again(part: Batch) -> None:
+        with _precision(settings, part["labels"].device):
+            objective(state.model, part)
+
+    where = culprit(state.model, [partial(again, part) for part in parts])
+    skips = [record.skipped for record in state.history[-_MAX_SKIPS:]]
+    hopeless = len(skips) == _MAX_SKIPS and all(skips)
+    if nonfinite == "skip" and not hopeless:
+        return where
     state.optimizer.zero_grad(set_to_none=True)
-    return norm, not finite
+    advice = (
+        f"{_MAX_SKIPS} steps in a row were skipped. Go on from an earlier checkpoint."
+        if hopeless
+        else "Lower the learning rate, or pass nonfinite='skip'."
+    )
+    reason = f"step {state.step + 1}: not finite, first seen in the {where.removeprefix('the ')}"
+    raise NonFiniteLoss(f"{reason} (gradient norm {norm})", key=where, hint=advice)
+
+
+@contextmanager
+def _typed_memory_errors(step: int) -> Iterator[None]:
+    """Memory that does not suffice, as a TrainingError with what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in text:
+            raise
+        hint = (
+            "Lower the batch size and raise `accumulate`, shorten the inputs, or turn on gradient "
+            "checkpointing; the checkpoints are unharmed."
+        )
+        raise TrainingError(f"step {step}: out of memory", hint=hint) from error
 
 
 def _adapt_routers(model: nn.Module, routings: Sequence[Routing]) -> None:
@@ -207,33 +283,36 @@ def _adapt_routers(model: nn.Module, routings: Sequence[Routing]) -> None:
         layer.router.adapt(routings[index :: len(layers)])
 
 
-def _first_nonfinite(model: nn.Module) -> str:
-    for name, parameter in model.named_parameters():
-        for tensor in (parameter, parameter.grad):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                return name
-    return "the loss alone"
-
-
 def _precision(settings: TrainingRecipe, device: torch.device) -> AbstractContextManager[Any]:
     if settings.autocast is None:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _summary(routings: Sequence[Routing]) -> dict[str, Any]:
+def _by_layer(routings: Sequence[Routing], parts: int) -> list[list[Routing]]:
+    """The routings of every sparse layer, over all parts of a step."""
+    layers = len(routings) // parts
+    return [list(routings[layer::layers]) for layer in range(layers)]
+
+
+def _summary(layers: Sequence[Sequence[Routing]]) -> dict[str, Any]:
     """Drops, balance and entropy over sparse layers; empty without them."""
-    sparse = [r for r in routings if isinstance(r.assignment, Assignment)]
-    if not sparse:
+    stats = {
+        index: layer_stats(list(layer))
+        for index, layer in enumerate(layers)
+        if isinstance(layer[0].assignment, Assignment)
+    }
+    if not stats:
         return {}
-    stats = [layer_stats([routing]) for routing in sparse]
-    offered = sum(s.offered for s in stats)
-    entropies = [s.entropy for s in stats if not math.isnan(s.entropy)]
+    offered = sum(s.offered for s in stats.values())
+    entropies = [s.entropy for s in stats.values() if not math.isnan(s.entropy)]
+    idle = tuple((index, expert) for index, s in stats.items() for expert in s.dead)
     return {
-        "dropped": sum(s.dropped * s.offered for s in stats) / max(offered, 1),
-        "max_violation": max(s.max_violation for s in stats),
+        "dropped": sum(s.dropped * s.offered for s in stats.values()) / max(offered, 1),
+        "max_violation": max(s.max_violation for s in stats.values()),
         "entropy": sum(entropies) / len(entropies) if entropies else math.nan,
-        "dead": sum(len(s.dead) for s in stats),
+        "dead": len(idle),
+        "idle": idle,
     }
 
 

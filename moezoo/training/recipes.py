@@ -27,6 +27,8 @@ class TrainingRecipe:
         accumulate: batches per step; every target token weighs the same, whatever its batch.
         autocast: None or "bfloat16"; routers stay in float32.
         expert_learning_rate: factor on the rate of expert weights.
+        dropout, expert_dropout: rates of the model and of its experts; None: the model's own.
+        teacher_weight: the teacher's share of the loss, where there is a teacher.
     """
 
     optimizer: str = "adamw"
@@ -39,6 +41,9 @@ class TrainingRecipe:
     accumulate: int = 1
     autocast: str | None = None
     expert_learning_rate: float = 1.0
+    dropout: float | None = None
+    expert_dropout: float | None = None
+    teacher_weight: float = 0.25
 
     def __post_init__(self) -> None:
         for name, allowed in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
@@ -54,6 +59,10 @@ class TrainingRecipe:
             if getattr(self, name) < low:
                 found = getattr(self, name)
                 raise ConfigError(f"{name} is at least {low}", field=name, found=found)
+        for name in ("dropout", "expert_dropout", "teacher_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} lies in [0, 1]", field=name, found=value)
         if self.autocast not in (None, "bfloat16"):
             raise ConfigError("autocast is None or 'bfloat16'", field="autocast")
 
@@ -71,12 +80,15 @@ _OPTIMIZERS = ("adamw", "adafactor")
 _SCHEDULES = ("constant", "linear", "inverse_sqrt")
 
 RECIPES: dict[str, TrainingRecipe] = {
-    # Switch Transformers, section 2 and appendix: Adafactor, inverse square root, 10k warm-up.
-    "pretrain": TrainingRecipe("adafactor", 1e-2, "inverse_sqrt", warmup=10_000),
-    # Fine-tuning of the paper: constant 1e-3; use dropout 0.1 and expert dropout 0.4 with it.
-    "finetune": TrainingRecipe("adafactor", 1e-3, "constant"),
+    # Switch Transformers, section 2, as its authors' code has it: Adafactor, 1/sqrt(step) after
+    # 10k steps of warm-up, no dropout.
+    "pretrain": TrainingRecipe("adafactor", 1e-2, "inverse_sqrt", warmup=10_000, dropout=0.0),
+    # Section 2.4 and table 4: constant 1e-3, dropout 0.1, and 0.4 within experts.
+    "finetune": TrainingRecipe("adafactor", 1e-3, dropout=0.1, expert_dropout=0.4),
     # Sparse Upcycling (2212.05055): a fresh optimizer, the dense run's last rate goes on.
     "upcycle": TrainingRecipe("adafactor", 1e-3, "inverse_sqrt", warmup=1_000),
+    # Section 4.2: a dense student of a Switch teacher, 0.25 teacher and 0.75 labels.
+    "distill": TrainingRecipe("adafactor", 1e-3, "inverse_sqrt", warmup=1_000, dropout=0.0),
     # Small models on small text.
     "small": TrainingRecipe("adamw", 1e-3, "constant", warmup=30),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from moezoo.errors import ConfigError
+from moezoo.adapters.writer import replacing_file, typed_errors
+from moezoo.errors import CheckpointError, ConfigError, ResumeMismatch
 from moezoo.training.batches import Batches
 from moezoo.training.checkpoints import checkpoints, json_row, restore, save_checkpoint
-from moezoo.training.loop import StepRecord, TrainingState, evaluate, fit, start
+from moezoo.training.loop import (
+    Objective,
+    StepRecord,
+    TrainingState,
+    evaluate,
+    fit,
+    likelihood,
+    start,
+)
 from moezoo.training.recipes import TrainingRecipe
+from moezoo.training.tensorboard import Board
 from moezoo.training.watch import Watch
 
 
@@ -44,6 +55,10 @@ def run_training(
     table_every: int = 50,
     facts: Mapping[str, Any] | None = None,
     nonfinite: str = "stop",
+    objective: Objective = likelihood,
+    resume_from: int | None = None,
+    strict: bool = True,
+    tensorboard: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> RunResult:
     """Train in `directory`, from its newest checkpoint if it has one.
@@ -54,18 +69,22 @@ def run_training(
 
     Args:
         facts: what else decides the numbers (data, seed, model); checked when the run goes on.
+        objective: what is minimised; see `fit`.
+        resume_from: go on from the checkpoint of this step, and remove later ones. None: newest.
+        strict: refuse to go on with other settings.
+        tensorboard: write scalars into OUT/tensorboard too.
 
-    Raises ResumeMismatch, NonFiniteLoss (the last good checkpoint stays) or SaveError.
+    Raises ResumeMismatch, CheckpointError for a corrupt checkpoint, NonFiniteLoss, TrainingError
+    where memory does not suffice, or SaveError; the last good checkpoint stays.
     """
     root = Path(directory)
     everything = {**(facts or {}), "recipe": asdict(settings), "steps": steps}
     state = start(model, settings, steps=steps)
-    existing = checkpoints(root / "checkpoints")
-    if existing:
-        restore(state, existing[-1], everything)
+    _go_on(state, root / "checkpoints", everything, resume_from, strict=strict)
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n")
-    metrics = Metrics(root / "metrics.jsonl", state.step)
+    board = Board(root / "tensorboard", state.step) if tensorboard else None
+    metrics = Metrics(root / "metrics.jsonl", state.step, board)
     sparse = getattr(getattr(model, "config", None), "num_experts", 0)
     watch = Watch(steps=steps, every=table_every, num_experts=sparse)
     losses: dict[int, float] = {}
@@ -88,22 +107,75 @@ def run_training(
                 save_checkpoint(state, root / "checkpoints", everything)
             return stop()
 
-        fit(state, batches, settings, steps=steps, on_step=after, nonfinite=nonfinite)
+        try:
+            fit(
+                state,
+                batches,
+                settings,
+                steps=steps,
+                objective=objective,
+                on_step=after,
+                nonfinite=nonfinite,
+            )
+        finally:
+            metrics.close()
         return RunResult(state, losses, stop())
 
 
-class Metrics:
-    """A JSONL file of measurements; lines past the step that a run goes on from are cut off."""
+def _go_on(
+    state: TrainingState,
+    folder: Path,
+    settings: Mapping[str, Any],
+    resume_from: int | None,
+    *,
+    strict: bool,
+) -> None:
+    """Restore the newest checkpoint, or the one that is asked for; nothing where none is there."""
+    existing = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
+    if resume_from is not None and resume_from not in existing:
+        raise ResumeMismatch(
+            f"there is no checkpoint of step {resume_from}",
+            path=folder,
+            key="resume_from",
+            expected=" or ".join(map(str, existing)) or None,
+        )
+    if not existing:
+        return
+    step = max(existing) if resume_from is None else resume_from
+    try:
+        restore(state, existing[step], settings, strict=strict)
+    except CheckpointError as error:
+        earlier = [str(other) for other in existing if other < step]
+        if earlier:
+            error.hint = f"The one before is whole, perhaps: --resume-from {earlier[-1]}."
+        raise
+    for later in [path for other, path in existing.items() if other > step]:
+        shutil.rmtree(later)
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+
+class Metrics:
+    """A JSONL file of measurements; lines past the step that a run goes on from are cut off.
+
+    Raises SaveError when the disk is full.
+    """
+
+    def __init__(self, path: Path, step: int, board: Board | None = None) -> None:
+        self.path, self.board = path, board
         kept = [line for line in _lines(path) if _step(line) <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        with replacing_file(path, overwrite=True) as stage:
+            stage.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line; a kill loses at most the line that is being written."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with typed_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            self.board.write(row)
+
+    def close(self) -> None:
+        """Close the TensorBoard file, if there is one."""
+        if self.board is not None:
+            self.board.close()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ model.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,29 +16,44 @@ from typing import Any
 import torch
 from torch import nn
 
-from moezoo.adapters.checkpoint import load, save
+from moezoo.adapters.checkpoint import load, read_config, save
 from moezoo.adapters.writer import replacing_directory
 from moezoo.building import build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, CorruptFile
+from moezoo.models.block import Block
 from moezoo.presets import preset
 from moezoo.registry import Spec
 from moezoo.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
 from moezoo.training.batches import Batches
+from moezoo.training.distillation import Distillation, check_student, student_of
+from moezoo.training.loop import likelihood
 from moezoo.training.recipes import TrainingRecipe, recipe
 from moezoo.training.run import check_output, run_training
 
-_SETTINGS = ("optimizer", "learning_rate", "schedule", "warmup", "clip", "accumulate", "autocast")
+_SETTINGS = (
+    "optimizer",
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "clip",
+    "accumulate",
+    "autocast",
+    "dropout",
+    "expert_dropout",
+    "teacher_weight",
+)
 _OWN_VOCABULARY = 8000
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model with its tokenizer and the settings to train it with."""
+    """A model with its tokenizer, the settings to train it with, and its teacher if it has one."""
 
     model: nn.Module
     tokenizer: Tokenizer | ByteTokenizer
     settings: TrainingRecipe
+    distillation: Distillation | None = None
 
 
 def prepared(
@@ -49,9 +65,13 @@ def prepared(
         vocabulary_from: texts to learn a vocabulary from when a model starts from scratch without a
             tokenizer; None: a tokenizer is required.
     """
-    check_output(arguments.out, resume=arguments.resume)
+    resume = arguments.resume or arguments.resume_from is not None
+    check_output(arguments.out, resume=resume)
     torch.manual_seed(arguments.seed)
-    model = _model(arguments)
+    changes = {n: getattr(arguments, n) for n in _SETTINGS if getattr(arguments, n) is not None}
+    settings = recipe(arguments.recipe).with_changes(**changes)
+    teacher = _teacher(arguments)
+    model = _model(arguments, settings, teacher)
     tokenizer = _tokenizer(arguments, model, vocabulary_from)
     config: Any = model.config
     if config.vocab_size < tokenizer.vocab_size:
@@ -63,8 +83,19 @@ def prepared(
         )
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing()  # type: ignore[operator]
-    changes = {n: getattr(arguments, n) for n in _SETTINGS if getattr(arguments, n) is not None}
-    return Session(model, tokenizer, recipe(arguments.recipe).with_changes(**changes))
+    if arguments.compile:
+        compile_blocks(model)
+    if teacher is None:
+        return Session(model, tokenizer, settings)
+    check_student(model, teacher)
+    return Session(model, tokenizer, settings, Distillation(teacher, settings.teacher_weight))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every block by itself: names of weights stay, and equal blocks compile once."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
 
 
 def execute(
@@ -88,8 +119,19 @@ def execute(
         save_every=arguments.save_every,
         table_every=arguments.table_every,
         nonfinite=arguments.nonfinite,
-        facts={**facts, "seed": arguments.seed, "batch_size": arguments.batch_size}
-        | {"model": config.to_dict()},
+        objective=session.distillation or likelihood,
+        resume_from=arguments.resume_from,
+        strict=not arguments.allow_changes,
+        tensorboard=arguments.tensorboard,
+        facts={
+            **facts,
+            "seed": arguments.seed,
+            "batch_size": arguments.batch_size,
+            "model": config.to_dict(),
+            "teacher": _files_digest(arguments.teacher),
+            "compiled": arguments.compile,
+            "device": arguments.device,
+        },
     )
     if result.interrupted:
         print(f"stopped at step {result.state.step}; go on with --resume")
@@ -117,14 +159,27 @@ def save_with_tokenizer(
         (stage / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _model(arguments: argparse.Namespace) -> nn.Module:
+def _teacher(arguments: argparse.Namespace) -> nn.Module | None:
+    if not arguments.teacher:
+        return None
+    return load(arguments.teacher, task="conditional_generation", device=arguments.device)
+
+
+def _model(
+    arguments: argparse.Namespace, settings: TrainingRecipe, teacher: nn.Module | None
+) -> nn.Module:
     sources = [n for n in ("source", "model", "config") if getattr(arguments, n, None)]
+    if not sources and teacher is not None:
+        return student_of(teacher, seed=arguments.seed, **_overrides(arguments, settings, 0))
     if len(sources) != 1:
-        hint = "--from a checkpoint, --model a preset, or --config a JSON file."
+        hint = "--from a checkpoint, --model a preset, --config a JSON file, or --teacher alone."
         raise ConfigError("say what to train, once", field="model", hint=hint)
-    overrides = _overrides(arguments)
     if sources == ["source"]:
-        return load(arguments.source, task="conditional_generation", **overrides)
+        own = read_config(arguments.source)
+        overrides = _overrides(arguments, settings, own.num_experts, own.experts)
+        return load(
+            arguments.source, task="conditional_generation", device=arguments.device, **overrides
+        )
     if sources == ["model"]:
         config = preset(arguments.model)
     else:
@@ -132,17 +187,47 @@ def _model(arguments: argparse.Namespace) -> nn.Module:
             config = SwitchConfig.from_json(Path(arguments.config).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptFile(f"cannot be read: {error}", path=arguments.config) from None
-    return build(config, seed=arguments.seed, **overrides)
+    overrides = _overrides(arguments, settings, config.num_experts, config.experts)
+    return build(config, seed=arguments.seed, device=arguments.device, **overrides)
 
 
-def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+def _overrides(
+    arguments: argparse.Namespace,
+    settings: TrainingRecipe,
+    num_experts: int,
+    experts: str | dict[str, Any] = "stacked",
+) -> dict[str, Any]:
+    """Fields of SwitchConfig that the recipe and the flags set; `--set` has the last word."""
     overrides: dict[str, Any] = {}
-    if arguments.dropout is not None:
-        overrides["dropout_rate"] = arguments.dropout
-    if arguments.expert_dropout is not None:
-        spec = Spec("stacked", {"dropout": arguments.expert_dropout})
-        overrides["experts"] = spec.to_json()
+    if settings.dropout is not None:
+        overrides["dropout_rate"] = settings.dropout
+    if settings.expert_dropout is not None and num_experts:
+        spec = Spec.parse(experts, kind="expert container")
+        options = {**spec.options, "dropout": settings.expert_dropout}
+        overrides["experts"] = Spec(spec.name, options).to_json()
+    for text in arguments.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError("--set takes FIELD=VALUE", field="set", found=text)
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            overrides[name] = value  # a bare word: a component's name
     return overrides
+
+
+def _files_digest(path: str | None) -> str | None:
+    """A digest of a checkpoint's weight files: a run that goes on must have the same teacher."""
+    if path is None:
+        return None
+    root = Path(path)
+    files = sorted(root.iterdir()) if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.suffix in (".safetensors", ".bin"):
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _tokenizer(
@@ -151,8 +236,9 @@ def _tokenizer(
     if arguments.tokenizer:
         path = Path(arguments.tokenizer)
         return tokenizer_of(path) if path.is_dir() else Tokenizer(path)
-    if getattr(arguments, "source", None):
-        return tokenizer_of(arguments.source)
+    source = getattr(arguments, "source", None) or arguments.teacher
+    if source:
+        return tokenizer_of(source)
     if vocabulary_from is None:
         raise ConfigError("a tokenizer is needed", field="tokenizer", hint="Pass --tokenizer.")
     target = Path(arguments.out) / "spiece.model"

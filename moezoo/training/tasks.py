@@ -84,7 +84,7 @@ def read_pairs(path: str | Path, *, source: str, target: str) -> list[Pair]:
         rows = [_json_row(line, n, path) for n, line in enumerate(text.splitlines(), 1) if line]
     if not rows:
         raise ConfigError("no pairs in it", path=path)
-    return [_pair(row, n, path, source, target) for n, row in enumerate(rows, 1)]
+    return [pair_of(row, n, path, source=source, target=target) for n, row in enumerate(rows, 1)]
 
 
 def identifier_pairs() -> list[tuple[str, Pair]]:
@@ -178,11 +178,15 @@ def _json_row(line: str, number: int, path: Path) -> Any:
         raise CorruptFile(f"line {number} is not JSON: {error.msg}", path=path) from None
     if not isinstance(row, dict):
         raise CorruptFile(f"line {number} is not a JSON object", path=path)
+    return row
+
+
+def pair_of(
+    row: dict[str, Any], number: int, path: str | Path, *, source: str, target: str
+) -> Pair:
+    """The two texts of a row, nested under "translation" or not. Raises ConfigError."""
     inner = row.get("translation")
-    return inner if isinstance(inner, dict) else row
-
-
-def _pair(row: dict[str, Any], number: int, path: Path, source: str, target: str) -> Pair:
+    row = inner if isinstance(inner, dict) else row
     for name in (source, target):
         if not isinstance(row.get(name), str):
             reason = f"row {number} has no text {name!r}"

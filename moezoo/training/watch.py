@@ -8,13 +8,16 @@ from typing import TextIO
 
 from moezoo.training.loop import StepRecord, mean_of
 
-_HEADER = ("step", "loss", "ce", "balance", "drop", "maxvio", "dead", "entropy", "norm", "tok/s")
+_HEADER = "step loss ce balance z drop maxvio dead entropy norm tok/s".split()
+_SPIKE = 3.0
+_IDLE_STEPS = 10
 
 
 class Watch:
     """Prints a row every `every` steps and, on a terminal, a live line in between.
 
-    Warns when routing collapses or tokens are dropped en masse, once per cause until it has passed.
+    Warns when routing collapses, experts stay idle, tokens are dropped en masse, the loss jumps or
+    steps are skipped: once per cause until it has passed.
 
     Args:
         steps: of the run. every: steps per row. num_experts: of a sparse layer; 0: dense.
@@ -26,6 +29,7 @@ class Watch:
         self.steps, self.every, self.num_experts = steps, max(every, 1), num_experts
         self.stream = sys.stderr if stream is None else stream
         self._recent: list[StepRecord] = []
+        self._before: float | None = None
         self._rows = 0
         self._warned: set[str] = set()
 
@@ -34,7 +38,7 @@ class Watch:
         self._recent.append(record)
         if record.step % self.every and record.step != self.steps:
             if self.stream.isatty():
-                self._write(f"\r\x1b[Kstep {record.step}/{self.steps}  loss {record.loss:.3f}", "")
+                self._write(f"\r\x1b[K{live(self._recent, self.steps)}"[:118], "")
             return []
         if self.stream.isatty():
             self._write("\r\x1b[K", "")
@@ -42,7 +46,8 @@ class Watch:
             self._write("".join(f"{name:>9}" for name in _HEADER))
         self._rows += 1
         self._write(row(self._recent))
-        found = advice(self._recent, self.num_experts)
+        found = advice(self._recent, self.num_experts, before=self._before)
+        self._before = mean_of(self._recent, "loss")
         new = [text for cause, text in found.items() if cause not in self._warned]
         self._warned = set(found)
         for text in new:
@@ -53,6 +58,16 @@ class Watch:
     def _write(self, text: str, end: str = "\n") -> None:
         self.stream.write(text + end)
         self.stream.flush()
+
+
+def live(records: Sequence[StepRecord], steps: int) -> str:
+    """The newest step and the time that is left, as one line."""
+    last = records[-1]
+    left = (steps - last.step) * mean_of(records, "seconds")
+    return (
+        f"step {last.step}/{steps}  loss {last.loss:.3f}  drop {last.dropped:.1%}  "
+        f"{last.tokens_per_second:,.0f} tok/s  left {left / 60:.1f} min"
+    )
 
 
 def row(records: Sequence[StepRecord]) -> str:
@@ -66,6 +81,7 @@ def row(records: Sequence[StepRecord]) -> str:
         f"{mean_of(records, 'loss'):.3f}",
         f"{parts.get('cross_entropy', 0.0):.3f}",
         f"{parts['load_balance']:.3f}" if "load_balance" in parts else "-",
+        f"{parts['z']:.2f}" if "z" in parts else "-",
         f"{mean_of(records, 'dropped'):.1%}",
         f"{mean_of(records, 'max_violation'):.2f}",
         f"{last.dead}",
@@ -76,10 +92,33 @@ def row(records: Sequence[StepRecord]) -> str:
     return "".join(f"{cell:>9}" for cell in cells)
 
 
-def advice(records: Sequence[StepRecord], num_experts: int) -> dict[str, str]:
-    """What looks wrong over some steps, by cause, each with what to do."""
-    if not num_experts:
-        return {}
+def advice(
+    records: Sequence[StepRecord], num_experts: int, *, before: float | None = None
+) -> dict[str, str]:
+    """What looks wrong over some steps, by cause, each with what to do.
+
+    Args:
+        before: the mean loss of the steps before these.
+    """
+    found = _sparse_advice(records, num_experts) if num_experts else {}
+    skipped = [record for record in records if record.skipped]
+    if skipped:
+        found["skipped"] = (
+            f"{len(skipped)} steps were skipped for numbers that are not finite, first seen in the "
+            f"{skipped[0].culprit}: lower the learning rate, or clip harder"
+        )
+    highest = max(records, key=lambda record: record.loss)
+    if before is not None and highest.loss > _SPIKE * before:
+        found["spike"] = (
+            f"the loss jumped to {highest.loss:.3g} at step {highest.step}, from a mean of "
+            f"{before:.3g}: lower the learning rate, or go on from an earlier checkpoint with "
+            "--resume-from"
+        )
+    return found
+
+
+def _sparse_advice(records: Sequence[StepRecord], num_experts: int) -> dict[str, str]:
+    """What the routers do wrong."""
     found = {}
     if mean_of(records, "dropped") > 0.2:
         found["drops"] = (
@@ -92,6 +131,13 @@ def advice(records: Sequence[StepRecord], num_experts: int) -> dict[str, str]:
             "routing collapses: one expert takes nearly everything in some layer; raise the "
             "load_balance coefficient, lower the learning rate, or start from another router_init"
         )
-    if any(record.skipped for record in records):
-        found["skipped"] = "steps were skipped for gradients that are not finite: lower the rate"
+    idle = set(records[0].idle).intersection(*(record.idle for record in records))
+    if idle and len(records) >= _IDLE_STEPS:
+        shown = ", ".join(f"{expert} of sparse layer {layer}" for layer, expert in sorted(idle)[:4])
+        more = f" and {len(idle) - 4} others" if len(idle) > 4 else ""
+        found["idle"] = (
+            f"{len(idle)} experts had no token for {len(records)} steps (expert {shown}{more}): "
+            "raise the load_balance coefficient, or take a router that balances itself "
+            "(sigmoid_top_k, expert_choice)"
+        )
     return found

@@ -1,0 +1,40 @@
+"""The measurements of a run as TensorBoard scalars (extra `train`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moezoo.errors import ConfigError
+
+
+class Board:
+    """An event file; what an earlier run wrote past `step` is hidden.
+
+    Raises ConfigError where tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            hint = "pip install 'moezoo[train]'"
+            raise ConfigError(
+                "TensorBoard is not installed", field="tensorboard", hint=hint
+            ) from None
+        writer: Any = SummaryWriter  # untyped in torch
+        self.writer = writer(str(folder), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Every number of a line of metrics.jsonl, nested ones as name/part."""
+        step = row["step"]
+        for name, value in row.items():
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            for part, number in inner:
+                if name != "step" and isinstance(number, (int, float)):
+                    self.writer.add_scalar(f"{name}/{part}" if part else name, number, step)
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self.writer.close()
