@@ -11,6 +11,8 @@ from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.plan import Move, Plan
+from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.carried import carried_files
 
 _BASE_MEMORY = 32 << 20  # the interpreter, headers and buffers, as measured
 _TORCH_MEMORY = 230 << 20
@@ -26,6 +28,7 @@ def summary(plan: Plan, checkpoint: CheckpointSource) -> dict[str, Any]:
         "recipe": plan.recipe.to_dict(),
         "groups": _groups(plan),
         "ignored": list(plan.ignored),
+        "carried": carried_files(checkpoint.source.directory),
         "parameters": plan.parameters,
         "active_parameters": plan.active_parameters,
         "bytes_read": plan.bytes_read,
@@ -89,22 +92,27 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
         group["count"] += 1
         group["bytes_read"] += move.source.nbytes
         group["bytes_written"] += sum(target.nbytes for target in move.targets)
-    rows = list(groups.values())
-    routers = list(plan.routers.values())
-    rows.append(
+    return [*groups.values(), *_router_groups(plan)]
+
+
+def _router_groups(plan: Plan) -> list[dict[str, Any]]:
+    routers: dict[str, list[TensorPlan]] = {}
+    for router in plan.routers.values():
+        routers.setdefault(_pattern(router.name), []).append(router)
+    return [
         {
             "source": "-",
-            "target": _pattern(routers[0].name),
-            "dtype": routers[0].dtype,
-            "shape": list(routers[0].shape),
+            "target": pattern,
+            "dtype": alike[0].dtype,
+            "shape": list(alike[0].shape),
             "init": _name(plan.recipe.router_init),
             "scale": 1.0,
-            "count": len(routers),
+            "count": len(alike),
             "bytes_read": 0,
-            "bytes_written": sum(router.nbytes for router in routers),
+            "bytes_written": sum(router.nbytes for router in alike),
         }
-    )
-    return rows
+        for pattern, alike in routers.items()
+    ]
 
 
 def _init(plan: Plan, move: Move) -> str:

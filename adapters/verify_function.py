@@ -82,7 +82,7 @@ def routers_are_healthy(
         assert isinstance(pairs, Assignment)
         counts = torch.bincount(pairs.expert, minlength=plan.config.num_experts)
         share = counts / counts.sum()
-        entropy = -float((share * share.clamp(min=1e-12).log()).sum())
+        entropy = float((share * (1.0 / share.clamp(min=1e-12)).log()).sum())
         finite &= routing.probs is None or bool(routing.probs.isfinite().all())
         layers[layer] = {"load": counts.tolist(), "entropy": round(entropy, 4)}
     even = math.log(plan.config.num_experts)

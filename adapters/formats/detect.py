@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def open_source(path: str | Path) -> Source:
     path = Path(path).expanduser()
     if _is_directory(path):
         return _open_directory(path)
+    if not path.suffix and not os.path.lexists(path) and "\0" not in str(path):
+        hint = (
+            "moezoo reads local checkpoints only; `hf download NAME --local-dir DIR` fetches one."
+        )
+        raise CheckpointError("no such file or directory", path=path, hint=hint)
     regular_file(path)
     return _open_file(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,13 +33,16 @@ _WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 def carry_files(source: Path, target: Path) -> list[str]:
     """Copy tokenizer and generation files byte for byte; returns their names."""
-    carried = []
-    for name in _CARRIED:
-        if os.path.lexists(source / name):
-            regular_file(source / name)
-            shutil.copyfile(source / name, target / name)
-            carried.append(name)
+    carried = carried_files(source)
+    for name in carried:
+        regular_file(source / name)
+        shutil.copyfile(source / name, target / name)
     return carried
+
+
+def carried_files(source: Path) -> list[str]:
+    """The names of the tokenizer and generation files in a directory."""
+    return [name for name in _CARRIED if os.path.lexists(source / name)]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,8 +52,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def dtype_word(tensors: Iterable[TensorPlan]) -> str:
-    """What config.json calls the dtype of the first tensor."""
-    return _WORDS[next(iter(tensors)).dtype]
+    """What config.json calls the dtype of most weights."""
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        nbytes[tensor.dtype] += tensor.nbytes
+    return _WORDS[nbytes.most_common(1)[0][0]]
 
 
 def source_places(source: Source) -> tuple[Path, ...]:

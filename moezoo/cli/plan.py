@@ -57,6 +57,7 @@ def _table(facts: dict[str, Any]) -> str:
         + ("" if facts["streams"] else ", torch included"),
         f"time                  about {duration(facts['seconds'])} at "
         f"{quantity(facts['disk_bytes_per_second'])}B/s, this disk's speed just now",
+        f"files copied          {', '.join(facts['carried']) or 'none: no tokenizer beside it'}",
         f"Hugging Face layout   {held}",
     ]
     return "\n".join([table(header, rows), "", *totals])

@@ -30,6 +30,9 @@ from tests.conversion.test_foreign import flax_shards
 WIDE = {"d_model": 32, "d_ff": 64}  # Q8_0 packs rows in blocks of 32
 
 
+CARRIED = ["generation_config.json", "spiece.model"]  # of those that the tests have
+
+
 def sharded(dense: Path, out: Path) -> Path:
     model = transformers.T5ForConditionalGeneration.from_pretrained(dense)
     model.save_pretrained(out, max_shard_size="9KB")
@@ -86,6 +89,9 @@ def test_every_verb_works_on_every_container(
     up, back, ours, more, near = (tmp_path / n for n in ("up", "back", "ours", "more", "near"))
     assert run("plan", source, "--experts", 4, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
+    assert plan["carried"] == [n for n in CARRIED if (source / n).exists()]
+    written = sum(group["bytes_written"] for group in plan["groups"])
+    assert plan["bytes_written"] == written
     assert plan["container"] == layout.split()[0] and plan["expressible"] == (family == "t5")
     assert run("upcycle", source, up, "--experts", 4) == 0
     assert run("verify", up, "--against", source) == 0

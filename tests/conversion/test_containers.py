@@ -240,6 +240,12 @@ def test_every_container_upcycles_and_keeps_its_function(
     assert relative(after, before) <= 1e-5
 
 
+def test_config_json_names_the_dtype_of_most_weights(dense: Path, tmp_path: Path) -> None:
+    path = written("gguf F16", dense, tmp_path / "other")  # its norms are float32
+    moezoo.upcycle(path, tmp_path / "out", num_experts=2)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
+
+
 @pytest.mark.parametrize("kind", ["flax", "t5x", "gguf F16", "gguf Q8_0"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98])
 def test_a_cut_container_is_refused_by_name(

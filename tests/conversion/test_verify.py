@@ -62,6 +62,17 @@ def test_a_wrong_router_is_found_by_the_logits(pair: tuple[Path, Path]) -> None:
     assert not verify(out, source, levels=[4]).passed
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_changed_router_is_found_by_its_bytes(dtype: str, tmp_path: Path) -> None:
+    source, out = dense_t5(tmp_path / "dense"), tmp_path / "out"
+    convert(source, out, Recipe(4, dtype=dtype, router_init={"name": "normal", "std": 0.01}))
+    assert verify(out, source, levels=[2]).passed
+    name = "decoder.block.1.layer.2.mlp.router.classifier.weight"
+    spoil(out, name, 1e-2)
+    found = verify(out, source, levels=[2])
+    assert not found.passed and name in found.line
+
+
 def test_another_source_is_found(pair: tuple[Path, Path]) -> None:
     source, out = pair
     spoil(source, "shared.weight", 0.5)
