@@ -24,14 +24,23 @@ def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Switch Transformers, eq. 1 before the softmax. Autocast is switched off around the product:
     under it, a float32 gate would silently run in bfloat16.
     """
+    if torch.is_autocast_enabled(x_TD.device.type):
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return _gate_logits(x_TD, weight, bias)
+    return _gate_logits(x_TD, weight, bias)
+
+
+def _gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = gate_dtype(x_TD.dtype)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        x_TD, weight = x_TD.to(dtype), weight.to(dtype)
-        if fast_products(x_TD, weight):
-            # One product with and without a gradient: a recomputation routes as the first run did.
-            logits_TE: Tensor = _Product.apply(x_TD, weight)  # type: ignore[no-untyped-call]
-            return logits_TE if bias is None else logits_TE + bias.to(dtype)
+    x_TD, weight = x_TD.to(dtype), weight.to(dtype)
+    if not fast_products(x_TD, weight):
         return F.linear(x_TD, weight, None if bias is None else bias.to(dtype))
+    # One product with and without a gradient: a recomputation routes as the first run did.
+    if torch.is_grad_enabled():
+        logits_TE: Tensor = _Product.apply(x_TD, weight)  # type: ignore[no-untyped-call]
+    else:
+        logits_TE = product(x_TD, weight)
+    return logits_TE if bias is None else logits_TE + bias.to(dtype)
 
 
 class _Product(torch.autograd.Function):
