@@ -1,6 +1,6 @@
 """Time and peak memory of every router and every policy: routing, dispatch and combine alone.
 
-    python benchmarks/components.py [--tokens 8192] [--width 64] [--experts 8 64 256 2048]
+    python -m benchmarks.components [--tokens 8192] [--width 64] [--experts 8 64 256 2048]
 
 Each row is a router with `dropless`, or `switch` (or `top_k` with k = 2) with a policy, on experts
 that return their input. Seconds are the best of several; "scores" is the classifier product and

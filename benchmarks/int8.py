@@ -1,6 +1,6 @@
 """switch-base-8 (random weights) with int8 weights, next to float32 and transformers in float32.
 
-    python benchmarks/int8.py [--tokens 24] [--repeats 5]
+    python -m benchmarks.int8 [--tokens 24] [--repeats 5]
 
 All three compute on the same weights, rounded for int8. The error is that of the logits, relative
 to float32: |difference| / |logits|; "equal" is the share of greedy tokens that stayed the same.
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import ours, theirs
-from tables import machine, milliseconds, ratio, samples, save, table
 from torch import Tensor, nn
 
 import moezoo
+from benchmarks.peers import ours, theirs
+from benchmarks.tables import machine, milliseconds, ratio, samples, save, table
 from moezoo.quantization import relative_error
 
 SIDES = ("int8", "float32", "transformers")
@@ -42,7 +42,7 @@ def main() -> None:
     head = ["what", *(f"{side} ms" for side in SIDES), "float32 / int8", "transformers / int8"]
     sections = [
         "# int8 inference",
-        f"`python benchmarks/int8.py`, {record['machine']}. " + __doc__.split("\n\n")[-1].strip(),
+        f"`python -m benchmarks.int8`, {record['machine']}. " + __doc__.split("\n\n")[-1].strip(),
         "\n".join(f"    {line}" for line in str(done).splitlines()),
         "Times are median (min).",
         table([*head, "error of logits, equal tokens"], [cells(row) for row in rows]),

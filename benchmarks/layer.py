@@ -1,6 +1,6 @@
 """A Switch layer (d_model 768, d_ff 3,072, dropless) next to transformers' on the same weights.
 
-    python benchmarks/layer.py [--experts 8 32 128 256] [--tokens 1 16 128 512 2048 8192]
+    python -m benchmarks.layer [--experts 8 32 128 256] [--tokens 1 16 128 512 2048 8192]
 
 Four runs in turns: the layer, transformers' layer, the layer's own matrix products alone (rows
 sorted already, gradients into memory that exists), and a dense network of one expert's size on the
@@ -18,9 +18,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from tables import added_mib, machine, milliseconds, ratio, samples, save, table
 from torch import Tensor, nn
 
+from benchmarks.tables import added_mib, machine, milliseconds, ratio, samples, save, table
 from moezoo.capacity import Dropless
 from moezoo.experts import StackedExperts
 from moezoo.functional.dispatch import dispatch
@@ -198,7 +198,7 @@ def line(row: dict[str, Any]) -> str:
 def page(record: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     intro = (__doc__ or "").strip().split("\n\n")
-    command = "`python benchmarks/layer.py`"
+    command = "`python -m benchmarks.layer`"
     sections = ["# The sparse layer", f"{command}, {record['machine']}. {intro[-1]}"]
     sections.append(
         "Times are median (min) in ms; ratios of medians (of minima). Above 1 in the column "

@@ -1,6 +1,6 @@
 """Routing alone, `switch` with `first_come` (factor 1.25), next to transformers' Switch router.
 
-    python benchmarks/router.py [--experts 8 64 256 2048] [--tokens 8192]
+    python -m benchmarks.router [--experts 8 64 256 2048] [--tokens 8192]
 
 "routing" is scores, choice and admission; "streamed" the same by `streamed_switch`, which holds no
 score per token and expert; "with dispatch" (of "routing") also moves the rows to their experts and
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import added_mib, machine, milliseconds, ratio, samples, save, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.tables import added_mib, machine, milliseconds, ratio, samples, save, table
 from moezoo.capacity import FirstCome
 from moezoo.experts.base import Experts
 from moezoo.functional.losses import load_balance, z_loss
@@ -152,7 +152,7 @@ def train(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Callab
 def page(record: dict[str, Any]) -> list[str]:
     """The Markdown page."""
     intro = (__doc__ or "").strip().split("\n\n")
-    sections = ["# Routing", f"`python benchmarks/router.py`, {record['machine']}. {intro[-1]}"]
+    sections = ["# Routing", f"`python -m benchmarks.router`, {record['machine']}. {intro[-1]}"]
     sections.append(
         f"{record['tokens']:,} tokens. Times are medians (minima) in ms, and so are ratios. "
         "MiB: what one call adds at its peak; in brackets the part of logits and probabilities, "

@@ -1,0 +1,1 @@
+"""Timings side by side with transformers, in one run each: `python -m benchmarks`."""
