@@ -42,6 +42,7 @@ VERBS = {
     "finetune": "fine-tune on pairs: translation, summarisation, your own",
     "evaluate": "loss and task metrics of a checkpoint",
     "generate": "text from a checkpoint",
+    "quantize": "what int8 weights would save and cost for a checkpoint, on a text",
     "report": "what the experts of a checkpoint do on a text, as a table and as a page",
     "demo": "the main job on the text that ships with Python, end to end",
     "doctor": "what this installation has and lacks",
@@ -54,11 +55,11 @@ class Parser(argparse.ArgumentParser):
     """argparse with the nearest verb or flag in its errors."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = [w for w in message.split() if w.startswith("--")]
+        unknown = [w.rstrip(":,") for w in message.split() if w.startswith("--")]
         flags = [flag for action in self._actions for flag in action.option_strings]
         near = [m for w in unknown for m in difflib.get_close_matches(w.split("=")[0], flags, n=1)]
         hint = f" Did you mean {near[0]}?" if near and near[0] not in unknown else ""
-        self.exit(2, f"{self.prog}: {message}.{hint} See `{self.prog} --help`.\n")
+        self.exit(2, f"{self.prog}: {message.rstrip('.?')}.{hint} See `{self.prog} --help`.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
