@@ -17,6 +17,7 @@ from moezoo.adapters.plan import Move, Plan, make_plan
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
 from moezoo.adapters.upcycle.watch import source_hashes
 from moezoo.adapters.verification import LEVELS, LevelResult, Verification
 from moezoo.config import SwitchConfig
@@ -144,7 +145,7 @@ class _Differs(Exception):
 def _compare(plan: Plan, move: Move, source: Source, made: Source, drawn: set[str]) -> int:
     streams = move.source.dtype == move.targets[0].dtype
     if streams and (move.layer is None or plan.init.streams):
-        return _compare_streamed(move, source, made)
+        return _compare_streamed(plan, move, source, made)
     from moezoo.adapters.upcycle import drawing
 
     if move.layer is None:
@@ -175,16 +176,36 @@ def _compare_routers(plan: Plan, made: Source) -> int:
     return total
 
 
-def _compare_streamed(move: Move, source: Source, made: Source) -> int:
-    total = 0
-    readers = [made.chunks(target.name, _CHUNK) for target in move.targets]
+def _compare_streamed(plan: Plan, move: Move, source: Source, made: Source) -> int:
+    total = position = 0
+    count, owners = slice_targets(plan, move)
+    readers = {target.name: _Reader(made, target.name) for target in move.targets}
     for chunk in source.chunks(move.source.name, _CHUNK):
-        expected = scale_bytes(chunk, move.source.dtype, move.scale)
-        for target, reader in zip(move.targets, readers, strict=True):
-            if next(reader) != expected:
-                raise _Differs(target.name)
-            total += len(chunk)
+        scaled = scale_bytes(chunk, move.source.dtype, move.scale)
+        for which, _, expected in cut(scaled, position, period=period(move), count=count):
+            for target in owners[which]:
+                if readers[target.name].take(len(expected)) != expected:
+                    raise _Differs(target.name)
+                total += len(expected)
+        position += len(chunk)
     return total
+
+
+class _Reader:
+    """A tensor's bytes in order, as many at a time as are asked for."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._chunks, self._rest = source.chunks(name, _CHUNK), b""
+
+    def take(self, count: int) -> bytes:
+        """The next bytes; fewer at the end."""
+        while len(self._rest) < count:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self._rest += bytes(chunk)
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
 
 
 def _layout(made: CheckpointSource) -> str:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Move, Plan
-from moezoo.adapters.tensor_files import TensorFile
+from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.adapters.upcycle.background import FileHashes, Flusher, ahead
 from moezoo.adapters.upcycle.calibration import LayerInputs
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.finite import check_finite
 from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
 
 CHUNK = 1 << 18  # small enough to stay in the processor's cache while every expert is written
 Progress = Callable[[int], None]
@@ -60,18 +61,19 @@ def transfer(
             if piece.content is None:
                 _compute(plan, piece.move, source, sink, pending)
                 continue
-            for target in piece.move.targets:
+            for target in piece.targets:
                 sink.put(target.name, piece.content, piece.position)
     return hashes.finished()
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes as they go to every target of a move; None: the whole tensor is to be computed."""
+    """Bytes as they go to some targets of a move; None: the whole tensor is to be computed."""
 
     move: Move
     content: bytes | memoryview | None
     position: int = 0
+    targets: tuple[TensorPlan, ...] = ()
 
 
 def _pieces(
@@ -81,6 +83,8 @@ def _pieces(
     moves = {move.source.name: move for move in plan.moves}
     for name, info in source.tensors.items():
         move = moves.get(name)
+        streamed = move is not None and _is_bytes(plan, move)
+        count, owners = slice_targets(plan, move) if move and streamed else (1, {})
         position = 0
         for chunk in source.chunks(name, CHUNK):
             content = bytes(chunk)  # the chunk is lost when the next one is read
@@ -88,10 +92,12 @@ def _pieces(
             if move is not None:
                 if not allow_nonfinite:
                     check_finite(content, info.dtype, name, source.path)
-                if _is_bytes(plan, move):
-                    yield _Piece(move, scale_bytes(content, info.dtype, move.scale), position)
+                if streamed:
+                    scaled = scale_bytes(content, info.dtype, move.scale)
+                    for which, at, part in cut(scaled, position, period=period(move), count=count):
+                        yield _Piece(move, part, at, owners[which])
             position += len(content)
-        if move is not None and not _is_bytes(plan, move):
+        if move is not None and not streamed:
             yield _Piece(move, None)
 
 

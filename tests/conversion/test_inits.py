@@ -121,7 +121,8 @@ def test_exact_initialisations_keep_the_function_of_the_model(
 
 def test_a_streamed_and_a_live_upcycling_are_the_same_model(tmp_path: Path) -> None:
     source = dense_t5(tmp_path / "dense")
-    for init in ("copy", {"name": "noise", "scale": 0.1}, {"name": "drop", "rate": 0.5}):
+    inits = ("copy", "split", {"name": "virtual_group", "shards": 2})
+    for init in (*inits, {"name": "noise", "scale": 0.1}, {"name": "drop", "rate": 0.5}):
         convert(source, tmp_path / "out", Recipe(4, init=init, seed=3), overwrite=True)
         live = moezoo.upcycle(moezoo.load(source), num_experts=4, init=init, seed=3).state_dict()
         streamed = moezoo.load(tmp_path / "out").state_dict()

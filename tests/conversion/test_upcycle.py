@@ -139,11 +139,15 @@ def test_provenance_names_source_hash_recipe_and_version(t5: Path, tmp_path: Pat
     assert digest in (tmp_path / "out/README.md").read_text()
 
 
-def test_streaming_imports_no_torch_and_stays_under_64_mb(t5: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["copy", "split", "virtual_group:2"])
+def test_streaming_imports_no_torch_and_stays_under_64_mb(
+    init: str, t5: Path, tmp_path: Path
+) -> None:
     program = (
         "import re, sys\n"
         "from moezoo.cli import main\n"
-        f"assert main(['upcycle', {str(t5)!r}, {str(tmp_path / 'out')!r}, '--experts', '8']) == 0\n"
+        f"words = ['upcycle', {str(t5)!r}, {str(tmp_path / 'out')!r}, '--init', {init!r}]\n"
+        "assert main([*words, '--experts', '8']) == 0\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         # ru_maxrss would count the parent at the moment of the fork.
         "status = open('/proc/self/status').read()\n"

@@ -26,7 +26,8 @@ class ExpertInit(abc.ABC):
     Attributes:
         exact: with equal gate weights and the scale of `preservation`, the layer computes what the
             dense one did.
-        streams: every expert is the dense matrices themselves, so that bytes suffice.
+        streams: every expert is the dense matrices or slices of them (`part`), so that bytes
+            suffice.
         sums_slices: the chosen experts of a token are slices that add up to the dense layer, not
             alternatives of which each is the whole.
     """
@@ -46,6 +47,10 @@ class ExpertInit(abc.ABC):
             key: the layer's name, such as "encoder.blocks.1.mlp"; random numbers depend on it, on
                 `seed` and on the matrix, and on nothing else.
         """
+
+    def part(self, index: int, num_experts: int) -> tuple[int, int]:
+        """Where `streams`: which slice of the hidden units expert `index` is, and of how many."""
+        return 0, 1
 
     def check(self, d_ff: int, num_experts: int) -> None:
         """Raise ConfigError where this initialisation cannot serve these sizes."""

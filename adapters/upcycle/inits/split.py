@@ -19,6 +19,7 @@ class SplitInit(ExpertInit):
     """
 
     exact = True
+    streams = True
     sums_slices = True
 
     def check(self, d_ff: int, num_experts: int) -> None:
@@ -36,7 +37,10 @@ class SplitInit(ExpertInit):
     def choices(self, num_experts: int) -> int | None:
         return num_experts
 
+    def part(self, index: int, num_experts: int) -> tuple[int, int]:
+        return index, num_experts
+
     def expert(
         self, dense: Sequence[Matrices], index: int, num_experts: int, *, key: str, seed: int
     ) -> dict[str, Tensor]:
-        return slices_of(dense[0], index, num_experts)
+        return slices_of(dense[0], *self.part(index, num_experts))

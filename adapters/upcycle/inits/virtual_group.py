@@ -27,6 +27,7 @@ class VirtualGroupInit(ExpertInit):
     """
 
     exact = True
+    streams = True
     sums_slices = True
 
     def __init__(self, shards: int = 2) -> None:
@@ -52,8 +53,10 @@ class VirtualGroupInit(ExpertInit):
     def router_rows(self, num_experts: int) -> list[int]:
         return [index % (num_experts // self.shards) for index in range(num_experts)]
 
+    def part(self, index: int, num_experts: int) -> tuple[int, int]:
+        return index // (num_experts // self.shards), self.shards
+
     def expert(
         self, dense: Sequence[Matrices], index: int, num_experts: int, *, key: str, seed: int
     ) -> dict[str, Tensor]:
-        copies = num_experts // self.shards
-        return slices_of(dense[0], index // copies, self.shards)
+        return slices_of(dense[0], *self.part(index, num_experts))
