@@ -130,7 +130,7 @@ class Registry(Generic[T]):
             return spec
         parsed = Spec.parse(spec, kind=self.kind)
         component = self.get(parsed.name)
-        known = _options(component)
+        known = _options(component)  # type: ignore[arg-type]  # classes are hashable
         self.check_options(parsed)
         arguments = {key: value for key, value in sizes.items() if key in known} | dict(
             parsed.options
@@ -145,7 +145,7 @@ class Registry(Generic[T]):
     def check_options(self, spec: Spec) -> None:
         """Refuse options that the component's constructor does not take. Raises ConfigError."""
         component = self.get(spec.name)
-        known = _options(component)
+        known = _options(component)  # type: ignore[arg-type]  # classes are hashable
         hints = typing.get_type_hints(component.__init__)
         for key, value in spec.options.items():
             if key not in known:

@@ -19,16 +19,14 @@ _LAYOUTS = ("switch_transformers", "t5", "umt5")
 def family_of(values: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises ConfigError naming its model_type."""
     model_type = values.get("model_type")
-    families = {
-        t: registry.build(name) for name in registry.names() for t in registry.get(name).model_types
-    }
+    families = {t: name for name in registry.names() for t in registry.get(name).model_types}
     if not isinstance(model_type, str) or model_type not in families:
         shown = repr(model_type)[:80]
         hint = did_you_mean(model_type, families)
         raise ConfigError(
             "no T5 family has this model_type", field="model_type", found=shown, hint=hint
         )
-    return families[model_type]
+    return registry.build(families[model_type])
 
 
 def expressible(config: SwitchConfig) -> tuple[Family | None, str]:
