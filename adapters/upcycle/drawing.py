@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.errors import NonFiniteWeights
@@ -38,7 +39,9 @@ def router_bytes(plan: Plan, layer: str, target: TensorPlan, sample: LayerSample
 
 def converted(source: Source, move: Move) -> memoryview:
     """A tensor in another dtype. Raises NonFiniteWeights where a weight leaves its range."""
-    return tensor_bytes(_cast(source.tensor(move.source.name), move.targets[0].dtype, move))
+    return tensor_bytes(
+        cast(source.tensor(move.source.name), move.targets[0].dtype, move.source.name)
+    )
 
 
 def expert_tensors(
@@ -57,20 +60,21 @@ def expert_tensors(
         )
         for matrix, move in names.items():
             scaled = made[matrix] if move.scale == 1.0 else made[matrix] * move.scale
-            tensor = _cast(scaled, move.targets[index].dtype, move)
+            tensor = cast(scaled, move.targets[index].dtype, move.source.name)
             yield move.targets[index].name, tensor_bytes(tensor)
 
 
-def _cast(tensor: Tensor, dtype: str, move: Move) -> Tensor:
+def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
+    """A tensor in another dtype. Raises NonFiniteWeights where a weight leaves its range."""
     wanted = torch_dtype(dtype)
-    cast = tensor.to(wanted)
-    if not bool(cast.isfinite().all()) and bool(tensor.isfinite().all()):
+    made = tensor.to(wanted)
+    if not bool(made.isfinite().all()) and bool(tensor.isfinite().all()):
         raise NonFiniteWeights(
-            f"a weight of {move.source.name!r} leaves the range of {dtype}",
-            key=move.source.name,
+            f"a weight of {quoted(name)} leaves the range of {dtype}",
+            key=name,
             hint="Convert to bfloat16 or float32.",
         )
-    return cast
+    return made
 
 
 def _packed(values: array[float], dtype: str) -> bytes:

@@ -9,10 +9,11 @@ from pathlib import Path
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats import TensorInfo
-from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.downcycling import dense_config, scaled_further, upcycled_scale
+from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError, did_you_mean
@@ -100,4 +101,5 @@ def _output(
 
 def _cast(checkpoint: CheckpointSource, info: TensorInfo, dtype: str, scale: float) -> memoryview:
     tensor = checkpoint.source.tensor(info.name)
-    return tensor_bytes((tensor if scale == 1.0 else tensor * scale).to(torch_dtype(dtype)))
+    scaled = tensor if scale == 1.0 else tensor * scale
+    return tensor_bytes(cast(scaled, dtype, info.name))

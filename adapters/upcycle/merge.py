@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
 from moezoo.adapters.plan import Move, Plan, make_plan
+from moezoo.adapters.upcycle.calibration import Calibration, LayerInputs, layer_inputs
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
@@ -28,11 +29,15 @@ def merge(
     *,
     layout: str = "auto",
     overwrite: bool = False,
+    calibration: Calibration | None = None,
 ) -> Path:
     """Make the feed-forward networks of several models the experts of one (Branch-Train-MiX).
 
     Expert e is branch e modulo their number; everything else is averaged. Equal branches give what
     `upcycle` gives for one.
+
+    Args:
+        calibration: sample text for routers fitted to it; the first model reads it.
 
     Raises ConfigError for fewer than two models, models of different shape, or an `init` other than
     `branches`.
@@ -55,15 +60,15 @@ def merge(
                     expected=f"a config like that of {branches[0].path}",
                 )
         plan = make_plan(branches[0], recipe, layout=layout)
-        operation = {
-            "operation": "merge",
-            "recipe": recipe.to_dict(),
-            "wo_scale": plan.scale,
-        }
+        operation = {"operation": "merge", "recipe": recipe.to_dict(), "wo_scale": plan.scale}
+        inputs: LayerInputs = {}
+        if plan.router_init.needs_inputs:
+            inputs = layer_inputs(branches[0].path, calibration, list(plan.routers))
+            operation["calibration_sha256"] = calibration.sha256() if calibration else None
         return rewrite(
             branches[0],
             out,
-            list(_outputs(plan, branches)),
+            list(_outputs(plan, branches, inputs)),
             config=plan.config,
             family=plan.family,
             operation=operation,
@@ -73,9 +78,11 @@ def merge(
         )
 
 
-def _outputs(plan: Plan, branches: Sequence[CheckpointSource]) -> Iterator[Output]:
+def _outputs(
+    plan: Plan, branches: Sequence[CheckpointSource], inputs: LayerInputs
+) -> Iterator[Output]:
     for layer, router in plan.routers.items():
-        yield Output(router, make=partial(router_bytes, plan, layer, router, None))
+        yield Output(router, make=partial(router_bytes, plan, layer, router, inputs.get(layer)))
     for move in plan.moves:
         if move.layer is None:
             yield Output(move.targets[0], make=partial(_average, move, branches))

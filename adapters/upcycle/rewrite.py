@@ -106,7 +106,11 @@ def _write_all(
 def _write(source: Source, output: Output, file: TensorFile, allow_nonfinite: bool) -> None:
     if output.info is None:
         assert output.make is not None
-        file.put(output.plan.name, output.make())
+        content = memoryview(output.make())
+        for start in range(0, 0 if allow_nonfinite else len(content), CHUNK):
+            part = content[start : start + CHUNK]
+            check_finite(part, output.plan.dtype, output.plan.name, source.path)
+        file.put(output.plan.name, content)
         return
     info, position = output.info, 0
     for chunk in source.chunks(info.name, CHUNK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from moezoo.cli.recipes import add_recipe_arguments, recipe_from
+from moezoo.cli.upcycle import calibration
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("sources", metavar="SRC", nargs="+", help="dense T5 checkpoints of one shape")
     add("--out", metavar="OUT", required=True, help="the directory to write")
     add_recipe_arguments(parser)
+    add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
     add("--overwrite", action="store_true", help="replace what is at OUT")
 
 
@@ -32,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipe,
             layout=arguments.layout,
             overwrite=arguments.overwrite,
+            calibration=calibration(arguments.sources[0], arguments.calibration),
         )
     print(f"{path}: {recipe.num_experts} experts from {len(arguments.sources)} models")
     return 0

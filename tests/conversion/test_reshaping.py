@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moezoo
 from moezoo import traces
+from moezoo.adapters.upcycle.calibration import Calibration
 from moezoo.adapters.upcycle.export import export
 from moezoo.adapters.upcycle.grow import grow
 from moezoo.adapters.upcycle.merge import merge
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.shrink import shrink
 from moezoo.cli import main
-from moezoo.errors import ConfigError
+from moezoo.errors import ConfigError, NonFiniteWeights
 from tests.conversion.dense import dense_t5, ids, relative
 
 
@@ -108,6 +109,57 @@ def test_merged_branches_are_the_experts_and_the_rest_is_their_mean(tmp_path: Pa
         found = made[name.format(f"mlp.experts.expert_{expert}")]
         assert torch.equal(found, branch[name.format("DenseReluDense")])
     assert torch.allclose(made["shared.weight"], (a["shared.weight"] + c["shared.weight"]) / 2)
+
+
+def test_the_experts_of_a_merge_are_aimed_at_by_prompts(tmp_path: Path) -> None:
+    paths = [dense_t5(tmp_path / name) for name in ("a", "b")]
+    file = tmp_path / "prompts.json"
+    file.write_text("[[[5, 9, 12, 1]], [[20, 41, 1], [33, 1]]]")
+    spec = {"name": "prompts", "std": 1.0}
+    sample = Calibration([[5, 9, 12, 1], [20, 41, 1], [33, 1]], experts=[0, 1, 1])
+    recipe = Recipe(2, init="branches", router_init=spec, preserve="none")
+    merge(paths, tmp_path / "out", recipe, calibration=sample)
+    words = ["merge", *map(str, paths), "--router-init", "prompts:1.0", "--preserve", "none"]
+    assert main([*words, "--out", str(tmp_path / "again"), "--calibration", str(file)]) == 0
+    made = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    rows = made[0]["encoder.block.1.layer.1.mlp.router.classifier.weight"]
+    assert torch.allclose(rows.norm(dim=1), torch.tensor(4.0)) and torch.allclose(rows[0], -rows[1])
+    with pytest.raises(ConfigError, match="needs sample text"):
+        merge(paths, tmp_path / "none", recipe)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_what_another_dtype_cannot_hold_is_refused_by_key(value: float, tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "a")
+    tensors = load_file(source / "model.safetensors")
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    tensors[name][2, 3] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for step in (
+        lambda out: export(source, out, dtype="float16"),
+        lambda out: merge([source, source], out, Recipe(2, init="branches", dtype="float16")),
+    ):
+        with pytest.raises(NonFiniteWeights, match=r"encoder.block.1.layer.1.*wo"):
+            step(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    if value != 1e6:
+        export(source, tmp_path / "out", dtype="float16", allow_nonfinite=True)
+
+
+def test_a_saved_trace_decides_from_the_command_line(sparse: Path, tmp_path: Path) -> None:
+    model = moezoo.load(sparse, capacity="dropless")
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(ids(8, 16), decoder_input_ids=ids(8, 16, seed=1))
+    traces.of(tape).save(tmp_path / "run.safetensors")
+    flags = ["--experts", "2", "--method", "prune", "--trace", str(tmp_path / "run.safetensors")]
+    assert main(["shrink", str(sparse), str(tmp_path / "cli"), *flags]) == 0
+    trace = traces.load(tmp_path / "run.safetensors")
+    shrink(sparse, tmp_path / "api", num_experts=2, trace=trace, method="prune")
+    made = [load_file(tmp_path / name / "model.safetensors") for name in ("cli", "api")]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    missing = [str(sparse), str(tmp_path / "no"), "--experts", "2", "--method", "prune"]
+    assert main(["shrink", *missing]) == 2
 
 
 def test_models_of_different_shape_do_not_merge(tmp_path: Path) -> None:
