@@ -33,7 +33,7 @@ class FromFile(argparse.Action):
         }
         for name, value in settings_of(str(values)).items():
             if name not in known:
-                parser.error(f"{values}: unknown setting {name!r}. {did_you_mean(name, known)}")
+                parser.error(f"{values}: unknown setting {name!r}; {did_you_mean(name, known)}")
             action = known[name]
             action.required = False
             setattr(namespace, action.dest, _typed(parser, action, name, value))
