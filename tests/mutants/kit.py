@@ -8,6 +8,7 @@ import torch
 from moezoo.functional.assign import token_choice
 from moezoo.records import Tokens
 from moezoo.testing import check_experts, check_loss, check_policy, check_router
+from tests.properties.small_world import admits, by_rank, by_token, rerouted, served, table, world
 
 ROUTERS = [
     {"name": "switch", "jitter": 0.2},
@@ -37,6 +38,18 @@ def test_losses_keep_their_promises(name: str) -> None:
 @pytest.mark.parametrize("name", ["stacked", "modules"])
 def test_containers_keep_their_promises(name: str) -> None:
     check_experts(name, examples=12)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_the_right_ones_are_kept_in_every_world(limit: int) -> None:
+    w = world(4, 3, 2, padded=True)
+    for order, pairs in (("rank", by_rank(w)), ("token", by_token(w))):
+        expected = table(w, served(w, pairs, limit)[0])
+        admits(w, expected, name="first_come", limit=limit, order=order)
+    first = w.probs.gather(2, w.expert[:, :, :1])[:, :, 0]
+    admits(w, table(w, served(w, by_rank(w, first), limit)[0]), name="batch_priority", limit=limit)
+    seated, at = rerouted(w, limit)
+    admits(w, table(w, seated, at), name="reroute", limit=limit)
 
 
 def test_nan_in_padding_reaches_no_weight() -> None:

@@ -1,88 +1,204 @@
-"""All assignments of a small world, under every policy and capacity: nothing is left to chance."""
+"""All assignments of a small world under every policy and capacity: who is kept, not only how many.
+
+T <= 6 tokens, E <= 3 experts, k <= 2 choices, with and without padding and ties, against loops.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
 
 import pytest
 import torch
-from torch import Tensor
 
 import moezoo
-from moezoo.capacity import CapacityPolicy
-from moezoo.errors import ConfigError
-from moezoo.records import Assignment, Routing
+from tests.properties.small_world import (
+    World,
+    admits,
+    by_rank,
+    by_token,
+    rerouted,
+    seeded,
+    served,
+    table,
+    world,
+)
 
 MAX_TOKENS, MAX_EXPERTS = 6, 3
+SIZES = [(e, k) for e in range(1, MAX_EXPERTS + 1) for k in (1, 2) if k <= e]
+PADDING: list[dict[str, bool]] = [{}, {"padded": True}]
+TIES: list[dict[str, bool]] = [{"ties": True}, {"ties": True, "padded": True}]
+
+every_size = pytest.mark.parametrize(("num_experts", "choices"), SIZES)
+every_padding = pytest.mark.parametrize("variant", PADDING, ids=lambda v: "-".join(v) or "plain")
+every_variant = pytest.mark.parametrize(
+    "variant", PADDING + TIES, ids=lambda v: "-".join(v) or "plain"
+)
 
 
-def worlds(num_experts: int, choices: int) -> Tensor:
-    """Every way in which 6 tokens choose `choices` distinct experts: (worlds, T, K)."""
-    each = list(itertools.permutations(range(num_experts), choices))
-    return torch.tensor(list(itertools.product(each, repeat=MAX_TOKENS)))
+@lru_cache(maxsize=8)
+def cached(num_tokens: int, num_experts: int, choices: int, ties: bool, padded: bool) -> World:
+    return world(num_tokens, num_experts, choices, ties=ties, padded=padded)
 
 
-def routing_of_all(expert_WTK: Tensor, num_experts: int, num_tokens: int) -> Routing:
-    """All worlds as groups of one rank-major routing; probabilities follow the choices."""
-    expert_WTK = expert_WTK[:, :num_tokens].unique(dim=0)
-    worlds_, tokens, choices = expert_WTK.shape
-    flat = expert_WTK.reshape(worlds_ * tokens, choices)
-    generator = torch.Generator().manual_seed(0)
-    probs = torch.rand(flat.shape[0], num_experts, generator=generator) * 0.1
-    for rank in range(choices):
-        bonus = torch.full((flat.shape[0], 1), float(choices - rank))
-        probs.scatter_add_(1, flat[:, rank : rank + 1], bonus)
-    probs = probs / probs.sum(-1, keepdim=True)
-    assignment = Assignment(
-        token=torch.arange(flat.shape[0]).repeat(choices),
-        expert=flat.t().reshape(-1),
-        weight=probs.gather(1, flat).t().reshape(-1),
-        kept=torch.ones(flat.numel(), dtype=torch.bool),
-        num_tokens=flat.shape[0],
-        num_experts=num_experts,
-        group_size=tokens,
-        choices=choices,
-    )
-    return Routing(assignment, logits=probs.log(), probs=probs)
+def with_limits(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> Iterator[tuple[World, int]]:
+    """Every world under every capacity from 1 to one more than there are tokens."""
+    for w in worlds(num_experts, choices, variant):
+        for limit in range(1, w.real.shape[1] + 2):
+            yield w, limit
 
 
-def policy_with(name: str, limit: int) -> CapacityPolicy | None:
-    try:
-        return moezoo.capacity.build({"name": name, "limit": limit})
-    except ConfigError:
-        return moezoo.capacity.build(name) if limit == 1 else None
+def worlds(num_experts: int, choices: int, variant: dict[str, bool]) -> Iterator[World]:
+    both = variant.get("ties", False), variant.get("padded", False)
+    # 6^6 choices: with padding, 5 tokens show what 6 would.
+    most = MAX_TOKENS - 1 if both[1] and (num_experts, choices) == (3, 2) else MAX_TOKENS
+    for num_tokens in range(1, most + 1):
+        yield cached(num_tokens, num_experts, choices, *both)
 
 
-def loads(a: Assignment) -> Tensor:
-    key = (a.token // a.group_size) * a.num_experts + a.expert
-    return torch.zeros(a.num_groups * a.num_experts, dtype=torch.int64).index_add_(
-        0, key, a.kept.long()
-    )
+@every_padding
+@every_size
+def test_first_come_keeps_the_first(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w, limit in with_limits(num_experts, choices, variant):
+        for order, pairs in (("rank", by_rank(w)), ("token", by_token(w))):
+            expected = table(w, served(w, pairs, limit)[0])
+            for training in (True, False):
+                admits(w, expected, training=training, name="first_come", limit=limit, order=order)
 
 
-@pytest.mark.parametrize("choices", [1, 2])
-@pytest.mark.parametrize("num_experts", range(1, MAX_EXPERTS + 1))
-@pytest.mark.parametrize("name", moezoo.capacity.names())
-def test_every_assignment_under_every_capacity(name: str, num_experts: int, choices: int) -> None:
-    if choices > num_experts:
-        assert policy_with(name, 1) is not None
-        return
-    everything = worlds(num_experts, choices)
-    for num_tokens, limit in itertools.product(range(1, MAX_TOKENS + 1), range(1, MAX_TOKENS + 2)):
-        policy = policy_with(name, limit)
-        if policy is None:
-            break
-        routing = routing_of_all(everything, num_experts, num_tokens)
-        offered = routing.assignment
-        assert isinstance(offered, Assignment)
-        admitted = policy.train()(routing)
-        slots = policy.limit(routing)
-        kept, demand = loads(admitted), loads(offered)
-        if slots is None:
-            assert torch.equal(kept, demand)
-            continue
-        assert int(kept.max()) <= slots
-        if policy.moves:
-            assert bool((kept >= demand.clamp(max=slots)).all())
-        else:
-            assert torch.equal(kept, demand.clamp(max=slots)), "kept = min(C, demand)"
+@every_variant
+@every_size
+def test_batch_priority_keeps_the_surest(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w, limit in with_limits(num_experts, choices, variant):
+        first = w.probs.gather(2, w.expert[:, :, :1])[:, :, 0]
+        expected = table(w, served(w, by_rank(w, first), limit)[0])
+        admits(w, expected, name="batch_priority", limit=limit)
+
+
+@every_padding
+@every_size
+def test_random_order_keeps_the_first_of_its_permutation(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w, limit in with_limits(num_experts, choices, variant):
+        drawn = torch.rand(w.real.numel(), generator=seeded(7)).view(w.real.shape)
+        expected = table(w, served(w, by_rank(w, drawn), limit)[0])
+        for training in (True, False):
+            admits(w, expected, training=training, name="random_order", limit=limit, seed=7)
+        torch.manual_seed(7)
+        admits(w, expected, name="random_order", limit=limit)
+        by_position = table(w, served(w, by_rank(w), limit)[0])
+        admits(w, by_position, training=False, name="random_order", limit=limit)
+
+
+@every_padding
+@every_size
+def test_reroute_moves_who_finds_no_place(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w, limit in with_limits(num_experts, choices, variant):
+        seated, at = rerouted(w, limit)
+        first_come = served(w, by_rank(w), limit)[0]
+        assert bool((seated >= first_come).all())
+        if choices == 1:
+            places = w.real.sum(1).clamp(max=limit * num_experts)
+            assert torch.equal(seated.sum(1), places), "nothing is dropped while there is a place"
+        admits(w, table(w, seated, at), name="reroute", limit=limit)
+
+
+@every_padding
+@every_size
+def test_transformers_counts_padding_and_never_keeps_it(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w, limit in with_limits(num_experts, choices, variant):
+        expected = table(w, served(w, by_rank(w), limit, everyone=True)[0])
+        for training in (True, False):
+            admits(w, expected, training=training, name="transformers", limit=limit)
+
+
+@every_padding
+@every_size
+def test_dropless_keeps_all_that_is_real(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w in worlds(num_experts, choices, variant):
+        for training in (True, False):
+            admits(w, table(w, w.real_WP), training=training, name="dropless")
+
+
+@every_padding
+@every_size
+def test_switch_drops_in_training_and_not_in_evaluation(
+    num_experts: int, choices: int, variant: dict[str, bool]
+) -> None:
+    for w, limit in with_limits(num_experts, choices, variant):
+        factor = limit * num_experts / (w.real.shape[1] * choices)  # a limit by its factor alone
+        limited = table(w, served(w, by_token(w), limit)[0])
+        everybody = table(w, w.real_WP)
+        admits(w, limited, name="switch", factor=factor)
+        admits(w, everybody, training=False, name="switch", factor=factor)
+        admits(w, limited, training=False, name="switch", factor=9.0, eval_factor=factor)
+        in_ranks = table(w, served(w, by_rank(w), limit)[0])
+        admits(w, in_ranks, name="switch", factor=factor, order="rank")
+
+
+def slots(rule: str, factor: Fraction, s: int, k: int, e: int) -> int:
+    """The limit rules again, in exact arithmetic."""
+    if rule == "switch":
+        return max(math.ceil(factor * s * k / e), 1)
+    if rule == "flaxformer":
+        return max(round(factor * s / e), 4)
+    if rule == "mesh":
+        return max(min(s, math.floor(factor * s / e)), 4)
+    return -(-math.ceil(factor * s * k / e) // 4) * 4
+
+
+@pytest.mark.parametrize("rule", ["switch", "flaxformer", "mesh", "vmoe"])
+@pytest.mark.parametrize("name", ["first_come", "batch_priority", "random_order", "reroute"])
+def test_factors_of_training_and_evaluation_give_the_limit_of_their_rule(
+    name: str, rule: str
+) -> None:
+    factors = [Fraction(n, 4) for n in (1, 2, 3, 5, 8)]
+    for num_experts, choices in SIZES:
+        for w, factor in itertools.product(worlds(num_experts, choices, {}), factors):
+            if len(w.expert) > 2000:
+                continue  # the same rule as with fewer tokens, at a hundred times the price
+            limit = slots(rule, factor, w.real.shape[1], choices, num_experts)
+            first = w.probs.gather(2, w.expert[:, :, :1])[:, :, 0]
+            seated, at = rerouted(w, limit)
+            drawn = torch.rand(w.real.numel(), generator=seeded(3)).view(w.real.shape)
+            expected = {
+                "first_come": table(w, served(w, by_rank(w), limit)[0]),
+                "batch_priority": table(w, served(w, by_rank(w, first), limit)[0]),
+                "random_order": table(w, served(w, by_rank(w, drawn), limit)[0]),
+                "reroute": table(w, seated, at),
+            }[name]
+            spec = {"name": name, "rule": rule} | ({"seed": 3} if name == "random_order" else {})
+            admits(w, expected, factor=float(factor), eval_factor=16.0, **spec)
+            admits(w, expected, training=False, factor=16.0, eval_factor=float(factor), **spec)
+
+
+def test_every_policy_has_its_loop_here() -> None:
+    ours = {n for n in moezoo.capacity.names()
+            if moezoo.capacity.registry.get(n).__module__.startswith("moezoo.")}  # fmt: skip
+    assert ours == {
+        "batch_priority", "dropless", "first_come", "random_order", "reroute", "switch",
+        "transformers",
+    }  # fmt: skip
+
+
+def test_a_wrong_policy_is_caught_with_the_world_that_shows_it() -> None:
+    w = world(3, 2, 1)
+    one_too_many = table(w, served(w, by_rank(w), 2)[0])
+    with pytest.raises(AssertionError, match=r"kept \[.*\] instead of \[.*\]"):
+        admits(w, one_too_many, name="first_come", limit=1)
