@@ -134,19 +134,25 @@ def upcycle(
     return made
 
 
-def downcycle(model_or_path: nn.Module | str | Path, out: str | Path | None = None) -> Any:
+def downcycle(
+    model_or_path: nn.Module | str | Path,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> Any:
     """The inverse of `upcycle`; byte-identical tensors where it was exact.
 
     Args:
         model_or_path: a live model, whose dense twin is returned, or a checkpoint on disk.
         out: the directory to write, for a checkpoint; None returns its dense tensors by name.
+        overwrite: replace what is at `out`.
 
     Raises TensorMismatch naming a layer whose experts differ.
     """
     if isinstance(model_or_path, (str, Path)):
         from moezoo.adapters.upcycle.downcycling import downcycle_checkpoint
 
-        return downcycle_checkpoint(model_or_path, out)
+        return downcycle_checkpoint(model_or_path, out, overwrite=overwrite)
     from moezoo.adapters.upcycle.live import downcycle_model
 
     return downcycle_model(model_or_path)

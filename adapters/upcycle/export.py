@@ -26,6 +26,7 @@ def export(
     layout: str = "auto",
     dtype: str | None = None,
     expert: int | None = None,
+    wo_scale: float | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -36,13 +37,17 @@ def export(
         layout: "auto", "huggingface" or "moezoo".
         dtype: "float32", "bfloat16", "float16", or None to keep it.
         expert: the number of an expert; a dense model with that expert in every sparse layer is
-            written, the factor of the upcycling undone.
+            written, the factor of the upcycling on `wo` undone.
+        wo_scale: that factor; None: from the provenance, and without one the number of experts, as
+            an exact upcycling has it. 1 takes an expert as it is.
 
     Raises ConfigError for a layout that cannot hold the model, or an expert that it has not.
     """
     if dtype is not None and dtype not in DTYPES:
         hint = did_you_mean(dtype, DTYPES)
         raise ConfigError(f"unknown dtype {str(dtype)[:80]!r}", field="dtype", hint=hint)
+    if wo_scale is not None and not 0 < wo_scale < 1e9:
+        raise ConfigError("no factor", field="wo_scale", expected="> 0", found=wo_scale)
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         if expert is not None:
@@ -61,7 +66,7 @@ def export(
         return rewrite(
             checkpoint,
             out,
-            list(_outputs(checkpoint, family.mlp, wanted, expert)),
+            list(_outputs(checkpoint, family.mlp, wanted, expert, wo_scale)),
             config=config,
             family=family,
             operation=operation,
@@ -72,9 +77,13 @@ def export(
 
 
 def _outputs(
-    checkpoint: CheckpointSource, mlp: str, dtype: str | None, expert: int | None
+    checkpoint: CheckpointSource,
+    mlp: str,
+    dtype: str | None,
+    expert: int | None,
+    wo_scale: float | None,
 ) -> Iterator[Output]:
-    scale = 1.0 if expert is None else upcycled_scale(checkpoint)
+    scale = 1.0 if expert is None else wo_scale or upcycled_scale(checkpoint)
     for name, parts in checkpoint.tensors.items():
         if expert is not None and ".mlp.router." in name:
             continue

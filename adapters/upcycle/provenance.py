@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,7 +102,7 @@ def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> 
     command = "moezoo upcycle SRC OUT --recipe recipe.json"
     how = f"with this recipe (`{command}` makes the same bytes again)"
     title = f"{provenance.source}, upcycled to {plan.config.num_experts} experts"
-    return _card(title, rows, provenance.files, how, recipe)
+    return _card(title, rows, provenance.files.items(), how, recipe)
 
 
 def rewritten_card(
@@ -118,11 +118,11 @@ def rewritten_card(
     }
     sources = made["made_from"]
     names = " and ".join(entry["source"] for entry in sources)
-    files = {
-        (name if len(sources) == 1 else f"{entry['source']}/{name}"): value
+    files = [
+        (name if len(sources) == 1 else f"{entry['source']}/{name}", value)
         for entry in sources
         for name, value in entry["source_sha256"].items()
-    }
+    ]
     how = f"by `moezoo {operation['operation']}`"
     return _card(f"{names}, after {operation['operation']}", rows, files, how, operation)
 
@@ -139,12 +139,12 @@ def _shape_rows(config: SwitchConfig) -> dict[str, str]:
 def _card(
     title: str,
     rows: Mapping[str, str],
-    files: Mapping[str, str],
+    files: Iterable[tuple[str, str]],
     how: str,
     values: Mapping[str, Any],
 ) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    hashes = "\n".join(f"- `{name}` sha256 `{value}`" for name, value in files.items())
+    hashes = "\n".join(f"- `{name}` sha256 `{value}`" for name, value in files)
     return f"""---
 library_name: moezoo
 tags: [mixture-of-experts, switch-transformers]

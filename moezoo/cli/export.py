@@ -13,6 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--layout", default="auto", help="auto (default), huggingface or moezoo")
     add("--dtype", help="float32, bfloat16 or float16; default: as it is")
     add("--expert", type=int, help="a dense model with this expert in every sparse layer")
+    add("--wo-scale", type=float, help="factor on wo to undo; default: of the upcycling; 1: none")
     add("--max-shard-size", default="5GB", help="such as 5GB (default)")
     add("--allow-nonfinite", action="store_true", help="write NaN and infinity too")
     add("--overwrite", action="store_true", help="replace what is at OUT")
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
             layout=arguments.layout,
             dtype=arguments.dtype,
             expert=arguments.expert,
+            wo_scale=arguments.wo_scale,
             max_shard_size=arguments.max_shard_size,
             overwrite=arguments.overwrite,
             allow_nonfinite=arguments.allow_nonfinite,

@@ -224,6 +224,25 @@ def test_what_transformers_loads_is_what_is_loaded_here(
         assert all(torch.equal(opened.tensor(name), state[name]) for name in opened.tensors)
 
 
+def test_a_hub_cache_of_symlinks_is_converted_with_its_tokenizer(tmp_path: Path) -> None:
+    plain = dense_t5(tmp_path / "plain")
+    snapshot, blobs = tmp_path / "models--t5/snapshots/abc", tmp_path / "models--t5/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(plain.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert run("upcycle", snapshot, tmp_path / "up", "--experts", 2) == 0
+    assert run("upcycle", plain, tmp_path / "same", "--experts", 2) == 0
+    assert stored(tmp_path / "up") == stored(tmp_path / "same")
+    assert run("verify", tmp_path / "up", "--against", snapshot, "--levels", "1,2") == 0
+    tokenizer = tmp_path / "up/spiece.model"
+    assert not tokenizer.is_symlink()
+    assert tokenizer.read_bytes() == (plain / "spiece.model").read_bytes()
+    moezoo.downcycle(tmp_path / "up", tmp_path / "same", overwrite=True)
+    assert stored(tmp_path / "same") == stored(plain)
+
+
 def test_a_single_file_of_a_larger_model_becomes_an_encoder(tmp_path: Path) -> None:
     dense = dense_t5(tmp_path / "dense")
     start = "text_encoders.t5xxl.transformer."

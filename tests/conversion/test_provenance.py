@@ -95,6 +95,13 @@ def test_every_conversion_names_its_sources_with_their_hashes(t5: Path, tmp_path
             assert json.loads(file.metadata()["moezoo"]) == made
 
 
+def test_two_sources_of_one_name_stay_two_lines(t5: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = dense_t5(tmp_path / "other" / "t5", dropout_rate=0.0)
+    merge([t5, other], tmp_path / "out", Recipe(2, init="branches"))
+    assert (tmp_path / "out/README.md").read_text().count("- `t5/model.safetensors` sha256") == 2
+
+
 @pytest.mark.parametrize("layout", ["auto", "moezoo"])
 def test_the_card_names_the_layout_that_was_written(layout: str, t5: Path, tmp_path: Path) -> None:
     report = convert(t5, tmp_path / "out", Recipe(2), layout=layout)

@@ -200,6 +200,16 @@ def test_a_single_expert_comes_out_as_a_dense_model(tmp_path: Path) -> None:
         export(tmp_path / "out", tmp_path / "none", expert=4)
 
 
+def test_an_expert_that_was_never_upcycled_comes_out_as_it_is(sparse: Path, tmp_path: Path) -> None:
+    words = ["export", str(sparse), str(tmp_path / "one"), "--expert", "1", "--wo-scale"]
+    assert main([*words, "0"]) == 2
+    assert main([*words, "1"]) == 0
+    before, after = (moezoo.load(p).state_dict() for p in (sparse, tmp_path / "one"))
+    layer = "encoder.blocks.1.mlp"
+    for name in ("wi", "wo"):
+        assert torch.equal(after[f"{layer}.{name}.weight"], before[f"{layer}.experts.{name}"][1])
+
+
 def test_the_verbs_work_end_to_end(sparse: Path, tmp_path: Path) -> None:
     here = {name: str(tmp_path / name) for name in ("large", "small", "half", "both")}
     assert main(["grow", str(sparse), here["large"], "--factor", "2"]) == 0
