@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pydoc_data.topics
 import re
 import shlex
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moezoo.cli import available
+from moezoo.cli import available, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -58,6 +60,30 @@ def test_commands_on_a_page_name_verbs_and_targets_that_exist(page: Path) -> Non
             assert words[1] in available(), line
         if words[:1] == ["make"]:
             assert words[1] in targets, line
+
+
+def test_commands_of_the_training_page_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on the page, with fewer steps; toml blocks are the files that their first line names."""
+    page = ROOT / "docs" / "training.md"
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "toml"):
+        Path(block.partition("\n")[0].removeprefix("# ")).write_text(block)
+    topics: dict[str, str] = pydoc_data.topics.topics
+    Path("text.txt").write_text("\n\n".join(topics[n] for n in sorted(topics)[:20]))
+    pairs = [{"source": f"number {i % 7}", "target": f"value {i % 7}"} for i in range(40)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    commands = [
+        re.sub(r"--steps \d+", "--steps 3", line)
+        for line in "\n".join(blocks(page, "sh")).splitlines()
+        if line.startswith("moezoo")
+    ]
+    for command in commands:
+        assert main(shlex.split(command, comments=True)[1:]) == 0, command
+    assert "exact_match" in capsys.readouterr().out
+    made = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert made >= {"run", "switch", "more", "tuned", "student"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
