@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from moezoo.adapters.buildable import check_buildable
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible, layout_for
 from moezoo.adapters.formats import TensorInfo
@@ -132,6 +133,7 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
     router = router_for(init, recipe.router, recipe.num_experts)
     scale = preserving_scale(init, router, recipe.num_experts, recipe.preserve)
     config = target_config(source_config, recipe, init, router, checkpoint.task)
+    check_buildable(config, checkpoint.task)
     family = layout_for(config, layout)
     moves = tuple(_moves(checkpoint, config, family, recipe, scale))
     return Plan(

@@ -230,6 +230,34 @@ def test_bad_recipes_are_refused_by_field_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stacks", ["all", "enc=all"])
+@pytest.mark.parametrize("router", moezoo.routers.names())
+def test_what_is_written_with_any_router_loads_and_the_rest_is_refused(
+    router: str, stacks: str, t5: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(4, layers=stacks, router=router, preserve="none", capacity=None)
+    try:
+        convert(t5, tmp_path / "out", recipe)
+    except ConfigError as error:
+        assert "does not tell its weights" in str(error) or "not causal" in str(error)
+        assert router not in ("switch", "top_k", "gshard") and not (tmp_path / "out").exists()
+        return
+    assert logits(moezoo.load(tmp_path / "out")).isfinite().all()
+
+
+@pytest.mark.parametrize("policy", moezoo.capacity.names())
+def test_what_is_written_with_any_policy_loads_and_the_rest_is_refused(
+    policy: str, t5: Path, tmp_path: Path
+) -> None:
+    try:
+        convert(t5, tmp_path / "out", Recipe(4, capacity=policy))
+    except ConfigError as error:
+        assert "not causal" in str(error)
+        assert policy in ("batch_priority", "random_order", "reroute")
+        return
+    assert logits(moezoo.load(tmp_path / "out")).isfinite().all()
+
+
 def test_targets_that_would_lose_something_are_refused(t5: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -1,0 +1,36 @@
+"""Whether the config of a planned model can be built, and from the weights that the plan writes."""
+
+from __future__ import annotations
+
+from moezoo.adapters.shapes import parameter_shapes
+from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError
+from moezoo.registry import Spec
+
+# What these need is known without building anything, so that planning needs no torch.
+_ROUTERS = ("switch", "top_k")
+_POLICIES = ("dropless", "switch", "transformers")
+
+
+def check_buildable(config: SwitchConfig, task: str) -> None:
+    """Raise ConfigError for routers and policies that do not go together, or whose weights a dense
+    model does not tell. Builds the model without memory unless its components are the usual ones.
+    """
+    router = Spec.parse(config.router, kind="router")
+    policy = Spec.parse(config.capacity or "switch", kind="capacity")
+    if router.name in _ROUTERS and "bias" not in router.options and policy.name in _POLICIES:
+        return
+    from moezoo.building import build
+
+    needed = set(build(config, task=task, device="meta").state_dict())
+    written = set(parameter_shapes(config, task))
+    lacking, surplus = sorted(needed - written), sorted(written - needed)
+    if lacking or surplus:
+        culprit = (lacking or surplus)[0].rpartition(".mlp.")[2]
+        what = f"needs {culprit!r}" if lacking else f"has no {culprit!r}"
+        raise ConfigError(
+            f"the router {router.name!r} {what}: a dense model does not tell its weights",
+            field="router",
+            expected="a router of a classifier alone, such as switch, top_k or gshard",
+            hint="Build that model with moezoo.build, or plug it in with moezoo.plug.",
+        )
