@@ -99,7 +99,7 @@ def restore(
     state.model.load_state_dict(model.state_dict())
     try:
         rest = torch.load(path / "training.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a corrupt file fails in any part of the reader
         reason = f"cannot be read: {type(error).__name__}"
         raise CorruptFile(reason, path=path / "training.pt") from None
     _restore_optimizer(state, rest, int(facts["step"]), strict=strict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -144,7 +145,10 @@ def training_step(
     if finite:
         _adapt_routers(state.model, routings)
     rate = float(state.schedule.get_last_lr()[0])
-    state.schedule.step()
+    with warnings.catch_warnings():
+        # torch takes a skipped first step for steps in the wrong order.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler")
+        state.schedule.step()
     state.step += 1
     return StepRecord(
         step=state.step,
