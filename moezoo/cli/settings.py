@@ -31,7 +31,11 @@ class FromFile(argparse.Action):
             for a in parser._actions
             if a.option_strings and a.dest not in ("help", "debug", "settings")
         }
-        for name, value in settings_of(str(values)).items():
+        try:
+            found = settings_of(str(values))
+        except CorruptFile as error:
+            parser.error(str(error))
+        for name, value in found.items():
             if name not in known:
                 parser.error(f"{values}: unknown setting {name!r}; {did_you_mean(name, known)}")
             action = known[name]
