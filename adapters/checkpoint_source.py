@@ -14,6 +14,10 @@ from moezoo.adapters.names import disk_names, is_ignored
 from moezoo.adapters.shapes import check_shapes, parameter_shapes
 from moezoo.config import SwitchConfig
 from moezoo.errors import TensorMismatch
+from moezoo.registry import Spec
+
+# Routers whose only weights are a classifier's (E, D).
+_CLASSIFIERS = ("base", "expert_choice", "gshard", "sinkhorn", "streamed_switch", "switch", "top_k")
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,35 @@ def open_checkpoint(path: str | Path) -> CheckpointSource:
     """
     source = open_source(path)
     try:
-        return _checked(source)
+        description = describe(source)
+        try:
+            return _checked(source, description)
+        except TensorMismatch as error:
+            raise _explained(error, description) from None
     except BaseException:
         source.close()
         raise
 
 
-def _checked(source: Source) -> CheckpointSource:
-    description = describe(source)
+def _explained(error: TensorMismatch, description: Description) -> TensorMismatch:
+    """The error, or the reason why no conversion can take this model."""
+    config = description.config
+    router, experts = (Spec.parse(spec).name for spec in (config.router, config.experts))
+    beyond = [f"the router {router!r}"] if router not in _CLASSIFIERS else []
+    beyond += [f"the experts {experts!r}"] if experts != "stacked" else []
+    beyond += ["a shared expert"] if config.shared_expert is not None else []
+    if not beyond or "moezoo" not in description.family.model_types:
+        return error
+    return TensorMismatch(
+        f"conversions do not know the weights of {' and '.join(beyond)}",
+        path=error.path,
+        key=error.key,
+        expected="routers of a classifier alone, and stacked experts",
+        hint="moezoo.load and moezoo.save read and write this model, in any dtype.",
+    )
+
+
+def _checked(source: Source, description: Description) -> CheckpointSource:
     task = _task(description)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for name, places in description.places.items():

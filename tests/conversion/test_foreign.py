@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import moezoo
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.sparse import sparse
+from moezoo.adapters.upcycle.export import export
 from moezoo.errors import CheckpointError, ConfigError, IndexFileError, TensorMismatch
 from tests.conversion.dense import SIZES, dense_t5, ids
 from tests.conversion.test_containers import nested, packed, write_t5x
@@ -96,6 +97,35 @@ def test_an_array_that_no_t5_has_is_named_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "t5x/checkpoint").write_bytes(content.replace(b"encoder_norm", b"encoder_form"))
     with pytest.raises(TensorMismatch, match=r"t5x: no T5 has an array .*encoder_form"):
         moezoo.load(tmp_path / "t5x")
+
+
+@pytest.mark.parametrize(
+    "component",
+    [
+        *({"router": name} for name in moezoo.routers.names()),
+        *({"experts": name} for name in moezoo.experts.names()),
+        {"shared_expert": {"d_ff": 8}},
+    ],
+    ids=str,
+)
+def test_models_of_any_component_are_exported_whole_or_refused_by_it(
+    component: dict[str, object], tmp_path: Path
+) -> None:
+    config = moezoo.SwitchConfig(
+        vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_heads=2, num_layers=2, num_experts=4,
+        encoder_sparse_layers=(1,), decoder_sparse_layers=(), **component,
+    )  # fmt: skip
+    model = moezoo.build(config, seed=0)
+    moezoo.save(model, tmp_path / "model")
+    try:
+        export(tmp_path / "model", tmp_path / "out")
+    except TensorMismatch as error:
+        (name,) = [spec for spec in component.values() if isinstance(spec, str)] or ["shared"]
+        assert "conversions do not know the weights of" in str(error) and name in str(error)
+        assert name not in ("switch", "top_k", "stacked")
+        return
+    state, again = model.state_dict(), moezoo.load(tmp_path / "out").state_dict()
+    assert set(again) == set(state) and all(torch.equal(again[n], state[n]) for n in state)
 
 
 @pytest.fixture(params=["local", "transient-global"])
