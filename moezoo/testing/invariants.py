@@ -16,6 +16,15 @@ from moezoo.records import Tokens
 D_MODEL, VOCABULARY = 6, 24
 
 
+# Invariants that hold because a component declares so, and the attribute that declares it.
+_DECLARED = {
+    "causal": "causal",
+    "deterministic": "deterministic",
+    "batch_invariant": "batch_invariant",
+    "token order": "batch_invariant",
+}
+
+
 class InvariantBroken(AssertionError):
     """A component does not keep a promise.
 
@@ -27,11 +36,20 @@ class InvariantBroken(AssertionError):
         self, component: str, invariant: str, claim: str, case: object, reason: str
     ) -> None:
         self.component, self.invariant, self.claim, self.case = component, invariant, claim, case
-        super().__init__(
-            f"{component} breaks {invariant!r}: {claim}.\n"
-            f"  how:            {reason}\n"
-            f"  smallest input: {case}"
-        )
+        lines = [
+            f"{component} breaks {invariant!r}: {claim}.",
+            f"  how:            {reason}",
+            f"  smallest input: {case}",
+        ]
+        if isinstance(case, Case):
+            lines.append(f"                  ({case.described()}; `error.case.tokens()` makes it)")
+        if invariant in _DECLARED:
+            name = _DECLARED[invariant]
+            lines.append(
+                f"  way out:        {component} promises this by `{name} = True`: repair its "
+                f"forward or, if it is meant so, declare `{name} = False`."
+            )
+        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,13 @@ class Case:
     @property
     def num_tokens(self) -> int:
         return self.group_size * self.groups
+
+    def described(self) -> str:
+        """The sizes in words."""
+        parts = [f"{self.groups} x {self.group_size} tokens (groups x tokens per group)"]
+        parts.append(f"{self.num_experts} experts")
+        parts += ["padding"] * self.padded + ["equal scores"] * self.ties
+        return ", ".join([*parts, "training" if self.training else "evaluation"])
 
     def generator(self, purpose: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1009 + purpose)
@@ -102,7 +127,9 @@ def _verify_one(
             invariant(case)
         except (AssertionError, MoezooError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).strip().splitlines()
-            last.append((case, f"{type(error).__name__}: {reason[0]}" if reason else repr(error)))
+            said = reason[0] if reason else repr(error)
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            last.append((case, kind + said))
             raise
 
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -60,6 +61,38 @@ def test_a_wrong_router_is_caught(router: type[SwitchRouter], promise: str) -> N
     assert caught.value.invariant == promise
     assert "smallest input: Case(" in str(caught.value)
     assert router.__name__ in str(caught.value)
+
+
+def test_the_message_says_what_how_with_which_input_and_what_to_do() -> None:
+    with pytest.raises(InvariantBroken) as caught:
+        check_router(PeeksAhead, examples=50)
+    text = str(caught.value)
+    assert text.startswith("PeeksAhead breaks 'causal': later tokens never change")
+    assert re.search(r"how: +token \d+, with other tokens from \d+ on, (goes to|has other)", text)
+    assert "tokens (groups x tokens per group)" in text
+    assert "PeeksAhead promises this by `causal = True`" in text
+    assert "declare `causal = False`" in text
+    assert caught.value.case.tokens().num_tokens == caught.value.case.num_tokens
+
+
+def test_a_router_declared_not_causal_is_held_to_its_other_promises() -> None:
+    class Declared(PeeksAhead):
+        causal = False
+        batch_invariant = False
+
+    with pytest.raises(InvariantBroken) as caught:
+        check_router(Declared, examples=30)
+    assert caught.value.invariant == "padding"  # it reads its neighbour, padding too
+    assert "way out" not in str(caught.value)
+
+
+def test_an_error_of_the_component_keeps_its_name() -> None:
+    class Stumbles(SwitchRouter):
+        def forward(self, tokens: Tokens) -> Routing:
+            raise IndexError("the table is too short")
+
+    with pytest.raises(InvariantBroken, match="IndexError: the table is too short"):
+        check_router(Stumbles, examples=5)
 
 
 def test_the_smallest_input_is_small() -> None:
