@@ -91,11 +91,11 @@ def prepared(
     return Session(model, tokenizer, settings, Distillation(teacher, settings.teacher_weight))
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     """torch.compile every block by itself: names of weights stay, and equal blocks compile once."""
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile(dynamic=True)
+            module.compile(dynamic=True, backend=backend)
 
 
 def execute(
