@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,24 @@ with moezoo.record(layer) as tape:
 print("dropped", tape.stats()["moe"].dropped)
 """
     assert "dropped 0.5" in run(tmp_path, code)
+
+
+def test_pip_installs_the_plugin_and_its_entry_point_is_found(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(PLUGIN, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(target)]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = """
+import moezoo
+assert "moezoo_plugin" not in sys.modules
+policy = moezoo.capacity.build("every_other")
+print(type(policy).__name__, sys.modules["moezoo_plugin"].__file__)
+"""
+    out = run(target, code)
+    assert "EveryOther" in out
+    assert str(target) in out
 
 
 def test_a_plugin_that_fails_to_import_is_named_and_the_rest_works(tmp_path: Path) -> None:
