@@ -43,11 +43,7 @@ def export(
 
     Raises ConfigError for a layout that cannot hold the model, or an expert that it has not.
     """
-    if dtype is not None and dtype not in DTYPES:
-        hint = did_you_mean(dtype, DTYPES)
-        raise ConfigError(f"unknown dtype {str(dtype)[:80]!r}", field="dtype", hint=hint)
-    if wo_scale is not None and not 0 < wo_scale < 1e9:
-        raise ConfigError("no factor", field="wo_scale", expected="> 0", found=wo_scale)
+    _check(dtype, wo_scale)
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         if expert is not None:
@@ -74,6 +70,14 @@ def export(
             allow_nonfinite=allow_nonfinite,
             max_shard_size=max_shard_size,
         )
+
+
+def _check(dtype: str | None, wo_scale: float | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise ConfigError(f"unknown dtype {str(dtype)[:80]!r}", field="dtype", hint=hint)
+    if wo_scale is not None and not 0 < wo_scale < 1e9:
+        raise ConfigError("no factor", field="wo_scale", expected="> 0", found=wo_scale)
 
 
 def _outputs(

@@ -51,14 +51,7 @@ def merge(
         )  # fmt: skip
     with ExitStack() as stack:
         branches = [stack.enter_context(open_checkpoint(path)) for path in paths]
-        for other in branches[1:]:
-            if other.config != branches[0].config or other.task != branches[0].task:
-                raise ConfigError(
-                    "the models differ in shape or kind",
-                    field="sources",
-                    path=other.path,
-                    expected=f"a config like that of {branches[0].path}",
-                )
+        _check_alike(branches)
         plan = make_plan(branches[0], recipe, layout=layout)
         operation = {"operation": "merge", "recipe": recipe.to_dict(), "wo_scale": plan.scale}
         inputs: LayerInputs = {}
@@ -76,6 +69,17 @@ def merge(
             overwrite=overwrite,
             max_shard_size=recipe.max_shard_size,
         )
+
+
+def _check_alike(branches: Sequence[CheckpointSource]) -> None:
+    for other in branches[1:]:
+        if other.config != branches[0].config or other.task != branches[0].task:
+            raise ConfigError(
+                "the models differ in shape or kind",
+                field="sources",
+                path=other.path,
+                expected=f"a config like that of {branches[0].path}",
+            )
 
 
 def _outputs(

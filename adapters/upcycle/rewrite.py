@@ -82,13 +82,19 @@ def rewrite(
             (stage / "model.safetensors.index.json").write_bytes(shard_index(shards))
         for c, stamped in zip(checkpoints, before, strict=True):
             refuse_change(c.source, stamped)
-        values = {**family.write(config, checkpoint.task), "moezoo_provenance": made}
+        values = family.write(config, checkpoint.task)
         values["dtype"] = dtype_word(output.plan for output in outputs)
-        write_text(stage / "config.json", json.dumps(values, indent=2, sort_keys=True))
         parameters = sum(math.prod(output.plan.shape) for output in outputs)
-        write_text(stage / "README.md", rewritten_card(config, family, parameters, made))
+        _describe(stage, values, made, rewritten_card(config, family, parameters, made))
         carry_files(checkpoint.source.directory, stage)
     return final
+
+
+def _describe(stage: Path, values: dict[str, Any], made: Mapping[str, Any], card: str) -> None:
+    """config.json with the provenance, and the model card."""
+    values = {**values, "moezoo_provenance": made}
+    write_text(stage / "config.json", json.dumps(values, indent=2, sort_keys=True))
+    write_text(stage / "README.md", card)
 
 
 def _metadata(made: Mapping[str, Any]) -> dict[str, str]:
