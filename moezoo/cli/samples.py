@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moezoo.tokenizer import Tokenizer
+    from moezoo.tokenizer import ByteTokenizer, Tokenizer
 
 Batch = dict[str, "Tensor"]
 
@@ -23,15 +23,16 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per source (128)")
 
 
-def sample_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+def sample_tokenizer(arguments: argparse.Namespace) -> Tokenizer | ByteTokenizer:
     """The tokenizer that was named, or the one beside the checkpoint."""
     from moezoo.tokenizer import tokenizer_of
 
-    return tokenizer_of(arguments.tokenizer or arguments.source)
+    source: str = arguments.tokenizer or arguments.source
+    return tokenizer_of(source)
 
 
 def sample_batches(
-    arguments: argparse.Namespace, tokenizer: Tokenizer, label: str
+    arguments: argparse.Namespace, tokenizer: Tokenizer | ByteTokenizer, label: str
 ) -> Iterator[Batch]:
     """The batches, under a progress bar. Raises ConfigError or CheckpointError."""
     from moezoo.cli.terminal import Progress
