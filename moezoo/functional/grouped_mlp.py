@@ -98,11 +98,11 @@ def _empty_result(x: Tensor, runs: Runs, outer: Tensor) -> Tensor:
 
 
 def _projected(
-    x: Tensor, inner: Sequence[Tensor], expert: int, function: Activation
+    x: Tensor, inner: Sequence[Tensor], expert: int, function: Activation, training: bool = False
 ) -> list[Tensor]:
     """What backward needs of the hidden units: themselves with relu, else what fn is applied to."""
     relu = len(inner) == 1 and function is F.relu
-    return [product(x, weight[expert], relu=relu) for weight in inner]
+    return [product(x, weight[expert], relu=relu, training=training) for weight in inner]
 
 
 def _hidden(parts: list[Tensor], function: Activation) -> Tensor:
@@ -124,7 +124,7 @@ class _FusedMLP(torch.autograd.Function):
         out = _empty_result(x, ctx.runs, outer)
         kept_parts: list[Tensor] = []
         for expert, rows in ctx.runs:
-            parts = _projected(x[rows], inner, expert, function)
+            parts = _projected(x[rows], inner, expert, function, training=True)
             hidden = _hidden(parts, function)
             if threshold:
                 mask = kept(hidden.shape, threshold)
@@ -132,7 +132,7 @@ class _FusedMLP(torch.autograd.Function):
                 hidden.mul_(ctx.scale)
                 if not ctx.relu:  # with relu the result shows by itself what was dropped
                     parts.append(mask)
-            out[rows] = product(hidden, outer[expert])
+            out[rows] = product(hidden, outer[expert], training=True)
             kept_parts += parts
         ctx.save_for_backward(x, counts, *weights, *kept_parts)
         ctx.num_weights = len(weights)
@@ -173,7 +173,7 @@ def _backward_of_run(
     """Fill in what the rows of one expert contribute; see `_FusedMLP`."""
     *inner, outer = weights
     *inner_grads, outer_grad = grads
-    grad_hidden = product(grad, outer[expert].t())
+    grad_hidden = product(grad, outer[expert].t(), training=True)
     if ctx.relu:
         hidden = parts[0]
         torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
@@ -189,7 +189,7 @@ def _backward_of_run(
         if target is not None:
             torch.mm(part.t(), x, out=target[expert])
         if grad_x is not None:
-            back = product(part, weight[expert].t())
+            back = product(part, weight[expert].t(), training=True)
             grad_x[rows] = grad_x[rows] + back if index else back
 
 

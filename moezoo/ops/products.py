@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-# Measured with 768 x 3,072 weights that are not in the cache (benchmarks/layer.md).
-_FEW_ROWS = 4
-_FEW_ROWS_TALL = 8  # for heads, whose output is much wider than their input
-_TALL = 8
-_FEW_ROWS_TRANSPOSED = 2
+_TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
 _SMALL_WEIGHT, _SMALL_RESULT = 2**18, 2**13
+_ALWAYS = 2**62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """For how many rows which product is the fastest; else it is `torch.mm`.
+
+    weight_first, for tall weights weight_first_tall: up to so many. onednn, onednn_transposed: from
+    the first number of rows to the one before the second.
+    """
+
+    weight_first: int = 0
+    weight_first_tall: int = 0
+    onednn: tuple[int, int] = (0, 0)
+    onednn_transposed: tuple[int, int] = (0, 0)
+
+
+# Measured with 768 x 3,072 weights that are not in the cache (benchmarks/layer.md). MKL, which
+# `torch.mm` calls, has other kernels for other makers' processors.
+LIMITS = {
+    "AuthenticAMD": Limits(4, 8, onednn=(1, _ALWAYS), onednn_transposed=(3, _ALWAYS)),
+    "GenuineIntel": Limits(onednn=(4, 32)),
+}
+# oneDNN keeps half a MiB of code for every number of rows it has met, a thousand of them: in
+# training, where an expert's rows change with every step, it is for few rows only.
+_ONEDNN_IN_TRAINING = 32
+
+
+@lru_cache(maxsize=1)
+def limits() -> Limits:
+    """Those of this machine's processor; never oneDNN where nothing was measured."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return Limits()
+    vendor = next((line for line in lines if line.startswith("vendor_id")), "")
+    return LIMITS.get(vendor.rpartition(":")[2].strip(), Limits())
 
 
 def fast_products(x: Tensor, weight: Tensor) -> bool:
@@ -23,33 +60,39 @@ def fast_products(x: Tensor, weight: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu")
 
 
-def product(x: Tensor, weight: Tensor, *, relu: bool = False) -> Tensor:
+def product(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = False) -> Tensor:
     """x (n, K) times weight (M, K) transposed, (n, M) contiguous, with relu on top if wanted; for
     eager code, without a gradient.
 
     The sums are in another order than those of `F.linear`, so values differ in the last bits.
+
+    Args:
+        training: n changes from call to call, without an end.
     """
     rows = x.shape[0]
-    if not fast_products(x, weight):
-        out = torch.mm(x, weight.t())
-    elif not rows or not x.shape[1] or not weight.shape[0]:
-        out = x.new_zeros(rows, weight.shape[0])
-    elif weight.numel() <= _SMALL_WEIGHT and rows * weight.shape[0] <= _SMALL_RESULT:
-        out = torch.mm(x, weight.t())
-    elif weight.stride(1) == 1 and rows <= _few_rows(weight):
-        out = _weight_first(x, weight)
-    elif weight.stride(1) == 1 or rows > _FEW_ROWS_TRANSPOSED:
+    if not rows or not x.shape[1] or not weight.shape[0]:
+        return x.new_zeros(rows, weight.shape[0])
+    kind = _kind(x, weight, training)
+    if kind == "onednn":
         return _onednn(x, weight, relu)
-    else:
-        out = torch.mm(x, weight.t())
+    out = _weight_first(x, weight) if kind == "weight first" else torch.mm(x, weight.t())
     return out.relu_() if relu else out
 
 
-def _few_rows(weight: Tensor) -> int:
-    outer, inner = weight.shape
-    if outer < inner:
-        return 0
-    return _FEW_ROWS_TALL if outer >= _TALL * inner else _FEW_ROWS
+def _kind(x: Tensor, weight: Tensor, training: bool) -> str:
+    rows, outer = x.shape[0], weight.shape[0]
+    if not fast_products(x, weight):
+        return "mm"
+    if weight.numel() <= _SMALL_WEIGHT and rows * outer <= _SMALL_RESULT:
+        return "mm"
+    found, plain = limits(), weight.stride(1) == 1
+    if plain and outer >= weight.shape[1]:
+        tall = outer >= _TALL * weight.shape[1]
+        if rows <= (found.weight_first_tall if tall else found.weight_first):
+            return "weight first"
+    first, last = found.onednn if plain else found.onednn_transposed
+    last = min(last, _ONEDNN_IN_TRAINING) if training else last
+    return "onednn" if first <= rows < last else "mm"
 
 
 def _weight_first(x: Tensor, weight: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def test_one_row_reads_the_weights_of_one_expert_in_place(monkeypatch: pytest.Mo
     experts = StackedExperts(4, 6, 3).eval()
     seen = []
 
-    def spy(x: Tensor, weight: Tensor, *, relu: bool = False) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = False) -> Tensor:
         seen.append(weight)
         y = x @ weight.t()
         return y.relu() if relu else y

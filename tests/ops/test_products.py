@@ -6,13 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from moezoo.ops.products import product
+from moezoo.ops import products
+from moezoo.ops.products import LIMITS, Limits, product
+
+
+@pytest.fixture(params=[*LIMITS, "unknown"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Limits:
+    """Every processor's choices, on weights of any size."""
+    found = LIMITS.get(request.param, Limits())
+    monkeypatch.setattr(products, "limits", lambda: found)
+    monkeypatch.setattr(products, "_SMALL_WEIGHT", 0)
+    return found
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 9, 33])
 @pytest.mark.parametrize("sizes", [(16, 24), (24, 16), (8, 64), (1, 1), (7, 3)])
 @pytest.mark.parametrize("relu", [False, True])
-def test_it_equals_mm_in_every_layout(rows: int, sizes: tuple[int, int], relu: bool) -> None:
+def test_it_equals_mm_in_every_layout(
+    rows: int, sizes: tuple[int, int], relu: bool, processor: Limits
+) -> None:
     generator = torch.Generator().manual_seed(rows)
     inputs, outputs = sizes
     x = torch.randn(rows, inputs, generator=generator)
@@ -25,9 +37,10 @@ def test_it_equals_mm_in_every_layout(rows: int, sizes: tuple[int, int], relu: b
         torch.stack([weight] * 2, 2)[..., 0],
     ]
     for matrix in layouts:
-        found = product(x, matrix, relu=relu)
-        torch.testing.assert_close(found, expected)
-        assert found.is_contiguous()
+        for training in (False, True):
+            found = product(x, matrix, relu=relu, training=training)
+            torch.testing.assert_close(found, expected)
+            assert found.is_contiguous()
     torch.testing.assert_close(
         product(x[:, :1].expand(rows, inputs), weight)[:1],
         (x[:1, :1].expand(-1, inputs) @ weight.t()),
@@ -35,7 +48,33 @@ def test_it_equals_mm_in_every_layout(rows: int, sizes: tuple[int, int], relu: b
 
 
 def test_without_onednn_the_values_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_kind", lambda *_: "onednn")
     x, weight = torch.randn(9, 16), torch.randn(24, 16)
     found = product(x, weight, relu=True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     torch.testing.assert_close(product(x, weight, relu=True), found)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "rows", "kind"),
+    [("AuthenticAMD", 4, "weight first"), ("AuthenticAMD", 64, "onednn"), ("GenuineIntel", 3, "mm"),
+     ("GenuineIntel", 4, "onednn"), ("GenuineIntel", 64, "mm"), ("other", 4, "mm")],
+)  # fmt: skip
+def test_the_processor_decides(
+    vendor: str, rows: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "limits", lambda: LIMITS.get(vendor, Limits()))
+    weight = torch.zeros(3072, 768)
+    assert products._kind(torch.zeros(rows, 768), weight, training=False) == kind
+    small = torch.zeros(8, 768)
+    assert products._kind(torch.zeros(rows, 768), small, training=False) == "mm"
+
+
+@pytest.mark.parametrize("vendor", LIMITS)
+def test_in_training_no_number_of_rows_beyond_a_few_is_compiled(
+    vendor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "limits", lambda: LIMITS[vendor])
+    weight = torch.zeros(768, 3072)
+    kinds = [products._kind(torch.zeros(n, 3072), weight, training=True) for n in range(1, 200)]
+    assert kinds.count("onednn") < 40
