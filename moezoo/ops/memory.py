@@ -28,18 +28,23 @@ def stacked_gradient(shape: Sequence[int], like: Tensor, written: Sequence[int])
     A large one on a Linux CPU lives in huge pages. Its memory comes back to a stock when the tensor
     is freed, and serves the gradient of the next training step; the system may take it away from
     the stock at any time (MADV_FREE), `release_memory` gives it back at once. Fresh memory for
-    75 MB costs 20 ms with `torch.zeros`, 5 in huge pages, nothing from the stock; where most
-    experts have no rows, fresh pages that are never touched are cheaper than writing zeros
-    (benchmarks/layer.md, "Fresh memory").
+    75 MB costs 20 ms with `torch.zeros`, 5 in huge pages, nothing from the stock
+    (benchmarks/layer.md, "Fresh memory"). What is not written is given back to the system, which
+    has zeros there when it is read: cheaper than writing them.
     """
     size = torch.Size(shape).numel() * like.element_size()
     if size < _LARGE or not _HUGE_PAGES or like.device.type != "cpu":
         return _zeroed(like.new_empty(shape), written)
     waiting = _stock.get(size)
-    block = waiting.pop() if waiting else None
-    if block is None or 2 * len(written) < shape[0]:
+    if not waiting:
         return _tensor(_huge_pages(size), size, like).view(shape)
-    return _zeroed(_tensor(block, size, like).view(shape), written)
+    block = waiting.pop()
+    gradient = _tensor(block, size, like)
+    each, start = size // shape[0], 0
+    for number in (*sorted(written), shape[0]):
+        _clear(block, gradient.view(torch.uint8), start, number * each)
+        start = (number + 1) * each
+    return gradient.view(shape)
 
 
 def large_empty(
@@ -63,6 +68,17 @@ def _zeroed(stacked: Tensor, written: Sequence[int]) -> Tensor:
     for number in set(range(stacked.shape[0])).difference(written):
         stacked[number].zero_()
     return stacked
+
+
+def _clear(block: mmap.mmap, content: Tensor, start: int, end: int) -> None:
+    """Zeros in bytes start to end of a block; its whole pages go back to the system."""
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first >= last:
+        content[start:end].zero_()
+        return
+    block.madvise(mmap.MADV_DONTNEED, first, last - first)
+    content[start:first].zero_()
+    content[last:end].zero_()
 
 
 def _huge_pages(size: int) -> mmap.mmap:

@@ -19,7 +19,7 @@ def empty_stock() -> None:
     release_memory()
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (4, 3), (0, 3)])
+@pytest.mark.parametrize("shape", [SHAPE, (33, 1025, 257), (20_000, 500), (4, 3), (0, 3)])
 def test_what_is_not_written_is_zero(shape: tuple[int, ...]) -> None:
     for written in ([1, 3], [0, 1, 2, 3], [2], []):
         written = written[: shape[0]]
