@@ -137,7 +137,10 @@ class MoE(nn.Module):
                 raise DtypeError(
                     f"{name} must be bool or integer", field=name, found=value.dtype, hint=hint
                 )
-        parameter = next(self.parameters(), None)
+        # A stack of experts at once; else whichever parameter is found, which takes longer.
+        own = self.experts._parameters.values()
+        parameter = next(iter(own), None)
+        parameter = next(self.parameters(), None) if parameter is None else parameter
         if parameter is not None and parameter.device.type != x.device.type:
             where = f"x on {x.device}, weights on {parameter.device}"
             raise ConfigError("x and the layer are on different devices", field="x", found=where)

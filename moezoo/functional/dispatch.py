@@ -21,7 +21,8 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
     if a.num_pairs == 1:  # one token to decode: nothing to sort
         count_E = torch.zeros(a.num_experts, dtype=torch.int64, device=a.expert.device)
         count_E.index_add_(0, a.expert, a.kept.long())
-        return Slots(x_TD.index_select(0, a.token), count_E), torch.zeros_like(a.token)
+        row = x_TD if a.num_tokens == 1 else x_TD.index_select(0, a.token)
+        return Slots(row, count_E), a.token.new_zeros(1)
     key_N = torch.where(a.kept, a.expert, a.num_experts)
     sorted_N, order_N = key_N.sort(stable=True)
     count_E = torch.zeros(a.num_experts + 1, dtype=torch.int64, device=key_N.device)
@@ -38,7 +39,10 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
     pair.
     """
     a = assignment
-    weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))[order_N]
+    weight_N = torch.where(a.kept, a.weight, 0.0)
+    if a.num_pairs == a.num_tokens == 1:
+        return y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
+    weight_N = weight_N[order_N]
     if a.choices == 1 and a.num_tokens > 1:
         rows_T1 = _rows_by_token(a, order_N)
         out_TD = _collected(y_ND, rows_T1, a, order_N)
@@ -46,8 +50,6 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
         # Without a gradient nobody else has seen this copy.
         return out_TD * weight_T1 if torch.is_grad_enabled() else out_TD.mul_(weight_T1)
     weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
-    if a.num_pairs == a.num_tokens == 1:
-        return weighted_ND
     if a.choices:
         return _collected(weighted_ND, _rows_by_token(a, order_N), a, order_N)
     out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
