@@ -11,7 +11,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 import moezoo
 from moezoo import routers
 from moezoo.ops import backends
-from moezoo.ops.backends import BACKENDS, Choice
+from moezoo.ops.backends import Choice
+from tests.ops.rows import cpu_backends
 
 NAMES = [n for n in routers.names() if routers.registry.get(n).__module__.startswith("moezoo.")]
 
@@ -57,7 +58,7 @@ def test_every_router_compiles_with_its_layer_into_one_graph(
     torch._dynamo.reset()
     sparse = layer(name, training=training, **TRACEABLE.get(name, {}))
     compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
-    for number, backend in enumerate(BACKENDS):
+    for number, backend in enumerate(cpu_backends()):
         monkeypatch.setattr(backends, "TABLE", (Choice(backend),))
         results = zip(step(sparse, sparse, number), step(compiled, sparse, number), strict=True)
         for eager, graph in results:
@@ -69,7 +70,7 @@ def test_every_router_exports_with_its_layer(name: str, monkeypatch: pytest.Monk
     sparse = layer(name, training=False, **TRACEABLE.get(name, {}))
     x, ids = batch()
     program = torch.export.export(sparse, (x,), {"token_ids": ids}).module()
-    for number, backend in enumerate(BACKENDS):
+    for number, backend in enumerate(cpu_backends()):
         monkeypatch.setattr(backends, "TABLE", (Choice(backend),))
         x, ids = batch(number + 1)
         torch.testing.assert_close(program(x, token_ids=ids), sparse(x, token_ids=ids))

@@ -1,13 +1,16 @@
 """The ways to compute E products over rows that are sorted by expert, and when each is used.
 
-A backend is an object with three methods, listed in `BACKENDS`; a kernel for another device (say,
-in Triton) is one more entry there and one more line of `TABLE`. Its `linear` and `outer` run inside
-an operator, so they may read the counts, and autograd never sees what they do.
+A backend is an object with three methods, listed in `BACKENDS`; a kernel for another device is one
+more entry there and, once it is measured on that device, one more line of `TABLE`. Its `linear` and
+`outer` run inside an operator, so they may read the counts, and autograd never sees what they do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -139,7 +142,48 @@ def _filled_up(x: Tensor, place_N: Tensor, counts: Tensor, capacity: int) -> Ten
     return flat.view(counts.shape[0], capacity, x.shape[1])
 
 
-BACKENDS: dict[str, Backend] = {"loop": Loop(), "grouped": Grouped(), "padded": Padded()}
+class Triton:
+    """Kernels of ours for a GPU: no synchronisation, any width, weights in any layout and dtype.
+
+    Triton is imported when they are first asked for. On CPU tensors they run in its interpreter
+    alone (TRITON_INTERPRET=1), which is for tests.
+    """
+
+    def refusal(self, x: Tensor, other: Tensor) -> str | None:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the Triton kernels know no {x.dtype}"
+        if not _has_triton():
+            return "triton is not installed"
+        if not x.is_cuda and not (x.is_cpu and _triton_kernels().INTERPRETED):
+            return f"the Triton kernels run on a GPU, not on {x.device.type}"
+        return None
+
+    def linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        out: Tensor = _triton_kernels().linear(x, weight, counts)
+        return out
+
+    def outer(self, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+        out: Tensor = _triton_kernels().outer(a, b, counts)
+        return out
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_kernels() -> ModuleType:
+    from moezoo.ops import triton_kernels
+
+    return triton_kernels
+
+
+BACKENDS: dict[str, Backend] = {
+    "loop": Loop(),
+    "grouped": Grouped(),
+    "padded": Padded(),
+    "triton": Triton(),
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +201,7 @@ class Choice:
 # The first line that fits and does not refuse. For a CPU as measured in benchmarks/layer.md
 # ("Backends"): the loop was ahead or level for every dtype from 1 to 1,024 rows per expert. On a
 # GPU the loop waits for the device once per call and `grouped` never does; not measured.
+# `triton` has no line until it is measured on a GPU: it runs for whoever asks for it by name.
 TABLE = (
     Choice("loop", device="cpu"),
     Choice("grouped", device="cuda", dtypes=(torch.bfloat16, torch.float16, torch.float32)),

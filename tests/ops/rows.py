@@ -6,6 +6,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moezoo.ops.backends import BACKENDS
+
+
+def cpu_backends() -> list[str]:
+    """Those that take small CPU tensors in this process: `triton` in its interpreter alone."""
+    x, weight = torch.zeros(8, 16), torch.zeros(4, 8, 16)
+    return [name for name, backend in BACKENDS.items() if backend.refusal(x, weight) is None]
+
 
 @st.composite
 def row_counts(draw: st.DrawFn) -> tuple[Tensor, int]:

@@ -1,0 +1,239 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors: run by test_triton.py in a process of
+its own, because TRITON_INTERPRET counts from the first import of Triton on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moezoo.errors import ConfigError
+from moezoo.functional.activations import activation
+from moezoo.functional.dispatch import combine, dispatch
+from moezoo.functional.fused_experts import fused_experts
+from moezoo.functional.grouped_mlp import grouped_mlp
+from moezoo.ops import grouped_linear
+from moezoo.ops.backends import BACKENDS
+from moezoo.ops.triton_kernels import INTERPRETED, TILING, linear, outer
+from moezoo.records import Assignment
+from tests.ops.rows import row_counts
+
+few = settings(max_examples=8)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ACTIVATIONS = ("relu", "silu", "gelu-tanh", "gated-relu", "gated-silu", "gated-gelu")
+seeds = st.integers(0, 2**31)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Equal up to the rounding of `dtype`, next to the largest value."""
+    found, expected = found.detach().double(), expected.detach().double()
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype] * scale, rtol=0.0)
+
+
+def test_it_is_the_interpreter_that_runs() -> None:
+    assert INTERPRETED
+    assert BACKENDS["triton"].refusal(torch.zeros(2, 3), torch.zeros(1, 4, 3)) is None
+    reason = BACKENDS["triton"].refusal(torch.zeros(2, 3).double(), torch.zeros(1, 4, 3))
+    assert reason == "the Triton kernels know no torch.float64"
+
+
+@few
+@given(row_counts(), st.integers(1, 40), st.integers(1, 40), st.sampled_from([*TOLERANCE]), seeds)
+def test_the_products_equal_those_of_the_loop(
+    rows: tuple[Tensor, int], k: int, m: int, dtype: torch.dtype, seed: int
+) -> None:
+    counts, num_rows = rows
+    x = random(num_rows, k, seed=seed, dtype=dtype)
+    weight = random(counts.shape[0], m, k, seed=seed + 1, dtype=dtype)
+    y, loop = linear(x, weight, counts), BACKENDS["loop"]
+    assert y.dtype == dtype
+    assert_near(y, loop.linear(x.double(), weight.double(), counts), dtype)
+    assert not y[int(counts.sum()) :].any()
+    grad = outer(y, x, counts)
+    assert grad.dtype == dtype
+    assert_near(grad, loop.outer(y.double(), x.double(), counts), dtype)
+    assert not grad[counts == 0].any()
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[40, 0, 17, 3], [0, 0, 0, 0], [60, 0, 0, 0], [0, 0, 0, 60], [16, 16, 16, 12], [1] * 15],
+)
+def test_every_row_finds_its_expert_over_several_tiles(counts: list[int]) -> None:
+    counts_E = torch.tensor(counts)
+    x, weight = random(60, 20, seed=0), random(len(counts), 35, 20, seed=1)
+    loop = BACKENDS["loop"]
+    y = linear(x, weight, counts_E)
+    torch.testing.assert_close(y, loop.linear(x, weight, counts_E))
+    torch.testing.assert_close(outer(y, x, counts_E), loop.outer(y, x, counts_E))
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=40), st.integers(0, 50))
+def test_the_grid_has_a_program_for_every_tile(counts: list[int], nobody: int) -> None:
+    needed = sum(-(-count // TILING.rows) for count in [*counts, nobody])
+    assert needed <= TILING.programs(sum(counts) + nobody, len(counts))
+
+
+def test_transposed_weights_and_rows_need_no_copy() -> None:
+    counts = torch.tensor([3, 0, 4])
+    x, weight = random(8, 20, seed=0), random(3, 18, 20, seed=1)
+    expected = linear(x, weight, counts)
+    turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(linear(x.t().contiguous().t(), turned, counts), expected)
+    assert torch.equal(linear(x, weight[:1].expand(3, -1, -1), counts)[:3], expected[:3])
+    grad = torch.ones(()).expand(8, 18)
+    assert torch.equal(outer(grad, x, counts), outer(grad.contiguous(), x, counts))
+
+
+def test_the_operator_has_the_gradients_of_the_loop() -> None:
+    counts = torch.tensor([5, 0, 17, 2])
+    leaves = [random(26, 9, seed=0), random(4, 7, 9, seed=1)]
+    found: dict[str, list[Tensor]] = {}
+    for backend in ("loop", "triton"):
+        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = grouped_linear(x, weight, counts, backend=backend)
+        found[backend] = [y, *torch.autograd.grad(y.square().sum(), (x, weight))]
+    for ours, expected in zip(found["triton"], found["loop"], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@st.composite
+def assignments(draw: st.DrawFn) -> Assignment:
+    """Pairs of tokens and experts, some dropped; 0 choices: any number of pairs per token."""
+    tokens, experts = draw(st.integers(1, 24)), draw(st.integers(1, 5))
+    choices = draw(st.integers(0, min(2, experts)))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    scores = torch.rand(tokens, experts, generator=generator)
+    if choices:
+        expert = scores.topk(choices, dim=1).indices.reshape(-1)
+        token = torch.arange(tokens).repeat_interleave(choices)
+    else:
+        token, expert = (scores < 0.4).nonzero(as_tuple=True)
+    order = torch.randperm(token.shape[0], generator=generator)
+    weight = torch.rand(token.shape[0], generator=generator)
+    kept = torch.rand(token.shape[0], generator=generator) < draw(st.sampled_from([0.0, 0.7, 1.1]))
+    return Assignment(
+        token[order], expert[order], weight, kept, tokens, experts, tokens, choices
+    ).check()
+
+
+def operands(
+    assignment: Assignment, name: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """x, the gates and the weights: (T, 18), (N,), one or two (E, 21, 18), (E, 18, 21)."""
+    experts, gated = assignment.num_experts, activation(name)[1]
+    shapes = [(experts, 21, 18)] * (1 + gated) + [(experts, 18, 21)]
+    weights = [random(*s, seed=i + 1, dtype=dtype) * 0.3 for i, s in enumerate(shapes)]
+    x = random(assignment.num_tokens, 18, seed=0, dtype=dtype)
+    return tuple(t.requires_grad_() for t in (x, assignment.weight.clone(), *weights))
+
+
+def fused(assignment: Assignment, name: str, x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
+    function = activation(name)[0]
+    given = replace(assignment, weight=gate)
+    return fused_experts(x, given, weights[:-1], weights[-1], function=function)
+
+
+def composed(
+    assignment: Assignment, name: str, x: Tensor, gate: Tensor, *weights: Tensor
+) -> Tensor:
+    given = replace(assignment, weight=gate)
+    slots, order = dispatch(x, given)
+    function = activation(name)[0]
+    y = grouped_mlp(slots.x, slots.counts, weights[:-1], weights[-1], function=function)
+    return combine(y, given, order)
+
+
+def gradients(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return torch.autograd.grad(y, inputs, grad)
+
+
+@few
+@given(assignments(), st.sampled_from(ACTIVATIONS))
+def test_the_fused_experts_equal_dispatch_experts_and_combine(
+    assignment: Assignment, name: str
+) -> None:
+    inputs = operands(assignment, name)
+    expected, found = (make(assignment, name, *inputs) for make in (composed, fused))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(assignment, name, *inputs), found)
+    pairs = zip(gradients(found, inputs), gradients(expected, inputs), strict=True)
+    for ours, reference in pairs:
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "choices"), [("relu", 1), ("gated-gelu", 2)])
+def test_the_fused_experts_hold_in_bfloat16_and_with_float32_weights(
+    name: str, choices: int
+) -> None:
+    token = torch.arange(20).repeat_interleave(choices)
+    expert = (token * 7 + torch.arange(token.shape[0])) % 3
+    gate, kept = torch.linspace(0.2, 1.0, token.shape[0]), token != 4
+    assignment = Assignment(token, expert, gate, kept, 20, 3, 20, choices)
+    narrow = operands(assignment, name, torch.bfloat16)
+    wide = [t.detach().float().requires_grad_() for t in narrow]
+    expected = composed(assignment, name, *wide)
+    wanted = gradients(expected, wide)
+    for weights in (narrow[2:], wide[2:]):
+        inputs = (*narrow[:2], *weights)
+        found = fused(assignment, name, *inputs)
+        assert found.dtype == torch.bfloat16
+        assert not found[4].any()
+        assert_near(found, expected, torch.bfloat16)
+        grads = gradients(found, inputs)
+        assert [grad.dtype for grad in grads] == [tensor.dtype for tensor in inputs]
+        for ours, reference in zip(grads, wanted, strict=True):
+            assert_near(ours, reference, torch.bfloat16)
+
+
+def test_the_host_never_reads_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("a read waits for the device, and a CUDA graph cannot hold it")
+
+    token = torch.arange(20)
+    assignment = Assignment(token, token % 3, torch.ones(20), token != 4, 20, 3, 20, choices=1)
+    inputs = operands(assignment, "gated-silu")
+    for name in ("item", "tolist", "__bool__", "__int__", "__index__", "__float__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, read)
+    for choices in (1, 0):
+        y = fused(replace(assignment, choices=choices), "gated-silu", *inputs)
+        gradients(y, inputs)
+    counts = torch.tensor([7, 0, 13])
+    grouped_linear(inputs[0], inputs[2], counts, backend="triton").sum().backward()
+    with pytest.raises(AssertionError, match="waits"):
+        grouped_linear(inputs[0], inputs[2], counts, backend="loop")
+
+
+def test_what_the_fused_experts_cannot_do_they_say() -> None:
+    pair = torch.zeros(2, dtype=torch.int64)
+    assignment = Assignment(
+        torch.arange(2), pair, torch.ones(2), torch.ones(2).bool(), 2, 1, 2, choices=0
+    )
+    inputs = operands(assignment, "relu")
+    with pytest.raises(ConfigError, match="know no torch.float64.*grouped_mlp"):
+        fused(assignment, "relu", inputs[0].double(), *inputs[1:])
+    with pytest.raises(ConfigError, match="know no .*gelu_tanh, relu, silu"):
+        fused(assignment, "squared-relu", *inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(ConfigError, match="not deterministic"):
+            fused(assignment, "relu", *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    y = fused(assignment, "relu", *inputs)
+    (grad,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
