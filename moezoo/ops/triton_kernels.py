@@ -209,8 +209,8 @@ def outer_kernel(
 ):
     expert = tl.program_id(2)
     start, end = find_rows(counts_ptr, num_rows, num_experts, expert, EXPERTS)
-    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = (tl.program_id(1) * COLS + tl.arange(0, COLS)).to(tl.int64)
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for first in range(start, end, DEPTH):
         rows = (first + tl.arange(0, DEPTH)).to(tl.int64)
