@@ -2,10 +2,11 @@
 
     python -m benchmarks.load [--rounds 5]
 
-Each round runs one process per library, in turns, on the same directory, whose pages the system
-still holds. "load" ends when the model is there; "load and touch" when every weight has been read
-once, so that pages that were only mapped count in time and in memory. Imports are not timed.
-Writes benchmarks/load.json and load.md.
+Each round runs one process per side, in turns, on the same directory, whose pages the system still
+holds. "load" ends when the model is there; "load and touch" when every weight has been read once,
+so that pages that were only mapped count in time and in memory. moezoo reads every weight once to
+find NaN and infinity; "unchecked" is `allow_nonfinite=True`, which does not, and neither does
+transformers. Imports are not timed. Writes benchmarks/load.json and load.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 from benchmarks.peers import peak_mib
 from benchmarks.tables import machine, milliseconds, ratio, save, table
 
-SIDES = ("moezoo", "transformers")
+SIDES = ("moezoo", "unchecked", "transformers")
 
 
 def main() -> None:
@@ -57,12 +59,14 @@ def main() -> None:
 
 def measure(side: str, path: str) -> dict[str, float]:
     """One load in this process: seconds, and MiB on top of what the imports took."""
-    if side == "moezoo":
-        from moezoo import load
-    else:
+    if side == "transformers":
         from transformers import SwitchTransformersForConditionalGeneration
 
         load = SwitchTransformersForConditionalGeneration.from_pretrained
+    else:
+        from moezoo import load
+
+        load = partial(load, allow_nonfinite=side == "unchecked")
     before = peak_mib()
     start = time.perf_counter()
     model = load(path)
@@ -79,20 +83,23 @@ def page(record: dict[str, Any]) -> list[str]:
     rows = []
     for part, what in (("load", "load"), ("touch", "load and touch")):
         times = [[r[part] for r in record["results"][side]] for side in SIDES]
-        rows.append([what, *map(milliseconds, times), ratio(times[1], times[0])])
+        rows.append(
+            [what, *map(milliseconds, times), ratio(times[2], times[0]), ratio(times[2], times[1])]
+        )
     weights = record["bytes"] / 2**20
     peaks = [median(r["mib"] for r in record["results"][side]) for side in SIDES]
     memory = [
         ["peak above the imports, MiB", *(f"{p:,.0f}" for p in peaks)],
         ["over the size of the weights", *(f"{p / weights:.2f}" for p in peaks)],
     ]
+    head = ["what", *(f"{side}, ms" for side in SIDES)]
     intro = __doc__.split("\n\n")[-1].strip()
     return [
         "# Loading",
         f"`python -m benchmarks.load`, {record['machine']}. {intro}",
         f"{record['model']}, {weights:,.0f} MiB. Times are median (min) in ms; ratios of medians "
         "(of minima), above 1 where moezoo is faster.",
-        table(["what", *(f"{side}, ms" for side in SIDES), "transformers / moezoo"], rows),
+        table([*head, "transformers / moezoo", "transformers / unchecked"], rows),
         table(["memory", *SIDES], memory),
     ]
 
