@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moezoo.ops.products import fast_products, product
+from moezoo.ops.products import fast_products, steady_product
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +39,7 @@ def _gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         logits_TE: Tensor = _Product.apply(x_TD, weight)  # type: ignore[no-untyped-call]
     else:
-        logits_TE = product(x_TD, weight)
+        logits_TE = steady_product(x_TD, weight)
     return logits_TE if bias is None else logits_TE + bias.to(dtype)
 
 
@@ -49,7 +49,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight)
-        return product(x_TD, weight)
+        return steady_product(x_TD, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:

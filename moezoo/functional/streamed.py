@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moezoo.ops.products import product
+from moezoo.ops.products import product, steady_product
 
 _SCORES = 1 << 18  # of one chunk: 1 MiB in float32
 
@@ -55,7 +55,7 @@ def _chunks(num_tokens: int, num_experts: int) -> Iterator[slice]:
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = product(x, weight)
+    logits = steady_product(x, weight)
     return logits if bias is None else logits.add_(bias)
 
 

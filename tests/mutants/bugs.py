@@ -20,7 +20,7 @@ class Bug:
     quick: bool = False
 
 
-_GATED = "weight_N = torch.where(a.kept, a.weight, a.weight.new_zeros(()))[order_N]"
+_GATED = "weight_N = weight_N[order_N]"
 _SWITCH_LOGITS = "return gate_logits(x_TD, self.classifier.weight, self.classifier.bias)"
 _JITTERED = f"""x_TD = jittered(x_TD, self.jitter)
         {_SWITCH_LOGITS}"""
@@ -119,7 +119,7 @@ BUGS = [
         historic=True, quick=True),
     Bug("slots in pair order", FUNCTIONS + "dispatch.py",
         "x_TD.index_select(0, a.token[order_N])", "x_TD.index_select(0, a.token)"),
-    Bug("weights in pair order", FUNCTIONS + "dispatch.py", _GATED, _GATED[: -len("[order_N]")]),
+    Bug("weights in pair order", FUNCTIONS + "dispatch.py", _GATED, "weight_N = weight_N"),
     Bug("the gate never weighs the output", FUNCTIONS + "dispatch.py",
         "weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)", "weighted_ND = y_ND * 1.0"),
     Bug("mean instead of sum over a token's experts", FUNCTIONS + "dispatch.py",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moezoo.ops import products
-from moezoo.ops.products import LIMITS, Limits, product
+from moezoo.ops.products import LIMITS, Limits, product, steady_product
 
 
 @pytest.fixture(params=[*LIMITS, "unknown"])
@@ -78,3 +78,13 @@ def test_in_training_no_number_of_rows_beyond_a_few_is_compiled(
     weight = torch.zeros(768, 3072)
     kinds = [products._kind(torch.zeros(n, 3072), weight, training=True) for n in range(1, 200)]
     assert kinds.count("onednn") < 40
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8, 64])
+def test_scores_of_a_row_do_not_depend_on_the_rows_beside_it(experts: int) -> None:
+    x, weight = torch.randn(40, 48), torch.randn(experts, 48)
+    whole = steady_product(x, weight)
+    torch.testing.assert_close(whole, x @ weight.t())
+    for rows in (1, 2, 3, 5, 16, 33):
+        assert torch.equal(steady_product(x[:rows], weight), whole[:rows])
+    assert steady_product(x[:0], weight).shape == (0, experts)
