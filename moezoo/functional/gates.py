@@ -44,7 +44,7 @@ def _gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T by the fastest product of the machine."""
+    """x W^T, a token's scores with the same bits alone and in a batch."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
