@@ -87,7 +87,7 @@ class Source(abc.ABC):
     Attributes:
         path: what was opened.
         directory: where its config and tokenizer files lie.
-        kind: "safetensors", "torch", "flax", "t5x" or "gguf".
+        kind: "safetensors", "torch", "flax", "t5x", "orbax" or "gguf".
         files: every weight file, in a fixed order.
         tensors: every tensor by its name in the container, ordered by file and offset.
         metadata: the container's own string metadata.

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moezoo.adapters.formats.array_store import DATABASE
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.formats.files import read_start, refuse_pointer, regular_file
 from moezoo.adapters.formats.flax import FlaxSource
 from moezoo.adapters.formats.gguf import GgufSource
+from moezoo.adapters.formats.orbax import OLD_TREE, TREE, OrbaxSource, orbax_item
 from moezoo.adapters.formats.safetensors import SafetensorsSource
 from moezoo.adapters.formats.t5x import T5xSource
 from moezoo.adapters.formats.torch_bin import TorchSource
@@ -23,24 +25,19 @@ _IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
     ("pytorch_model.bin.index.json", lambda path, file: TorchSource(path, index=file)),
     ("flax_model.msgpack", lambda path, file: FlaxSource(path, file=file)),
     ("flax_model.msgpack.index.json", lambda path, file: FlaxSource(path, index=file)),
-    ("checkpoint", lambda path, file: T5xSource(path, file=file)),
 )
 _TO_SAFETENSORS = "save_pretrained(OUT) of transformers 4.x writes safetensors: "
-_FROM_JAX = "Restore it in JAX and save it as Flax MessagePack or safetensors."
 _FOREIGN = (
-    (("manifest.ocdbt", "*/manifest.ocdbt"), "an orbax checkpoint (OCDBT)", _FROM_JAX),
     (
-        ("tf_model.h5",),
+        "tf_model.h5",
         "TensorFlow's HDF5 weights",
         _TO_SAFETENSORS + "load these with from_tf=True first.",
     ),
     (
-        ("*.ckpt*.index",),
+        "*.ckpt*.index",
         "a TensorFlow checkpoint",
         _TO_SAFETENSORS + "convert this with load_tf_weights_in_t5 first.",
     ),
-    # Beside a `checkpoint` of t5x these mean nothing: it can be read.
-    (("_METADATA", "*/_METADATA", "_CHECKPOINT_METADATA"), "an orbax checkpoint", _FROM_JAX),
 )
 
 
@@ -66,10 +63,14 @@ def _open_directory(path: Path) -> Source:
     for name, open_it in _IN_DIRECTORY:
         file = path / name
         if file.exists() or file.is_symlink():
-            if name == "checkpoint":  # orbax and TensorFlow have a file of that name too
-                _refuse_foreign(path, _FOREIGN[:-1])
             return open_it(path, file)
-    _refuse_foreign(path, _FOREIGN)
+    item = orbax_item(path)
+    if item is not None:
+        return OrbaxSource(path, item=item)
+    _refuse_foreign(path)
+    file = path / OLD_TREE  # orbax and TensorFlow have a file of that name too
+    if file.exists() or file.is_symlink():
+        return T5xSource(path, file=file)
     try:
         single = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
     except OSError as error:
@@ -77,7 +78,7 @@ def _open_directory(path: Path) -> Source:
     if len(single) == 1:
         kind = GgufSource if single[0].suffix == ".gguf" else SafetensorsSource
         return kind(path, file=single[0])
-    wanted = ", ".join(name for name, _ in _IN_DIRECTORY)
+    wanted = ", ".join([*(name for name, _ in _IN_DIRECTORY), OLD_TREE, TREE])
     if single:
         raise CheckpointError(
             f"{len(single)} weight files and no index that joins them",
@@ -87,10 +88,10 @@ def _open_directory(path: Path) -> Source:
     raise CheckpointError("no weights here", path=path, expected=f"one of {wanted}")
 
 
-def _refuse_foreign(path: Path, kinds: tuple[tuple[tuple[str, ...], str, str], ...]) -> None:
+def _refuse_foreign(path: Path) -> None:
     """Raise CheckpointError for containers that are known, and known not to be read."""
-    for patterns, what, hint in kinds:
-        found = next((file for pattern in patterns for file in path.glob(pattern)), None)
+    for pattern, what, hint in _FOREIGN:
+        found = next(iter(path.glob(pattern)), None)
         if found is not None:
             raise CheckpointError(
                 f"this is {what}, which moezoo does not read", path=path, key=found.name, hint=hint
@@ -106,13 +107,15 @@ def _open_file(path: Path) -> Source:
         kind = TorchSource if ".bin." in path.name else SafetensorsSource
         return kind(path, index=path)
     if path.suffix == ".h5" or start.startswith(b"\x89HDF"):
-        _, what, hint = _FOREIGN[1]
+        _, what, hint = _FOREIGN[0]
         raise CheckpointError(f"this is {what}, which moezoo does not read", path=path, hint=hint)
     if start.startswith(b"GGUF") or path.suffix == ".gguf":
         return GgufSource(path)
     if path.suffix == ".msgpack":
         return FlaxSource(path)
-    if path.name == "checkpoint":
+    if path.name in (TREE, OLD_TREE, DATABASE) and orbax_item(path.parent) == path.parent:
+        return OrbaxSource(path, item=path.parent)
+    if path.name == OLD_TREE:
         return T5xSource(path, file=path)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return SafetensorsSource(path)
@@ -121,7 +124,7 @@ def _open_file(path: Path) -> Source:
     raise CorruptFile(
         "not a checkpoint container that moezoo knows",
         path=path,
-        expected="safetensors, a PyTorch .bin, Flax MessagePack, t5x or GGUF",
+        expected="safetensors, a PyTorch .bin, Flax MessagePack, t5x, orbax or GGUF",
     )
 
 

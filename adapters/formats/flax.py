@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,16 @@ class FlaxSource(StoredSource):
             found = list(arrays(read_msgpack(shard), shard))
             if index is not None:
                 check_shard(index, shard, shards[shard.name], {"/".join(k) for k, _ in found})
-            self._add(found)
+            add_flax(self, ((".".join(keys), array) for keys, array in found))
 
-    def _add(self, found: list[tuple[tuple[str, ...], Array]]) -> None:
-        for keys, array in found:
-            name = ".".join(keys)
-            kernel = name.endswith(".kernel")
-            for ending in (".kernel", ".embedding"):
-                name = name.removesuffix(ending) + (".weight" if name.endswith(ending) else "")
-            self.add(name, array, transposed=kernel)
+
+def add_flax(source: StoredSource, found: Iterable[tuple[str, Array]]) -> None:
+    """Offer arrays by the names of the PyTorch model, kernels transposed."""
+    for name, array in found:
+        kernel = name.endswith(".kernel")
+        for ending in (".kernel", ".embedding"):
+            name = name.removesuffix(ending) + (".weight" if name.endswith(ending) else "")
+        source.add(name, array, transposed=kernel)
 
 
 def read_msgpack(path: Path) -> dict[str, Any]:

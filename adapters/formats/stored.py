@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,22 @@ _MAX_TENSORS = 1 << 17  # Switch-C has 61,440 expert matrices
 
 @dataclass(frozen=True)
 class Array:
-    """An array as its container has it: dtype, shape, and how to get its row-major bytes."""
+    """An array as its container has it: dtype, shape, and how to get its row-major bytes.
+
+    `part` gives those of one entry of the first axis, where the container can read it alone.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], bytes | memoryview]
+    part: Callable[[int], bytes | memoryview] | None = None
+
+    def entry(self, index: int, path: Path, name: str) -> torch.Tensor:
+        """One entry of the first axis. Raises as `tensor`."""
+        if self.part is None:
+            return self.tensor(path, name)[index]
+        alone = Array(self.dtype, self.shape[1:], partial(self.part, index))
+        return alone.tensor(path, name)
 
     def tensor(self, path: Path, name: str) -> torch.Tensor:
         """The array in memory. Raises CorruptFile when its bytes are too few or too many."""
@@ -42,7 +54,11 @@ class Array:
             )
         if not content:
             return torch.empty(self.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(content), dtype=dtype).view(self.shape)
+        own = (
+            isinstance(content, memoryview) and not content.readonly
+        )  # bytes are not to be changed
+        own_content = content if own else bytearray(content)
+        return torch.frombuffer(own_content, dtype=dtype).view(self.shape)
 
 
 class StoredSource(Source):
@@ -85,6 +101,8 @@ class StoredSource(Source):
 
     def tensor(self, name: str) -> torch.Tensor:
         array, expert, transposed = self._arrays[self.info(name).name]
-        whole = array.tensor(self.path, name)
-        part = whole if expert is None else whole[expert]
+        if expert is None:
+            part = array.tensor(self.path, name)
+        else:
+            part = array.entry(expert, self.path, name)
         return part.T.contiguous() if transposed else part.contiguous()

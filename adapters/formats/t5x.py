@@ -7,7 +7,7 @@ never the optimizer's state.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +51,29 @@ class T5xSource(StoredSource):
         found = list(_target_arrays(file, folders))
         self.directory = file.parent
         self.folders = tuple(folders)
-        sparse = {m[1] for name, _ in found if (m := re.match(r"(.+\.mlp)\.expert\.", name))}
-        for name, array in found:
-            self._add(name, array, sparse=bool(sparse))
+        add_flaxformer(self, found)
 
-    def _add(self, name: str, array: Array, *, sparse: bool) -> None:
+
+def add_flaxformer(source: StoredSource, found: Sequence[tuple[str, Array]]) -> None:
+    """Offer arrays by the names that Hugging Face gives to flaxformer's."""
+    sparse = any(re.match(r".+\.mlp\.expert\.", name) for name, _ in found)
+    for name, array in found:
         layer = _LAYER.match(name)
         matrix = _MATRIX.match(layer[3]) if layer else None
         if layer and matrix and matrix[1]:
             start = f"{layer[1]}.block.{layer[2]}.layer.{_MLP[layer[1]]}.mlp.experts"
-            if len(array.shape) != 3:
-                raise CorruptFile(
-                    f"{quoted(name)} is no stack of experts", path=self.path, key=name
-                )
-            for expert in range(array.shape[0]):
-                self.add(
-                    f"{start}.expert_{expert}.{matrix[2]}.weight",
-                    array,
-                    expert=expert,
-                    transposed=True,
-                )
-            return
-        target, transposed = _translated(name, self.path, sparse=sparse)
-        self.add(target, array, transposed=transposed)
+            _add_experts(source, name, array, start, matrix[2])
+            continue
+        target, transposed = _translated(name, source.path, sparse=sparse)
+        source.add(target, array, transposed=transposed)
+
+
+def _add_experts(source: StoredSource, name: str, array: Array, start: str, matrix: str) -> None:
+    if len(array.shape) != 3:
+        raise CorruptFile(f"{quoted(name)} is no stack of experts", path=source.path, key=name)
+    for expert in range(array.shape[0]):
+        target = f"{start}.expert_{expert}.{matrix}.weight"
+        source.add(target, array, expert=expert, transposed=True)
 
 
 def _target_arrays(file: Path, folders: list[Path]) -> Iterator[tuple[str, Array]]:

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from moezoo.adapters.formats.base import DTYPE_BITS
-from moezoo.adapters.formats.files import quoted, read_json, read_start, regular_file
+from moezoo.adapters.formats.files import read_json, read_start, regular_file
 from moezoo.adapters.formats.stored import Array
-from moezoo.errors import CheckpointError, CorruptFile
+from moezoo.adapters.formats.zarr_layout import zarr2_layout
+from moezoo.errors import CorruptFile
 
-_DTYPES = {"<f4": "F32", "<f2": "F16", "<f8": "F64", "bfloat16": "BF16", "<i4": "I32", "<i8": "I64"}
 _WINDOW = {"gzip": 31, "zlib": 15}
-_MAX_CHUNKS = 1 << 16  # t5x writes one per accelerator
 
 
 def open_zarr(folder: Path) -> Array:
@@ -27,41 +26,11 @@ def open_zarr(folder: Path) -> Array:
     """
     path = folder / ".zarray"
     meta = read_json(path)
-    shape, chunks = meta.get("shape"), meta.get("chunks")
-    for name, sizes in (("shape", shape), ("chunks", chunks)):
-        if not isinstance(sizes, list) or not all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**40 for n in sizes
-        ):
-            raise CorruptFile(f"{name} is not a list of sizes", path=path, key=name)
-    assert isinstance(shape, list) and isinstance(chunks, list)
-    if len(shape) != len(chunks) or 0 in chunks or math.prod(shape) > 2**40:
-        raise CorruptFile("shape and chunks do not fit", path=path, key="chunks")
-    if any(c > 2 * max(n, 1) for n, c in zip(shape, chunks, strict=True)):
-        raise CorruptFile("its chunks are larger than the array", path=path, key="chunks")
-    if math.prod(-(-n // c) for n, c in zip(shape, chunks, strict=True)) > _MAX_CHUNKS:
-        raise CorruptFile(f"it has more than {_MAX_CHUNKS} chunks", path=path, key="chunks")
-    dtype = meta.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CorruptFile("unknown dtype", path=path, key="dtype", found=quoted(dtype))
-    compressor = meta.get("compressor")
-    kind = compressor.get("id") if isinstance(compressor, dict) else compressor
-    if kind is not None and (not isinstance(kind, str) or kind not in _WINDOW):
-        raise CheckpointError(
-            "compressed in a way that moezoo cannot read",
-            path=path,
-            expected="gzip, zlib or none",
-            found=quoted(kind),
-        )
-    if meta.get("order", "C") != "C" or meta.get("filters"):
-        raise CheckpointError("column-major or filtered arrays cannot be read", path=path)
+    layout = zarr2_layout(meta, path, tuple(_WINDOW))
     separator = meta.get("dimension_separator", ".")
-    if separator not in (".", "/"):
-        raise CorruptFile("unknown dimension_separator", path=path, found=quoted(separator))
-    name = _DTYPES[dtype]
-    read = partial(
-        _read, folder, tuple(shape), tuple(chunks), DTYPE_BITS[name] // 8, kind, separator
-    )
-    return Array(name, tuple(shape), read)
+    kind, size = layout.compressor, DTYPE_BITS[layout.dtype] // 8
+    read = partial(_read, folder, layout.shape, layout.chunks, size, kind, separator)
+    return Array(layout.dtype, layout.shape, read)
 
 
 def _read(

@@ -12,6 +12,7 @@ REQUIRED = {"torch": (2, 10), "einops": (0, 8), "sentencepiece": (0, 2), "safete
 EXTRAS = {
     "hf": ("transformers", "numpy"),
     "report": ("matplotlib",),
+    "orbax": ("tensorstore",),
     "train": ("sacrebleu", "rouge-score", "datasets", "tensorboard"),
 }
 GROUPS = ("moezoo.routers", "moezoo.capacity", "moezoo.experts", "moezoo.losses")

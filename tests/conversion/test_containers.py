@@ -1,4 +1,4 @@
-"""The other containers give the same model: PyTorch .bin, Flax MessagePack, t5x, GGUF."""
+"""The other containers give the same model: PyTorch .bin, Flax MessagePack, t5x, orbax, GGUF."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.msgpack import Malformed, unpack
 from moezoo.errors import CheckpointError, CorruptFile
 from tests.conversion.dense import dense_t5, ids, relative
+from tests.conversion.orbax import write_item
 
 SIZES = {"d_model": 32, "d_ff": 64}  # Q8_0 packs rows in blocks of 32
 Weights = dict[str, torch.Tensor]
@@ -122,12 +123,27 @@ def write_zarr(tensor: torch.Tensor, folder: Path) -> None:
             (folder / f"{i}.{j}").write_bytes(gzip.compress(bytes(tensor_bytes(chunk))))
 
 
-def write_t5x(weights: Weights, out: Path) -> None:
-    flat: dict[str, Any] = {}
+def t5x_arrays(weights: Weights) -> Weights:
+    """A dense model's weights by flaxformer's names, turned as it has them."""
+    arrays = {}
     for name, tensor in weights.items():
         theirs = t5x_name(name)
         transposed = tensor.dim() == 2 and theirs != "token_embedder.embedding"
-        array = tensor.T.contiguous() if transposed else tensor
+        arrays[theirs] = tensor.T.contiguous() if transposed else tensor
+    return arrays
+
+
+def write_orbax(**layout: bool) -> Callable[[Weights, Path], None]:
+    def write(weights: Weights, out: Path) -> None:
+        arrays = {f"target.{name}": array for name, array in t5x_arrays(weights).items()}
+        write_item(out, arrays | {"state.step": torch.tensor(5)}, **layout)
+
+    return write
+
+
+def write_t5x(weights: Weights, out: Path) -> None:
+    flat: dict[str, Any] = {}
+    for theirs, array in t5x_arrays(weights).items():
         if theirs.endswith("kernel"):
             flat[theirs] = f"PLACEHOLDER://target.{theirs}"
             write_zarr(array, out / f"target.{theirs}")
@@ -198,6 +214,8 @@ CONTAINERS: dict[str, tuple[Callable[[Weights, Path], None], float]] = {
     "torch": (write_bin, 0.0),
     "flax": (write_flax, 0.0),
     "t5x": (write_t5x, 0.0),
+    "orbax ocdbt": (write_orbax(), 0.0),
+    "orbax zarr3": (write_orbax(packed=False, zarr3=True), 0.0),
     "gguf F32": (write_gguf("F32"), 0.0),
     "gguf F16": (write_gguf("F16"), 2e-3),
     "gguf Q8_0": (write_gguf("Q8_0"), 2e-2),

@@ -56,10 +56,6 @@ def test_shards_of_flax_load_and_a_missing_one_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["manifest.ocdbt"], r"orbax checkpoint \(OCDBT\).*Restore it in JAX"),
-        (["checkpoint", "manifest.ocdbt"], r"orbax checkpoint \(OCDBT\)"),
-        (["default/manifest.ocdbt"], r"orbax checkpoint \(OCDBT\)"),
-        (["_METADATA"], "an orbax checkpoint"),
         (["tf_model.h5"], r"TensorFlow's HDF5 weights.*from_tf=True"),
         (["checkpoint", "model.ckpt-1000.index"], "a TensorFlow checkpoint"),
     ],
