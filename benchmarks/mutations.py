@@ -80,6 +80,32 @@ def safetensors_mutated(content: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", told) + header + content[8 + length :]
 
 
+def ocdbt_mutated(content: bytes, chance: random.Random) -> bytes:
+    """Bytes after the first 12 changed, mostly with the length and checksum that belong to them."""
+    if chance.random() < 0.25:
+        return bytes_mutated(content, chance)
+    body = content[:4] + bytes(8) + bytes_mutated(content[12:-4], chance)
+    told = body[:4] + struct.pack("<Q", len(body) + 4) + body[12:]
+    return told + struct.pack("<I", _crc32c(told))
+
+
+def _crc32c(content: bytes) -> int:
+    """The checksum of OCDBT: CRC-32 with Castagnoli's polynomial."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc = (crc >> 8) ^ _CASTAGNOLI[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+def _castagnoli(byte: int) -> int:
+    for _ in range(8):
+        byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
+    return byte
+
+
+_CASTAGNOLI = [_castagnoli(byte) for byte in range(256)]
+
+
 def _edited(value: Any, chance: random.Random) -> Any:
     """`value` with one place in it changed."""
     if not isinstance(value, (dict, list)) or not value or chance.random() < 0.05:
