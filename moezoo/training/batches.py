@@ -57,9 +57,20 @@ class ExampleBatches:
     def batches_per_epoch(self) -> int:
         return self.count // self.batch_size
 
+    @property
+    def batches_of_all(self) -> int:
+        """Batches that it takes to see every example, a last short one included."""
+        return -(-self.count // self.batch_size)
+
     def __call__(self, step: int) -> dict[str, Tensor]:
         """input_ids, attention_mask (B, Ls) and labels (B, Lt), -100 where padded."""
-        epoch, position = divmod(step, self.batches_per_epoch)
+        return self._batch(*divmod(step, self.batches_per_epoch))
+
+    def of_all(self, step: int) -> dict[str, Tensor]:
+        """Batch `step` of a pass that leaves no example out, for evaluation."""
+        return self._batch(0, step)
+
+    def _batch(self, epoch: int, position: int) -> dict[str, Tensor]:
         start = position * self.batch_size
         rows = [self.example(i, epoch) for i in self.order(epoch)[start : start + self.batch_size]]
         source = padded([source for source, _ in rows])
@@ -71,7 +82,7 @@ class ExampleBatches:
         }
 
     def order(self, epoch: int) -> list[int]:
-        """The examples of an epoch in order; the last incomplete batch is left out."""
+        """The examples of an epoch in order; those of an incomplete batch come last."""
         if self._order[0] != epoch:
             generator = keyed_generator(self.seed, "order", epoch)
             order = torch.randperm(self.count, generator=generator).tolist()

@@ -99,7 +99,7 @@ def measured(
         max_source=chosen.max_source,
         max_target=chosen.max_target,
     )
-    loss = evaluate(model, batches, count=batches.batches_per_epoch)["cross_entropy"]
+    loss = evaluate(model, batches.of_all, count=batches.batches_of_all)["cross_entropy"]
     answers = answered(model, tokenizer, [source for source, _ in pairs], chosen)
     wanted = [target for _, target in pairs]
     metrics = {name: METRICS[name](answers, wanted) for name in chosen.metrics}

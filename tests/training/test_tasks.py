@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import moezoo
+from moezoo.training.evaluation import measured
 from moezoo.training.tasks import (
     METRICS,
+    Task,
     docstring_pairs,
     exact_match,
     identifier_pairs,
@@ -65,3 +68,18 @@ def test_metrics_of_other_packages_work_or_say_how_to_get_them(name: str) -> Non
     best = METRICS[name]([answer], [answer])
     assert best == pytest.approx(100 if name == "bleu" else 1.0)
     assert METRICS[name](["nothing alike"], [answer]) < best / 10
+
+
+def test_the_loss_of_an_evaluation_is_over_every_pair() -> None:
+    sizes = {"vocab_size": 384, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2}
+    model = moezoo.build(moezoo.SwitchConfig(**sizes), seed=0)
+    tokenizer, short = moezoo.ByteTokenizer(), Task(max_target=4)
+    pairs = [(f"number {i}", "ab" if i < 16 else "zzz") for i in range(18)]  # a batch is 16
+    total = count = 0.0
+    for source, target in pairs:
+        labels = torch.tensor([tokenizer.encode(target)])
+        with torch.no_grad():
+            loss = model(torch.tensor([tokenizer.encode(source)]), labels=labels).loss
+        total, count = total + float(loss) * labels.numel(), count + labels.numel()
+    found, _ = measured(model, tokenizer, pairs, short)
+    assert found["cross_entropy"] == pytest.approx(total / count, rel=1e-5)
