@@ -87,7 +87,7 @@ def _explained(error: TensorMismatch, description: Description) -> TensorMismatc
 
 
 def _checked(source: Source, description: Description) -> CheckpointSource:
-    task = _task(description)
+    task = task_of(description)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for name, places in description.places.items():
         if name == "lm_head.weight" and not description.own_head:
@@ -144,7 +144,8 @@ def _shape(name: str, parts: tuple[TensorInfo, ...], source: Source) -> tuple[in
     return (len(parts), *parts[0].shape)
 
 
-def _task(description: Description) -> str:
+def task_of(description: Description) -> str:
+    """What a checkpoint holds: "conditional_generation", "model" or "encoder"."""
     if not description.has_decoder:
         return "encoder"
     architectures = description.values.get("architectures")

@@ -29,29 +29,39 @@ class Cost:
         return self.parameters * BYTES[dtype]
 
 
-def cost(config: SwitchConfig, *, choices: int = 1, length: int = 512) -> Cost:
-    """The cost of a conditional-generation model.
+def cost(
+    config: SwitchConfig,
+    *,
+    task: str = "conditional_generation",
+    choices: int = 1,
+    length: int = 512,
+) -> Cost:
+    """The cost of a model.
 
     Args:
+        task: "conditional_generation", "model" (no head) or "encoder", as `build` takes it.
         choices: experts per token. length: tokens per sequence, for attention.
     """
+    decoders = 0 if task == "encoder" else config.decoder_layers
+    has_head = task == "conditional_generation"
     inner = config.num_heads * config.d_kv
     attention = 4 * config.d_model * inner
     mlp = (3 if config.is_gated else 2) * config.d_model * config.d_ff
     router = config.num_experts * (config.d_model + int(config.router_bias))
-    sparse = len(config.encoder_sparse) + len(config.decoder_sparse)
-    layers = config.num_layers + config.decoder_layers
-    dense_matrices = config.num_layers * attention + config.decoder_layers * 2 * attention
+    sparse = len(config.encoder_sparse) + (len(config.decoder_sparse) if decoders else 0)
+    layers, stacks = config.num_layers + decoders, 2 if decoders else 1
+    dense_matrices = config.num_layers * attention + decoders * 2 * attention
     dense_matrices += (layers - sparse) * mlp
-    norms = config.d_model * (2 * config.num_layers + 3 * config.decoder_layers + 2)
-    tables = layers if config.position_bias_every_layer else min(config.num_layers, 1) + 1
+    norms = config.d_model * (2 * config.num_layers + 3 * decoders + stacks)
+    tables = layers if config.position_bias_every_layer else stacks
     biases = tables * config.relative_attention_num_buckets * config.num_heads
     embedding = config.vocab_size * config.d_model
-    heads = embedding * (1 if config.tie_word_embeddings else 2)
+    heads = embedding * (2 if has_head and not config.tie_word_embeddings else 1)
     shared = dense_matrices + norms + biases + heads + sparse * router
     experts = sparse * config.num_experts * mlp
-    matrices = dense_matrices + sparse * (choices * mlp + router) + embedding
-    scores = 2 * inner * length * (config.num_layers + 2 * config.decoder_layers)
+    matrices = dense_matrices + sparse * (choices * mlp + router)
+    matrices += embedding if has_head else 0
+    scores = 2 * inner * length * (config.num_layers + 2 * decoders)
     return Cost(
         parameters=shared + experts,
         active=shared + sparse * min(choices, max(config.num_experts, 1)) * mlp,

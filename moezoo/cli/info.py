@@ -7,6 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moezoo.config import SwitchConfig
+
+# What torch would have to be imported for; a test compares it with the registry.
+CHOICES = {"gshard": 2, "noisy_top_k": 2, "sigmoid_top_k": 2, "top_k": 2}
+BOUND_THE_LOAD = ("base", "expert_choice", "soft")
+KINDS = {
+    "conditional_generation": "encoder and decoder",
+    "model": "encoder and decoder, no head",
+    "encoder": "encoder alone",
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
@@ -22,11 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.length < 1:
         raise ConfigError("--length is at least 1", field="length", found=arguments.length)
-    config = _config(arguments.model)
+    config, task = _model(arguments.model)
     router = config.router if isinstance(config.router, dict) else {"name": config.router}
-    choices = int(router.get("k", 2 if router["name"] in ("top_k", "gshard") else 1))
-    total = cost(config, choices=choices, length=arguments.length)
+    choices = int(router.get("k", CHOICES.get(router["name"], 1)))
+    total = cost(config, task=task, choices=choices, length=arguments.length)
+    policy = "dropless" if router["name"] in BOUND_THE_LOAD else "switch"
     facts: dict[str, Any] = {
+        "task": task,
         "parameters": total.parameters,
         "active_parameters": total.active,
         "expert_parameters": total.expert_parameters,
@@ -34,50 +47,59 @@ def run(arguments: argparse.Namespace) -> int:
         "bytes": {name: total.bytes(name) for name in BYTES},
         "num_experts": config.num_experts,
         "encoder_sparse_layers": list(config.encoder_sparse),
-        "decoder_sparse_layers": list(config.decoder_sparse),
+        "decoder_sparse_layers": [] if task == "encoder" else list(config.decoder_sparse),
         "router": router,
-        "capacity": config.capacity or "switch",
+        "capacity": config.capacity or policy,
         "feed_forward": config.feed_forward_proj,
     }
     print(json.dumps(facts, indent=2) if arguments.json else _table(arguments, facts))
     return 0
 
 
-def _config(model: str) -> Any:
+def _model(name: str) -> tuple[SwitchConfig, str]:
+    """Config and task of a preset, or of a checkpoint by its headers alone."""
     from moezoo.presets import preset
 
-    if Path(model).exists():
-        from moezoo.adapters.checkpoint import read_config
+    if not Path(name).exists():
+        return preset(name), "conditional_generation"
+    from moezoo.adapters.checkpoint_source import task_of
+    from moezoo.adapters.description import describe
+    from moezoo.adapters.formats import open_source
 
-        return read_config(model)
-    return preset(model)
+    with open_source(name) as source:
+        description = describe(source)
+    return description.config, task_of(description)
 
 
 def _table(arguments: argparse.Namespace, facts: dict[str, Any]) -> str:
     from moezoo.cli.terminal import quantity, table
 
+    rows = [
+        ("model", KINDS[facts["task"]]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("active per token", f"{facts['active_parameters']:,}"),
+        (f"FLOPs per token, length {arguments.length}", quantity(facts["flops_per_token"])),
+        *((f"bytes in {name}", quantity(size) + "B") for name, size in facts["bytes"].items()),
+        ("feed-forward", facts["feed_forward"]),
+        *(_sparse_rows(facts) if facts["num_experts"] else [("experts", "none: a dense model")]),
+    ]
+    return table([arguments.model, ""], rows)
+
+
+def _sparse_rows(facts: dict[str, Any]) -> list[tuple[str, object]]:
+    router = facts["router"]
     layers = {
         side: ", ".join(map(str, facts[f"{side}_sparse_layers"])) or "none"
         for side in ("encoder", "decoder")
     }
-    capacity = facts["capacity"]
-    rows = [
-        ("parameters", f"{facts['parameters']:,}"),
-        ("active per token", f"{facts['active_parameters']:,}"),
+    return [
         ("in experts", f"{facts['expert_parameters']:,}"),
-        (f"FLOPs per token, length {arguments.length}", quantity(facts["flops_per_token"])),
-        *((f"bytes in {name}", quantity(size) + "B") for name, size in facts["bytes"].items()),
         ("experts per sparse layer", facts["num_experts"]),
         ("sparse encoder layers", layers["encoder"]),
         ("sparse decoder layers", layers["decoder"]),
-        (
-            "router",
-            json.dumps(facts["router"]) if len(facts["router"]) > 1 else facts["router"]["name"],
-        ),
-        ("capacity", _capacity(capacity)),
-        ("feed-forward", facts["feed_forward"]),
+        ("router", json.dumps(router) if len(router) > 1 else router["name"]),
+        ("capacity", _capacity(facts["capacity"])),
     ]
-    return table([arguments.model, ""], rows)
 
 
 def _capacity(spec: Any) -> str:
