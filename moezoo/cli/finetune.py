@@ -23,14 +23,18 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         default="pairs",
         help="pairs, translation, summarization, or a toy task: identifiers, docstrings",
     )
-    parser.add_argument("--pairs", help="JSONL, CSV or TSV file to train on")
+    parser.add_argument("--pairs", help="JSONL, CSV or TSV file of pairs")
     add_dataset_argument(parser)
-    parser.add_argument("--held-out-pairs", help="file of held-out pairs (default: every tenth)")
+    parser.add_argument(
+        "--held-out-pairs", help="file of pairs to evaluate on (default: every tenth of the others)"
+    )
     parser.add_argument("--source-field", help="field of the source (the task's)")
     parser.add_argument("--target-field", help="field of the target (the task's)")
     parser.add_argument("--prefix", help="put before every source (the task's)")
     parser.add_argument("--num-beams", type=int, help="of generation (the task's)")
-    parser.add_argument("--examples", type=int, default=200, help="held-out pairs to generate for")
+    parser.add_argument(
+        "--examples", type=int, default=200, help="held-out pairs to generate for (200)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,15 +14,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="*", help="source texts; none: lines of standard input")
     parser.add_argument("--file", help="a file with a source text per line")
     parser.add_argument("--prefix", default="", help='put before every source ("summarize: ")')
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="at most (64)")
+    parser.add_argument("--num-beams", type=int, default=1, help="1: greedy (default)")
     parser.add_argument("--sample", action="store_true", help="draw tokens")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (1.0)")
+    parser.add_argument("--top-k", type=int, default=0, help="with --sample; 0: all (default)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="with --sample; 1.0: all (default)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="sources at a time (8)")
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument(
         "--keep-special", action="store_true", help="show sentinels, eos and padding"
     )
@@ -71,7 +73,10 @@ def _sources(arguments: argparse.Namespace) -> Iterator[str]:
         try:
             with open(arguments.file, encoding="utf-8") as lines:
                 yield from (line.rstrip("\n") for line in lines)
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+            raise CorruptFile(reason, path=arguments.file) from None
+        except UnicodeDecodeError as error:
             raise CorruptFile(
                 f"cannot be read as UTF-8 text: {error}", path=arguments.file
             ) from None

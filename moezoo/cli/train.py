@@ -35,8 +35,8 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     """What every training verb takes."""
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per batch (16)")
     parser.add_argument("--settings", action=FromFile, help="TOML or JSON of flags; flags win")
     parser.add_argument("--recipe", default=recipe, help=f"a named recipe ({recipe})")
     parser.add_argument("--teacher", help="a Switch checkpoint to distil, see docs/training.md")
@@ -44,24 +44,32 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of SwitchConfig"
     )
-    parser.add_argument("--optimizer", choices=("adamw", "adafactor"))
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--schedule", choices=("constant", "linear", "inverse_sqrt"))
-    parser.add_argument("--warmup", type=int)
-    parser.add_argument("--clip", type=float, help="maximal gradient norm; 0: none")
-    parser.add_argument("--accumulate", type=int, help="batches per step")
-    parser.add_argument("--autocast", choices=("bfloat16",))
-    parser.add_argument("--dropout", type=float, help="dropout rate of the model")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), help="the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="the peak (the recipe's)")
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "linear", "inverse_sqrt"),
+        help="of the rate after the warm-up (the recipe's)",
+    )
+    parser.add_argument("--warmup", type=int, help="steps of a linear rise (the recipe's)")
+    parser.add_argument("--clip", type=float, help="maximal gradient norm (1); 0: none")
+    parser.add_argument("--accumulate", type=int, help="batches per step (1)")
+    parser.add_argument(
+        "--autocast", choices=("bfloat16",), help="mixed precision; routers stay in float32"
+    )
+    parser.add_argument("--dropout", type=float, help="dropout rate of the model (the recipe's)")
     parser.add_argument("--expert-dropout", type=float, help="of the experts (the paper: 0.4)")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="time for memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile every block")
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     parser.add_argument("--tensorboard", action="store_true", help="scalars in OUT/tensorboard")
-    parser.add_argument("--nonfinite", choices=("stop", "skip"), default="stop")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate-every", type=int, default=500)
-    parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--table-every", type=int, default=50, help="steps per row of the table")
+    parser.add_argument(
+        "--nonfinite", choices=("stop", "skip"), default="stop", help="on a NaN (stop)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every random number (0)")
+    parser.add_argument("--evaluate-every", type=int, default=500, help="steps (500)")
+    parser.add_argument("--save-every", type=int, default=500, help="steps (500)")
+    parser.add_argument("--table-every", type=int, default=50, help="steps per row (50)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument(
         "--resume-from", type=int, metavar="STEP", help="go on from an earlier checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -165,3 +166,11 @@ def test_doctor_finds_what_the_tests_run_on(capsys: pytest.CaptureFixture[str]) 
     found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
     assert found["torch"]["found"] == torch.__version__
     assert found["torch"]["verdict"] == "ok"
+
+
+@pytest.mark.parametrize("verb_name", cli.available())
+def test_every_option_of_a_verb_says_what_it_does(verb_name: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"moezoo.cli.{verb_name}").configure(parser)
+    silent = [action.dest for action in parser._actions if not action.help]
+    assert silent == []
