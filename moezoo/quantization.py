@@ -36,7 +36,7 @@ class Quantization:
     def __str__(self) -> str:
         lines = [
             f"{len(self.quantized)} modules have int8 weights: "
-            f"{self.bytes_before / 2**20:,.0f} MiB -> {self.bytes_after / 2**20:,.0f} MiB"
+            f"{self.bytes_before / 2**20:,.1f} MiB -> {self.bytes_after / 2**20:,.1f} MiB"
         ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():

@@ -45,7 +45,9 @@ def file_documents(paths: Sequence[str | Path], *, field: str = "text") -> list[
     for path in map(Path, paths):
         try:
             content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise CorruptFile(f"cannot be read: {error.strerror}", path=path) from None
+        except UnicodeDecodeError as error:
             raise CorruptFile(f"cannot be read as UTF-8 text: {error}", path=path) from None
         parts = (
             _json_lines(content, path, field) if path.suffix == ".jsonl" else content.split("\n\n")

@@ -75,7 +75,9 @@ def read_pairs(path: str | Path, *, source: str, target: str) -> list[Pair]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CorruptFile(f"cannot be read: {error.strerror}", path=path) from None
+    except UnicodeDecodeError as error:
         raise CorruptFile(f"cannot be read as UTF-8 text: {error}", path=path) from None
     if path.suffix in (".csv", ".tsv"):
         delimiter = "\t" if path.suffix == ".tsv" else ","

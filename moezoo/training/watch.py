@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -75,6 +76,7 @@ def row(records: Sequence[StepRecord]) -> str:
     last = records[-1]
     seconds = sum(record.seconds for record in records)
     speed = sum(record.tokens for record in records) / seconds if seconds else 0.0
+    entropy = mean_of(records, "entropy")
     parts = {n: sum(r.losses.get(n, 0.0) for r in records) / len(records) for n in last.losses}
     cells = (
         f"{last.step}",
@@ -85,7 +87,7 @@ def row(records: Sequence[StepRecord]) -> str:
         f"{mean_of(records, 'dropped'):.1%}",
         f"{mean_of(records, 'max_violation'):.2f}",
         f"{last.dead}",
-        f"{mean_of(records, 'entropy'):.2f}",
+        "-" if math.isnan(entropy) else f"{entropy:.2f}",
         f"{mean_of(records, 'gradient_norm'):.2f}",
         f"{speed:,.0f}",
     )

@@ -17,7 +17,7 @@ from moezoo.training.checkpoints import checkpoints
 from moezoo.training.loop import StepRecord, TrainingState, fit, start
 from moezoo.training.recipes import TrainingRecipe
 from moezoo.training.run import run_training
-from moezoo.training.watch import Watch, advice
+from moezoo.training.watch import Watch, advice, row
 from tests.training.runs import SETTINGS, STEPS, differences, measurements, noisy_model, train
 from tests.training.test_loop import batches
 from tests.training.text import small_model
@@ -201,6 +201,12 @@ def test_a_warning_says_what_is_wrong_once_and_again_after_it_has_passed(
     assert set(found) == {20, 50}
     assert all(words in texts[0] for texts in found.values())
     assert words in watch.stream.getvalue()
+
+
+def test_a_row_of_a_dense_run_has_dashes_for_what_it_lacks() -> None:
+    cells = row([record_of(1)]).split()
+    assert "nan" not in cells
+    assert cells.count("-") == 3  # balance, z, entropy
 
 
 def test_experts_of_a_real_run_that_no_token_reaches_are_reported() -> None:

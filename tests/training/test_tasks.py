@@ -34,6 +34,8 @@ def test_pairs_come_from_jsonl_csv_and_the_nested_form(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{\n")
     with pytest.raises(moezoo.MoezooError, match="line 1"):
         read_pairs(tmp_path / "a.jsonl", source="s", target="t")
+    with pytest.raises(moezoo.MoezooError, match="nowhere.jsonl: cannot be read: No such file"):
+        read_pairs(tmp_path / "nowhere.jsonl", source="s", target="t")
     with pytest.raises(moezoo.MoezooError, match="translation"):
         task("translaton")
 
