@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from moezoo.cli.samples import add_sample_arguments, sample_batches, sample_tokenizer
 
@@ -21,11 +22,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Corrupt spans of the text, run the model on it, and print what its routers did."""
     from moezoo.adapters.checkpoint import load
     from moezoo.cli.terminal import table
+    from moezoo.errors import ConfigError
     from moezoo.report.page import write_page
     from moezoo.report.routing import routing_report
     from moezoo.report.routing_page import HEADER, advice, rows, sections
 
-    model = load(arguments.source, task="conditional_generation")
+    model: Any = load(arguments.source, task="conditional_generation")
+    if not (model.config.encoder_sparse or model.config.decoder_sparse):
+        hint = "`moezoo upcycle` makes a model with experts of it."
+        reason = "a dense model, which has no experts to report on"
+        raise ConfigError(reason, path=arguments.source, field="source", hint=hint)
     tokenizer = sample_tokenizer(arguments)
     batches = sample_batches(arguments, tokenizer, "  routing")
     report = routing_report(model, batches, tokenizer.piece)
@@ -35,9 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join([table(HEADER, facts), *said]))
     if arguments.out is not None:
-        title, lead = f"Routing of {arguments.source}", " ".join(said) or "No layer stands out."
+        title = f"Routing of {arguments.source}"
+        lead = "What stands out:" if said else "No layer stands out."
         page = write_page(
-            arguments.out, title=title, lead=lead, header=HEADER, rows=facts,
+            arguments.out, title=title, lead=lead, notes=said, header=HEADER, rows=facts,
             sections=sections(report),
         )  # fmt: skip
         if not arguments.json:

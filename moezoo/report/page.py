@@ -19,7 +19,7 @@ th, td { padding: .3rem 1.2rem .3rem 0; text-align: right; border-bottom: 1px so
 th.words, td.words { text-align: left; }
 .strip { display: flex; height: 1.6rem; margin: .6rem 0; border: 1px solid #e8ebef; }
 .strip span { flex: 1; }
-pre { background: #f5f6f8; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
+pre { background: #f5f6f8; padding: .8rem 1rem; white-space: pre-wrap; border-radius: 4px; }
 """
 
 
@@ -28,6 +28,7 @@ def write_page(
     *,
     title: str,
     lead: str,
+    notes: Sequence[str] = (),
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     commands: Sequence[str] = (),
@@ -37,11 +38,14 @@ def write_page(
     """Write a page with a table, the commands that were run, and a picture inside it.
 
     Args:
+        lead: a sentence under the title. notes: a list under it.
         sections: HTML that comes after the table.
 
     Raises SaveError when it cannot be written.
     """
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
+    if notes:
+        parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>")
     if picture is not None:
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">')

@@ -97,6 +97,22 @@ def test_a_dense_model_has_nothing_to_report() -> None:
         routing_report(model, batches(1), str)
 
 
+def test_the_verb_says_of_a_dense_model_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moezoo.save(moezoo.build(CONFIG, seed=0, num_experts=0), tmp_path / "model")
+    assert cli.main(["report", str(tmp_path / "model")]) == 2
+    assert "a dense model, which has no experts to report on" in capsys.readouterr().err
+
+
+def test_findings_are_a_list_on_the_page(tmp_path: Path) -> None:
+    from moezoo.report.page import write_page
+
+    page = tmp_path / "page.html"
+    write_page(page, title="t", lead="l", notes=["a < b", "c"], header=("a",), rows=[("b",)])
+    assert "<ul><li>a &lt; b</li><li>c</li></ul>" in page.read_text()
+
+
 def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     from moezoo.report.page import write_page
 
