@@ -18,7 +18,7 @@ from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan, write_tensors
 from moezoo.adapters.writer import replacing_directory
-from moezoo.building import TASKS, build
+from moezoo.building import TASKS, build, usable_device
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
 from moezoo.ops.memory import large_empty
@@ -50,6 +50,7 @@ def load(
     Raises CheckpointError (CorruptFile, IndexFileError, TensorMismatch, NonFiniteWeights,
     UnsafeCheckpoint) or ConfigError, naming file, tensor or field.
     """
+    device = None if device is None else usable_device(device)
     with open_source(path) as source:
         description = describe(source)
         config = description.config.replace(**overrides)

@@ -68,7 +68,7 @@ def _construct(
 ) -> nn.Module:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError("dtype must be a floating torch.dtype", field="dtype", found=repr(dtype))
-    place = torch.get_default_device() if device is None else _device(device)
+    place = torch.get_default_device() if device is None else usable_device(device)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
@@ -102,9 +102,13 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _device(name: torch.device | str) -> torch.device:
+def usable_device(name: torch.device | str) -> torch.device:
+    """The device of that name. Raises ConfigError for one that torch cannot use here."""
     try:
-        return torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"unknown device: {reason}", field="device", found=repr(name)) from None
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # A build of torch without a device says so by an AssertionError for CUDA.
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ConfigError(f"no such device: {reason}", field="device", found=repr(name)) from None
+    return device

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     words.remove(verb)
     module = importlib.import_module(f"moezoo.cli.{verb}")
-    parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb])
+    parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb], allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.configure(parser)
     parsed = parser.parse_args(settings_first(words))
@@ -110,7 +110,8 @@ def _guarded(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespac
     try:
         with orderly_termination():
             code = run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is when the caller has closed it
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # The reader went away (`| head`): nothing more to say, and no traceback at shutdown either.

@@ -285,6 +285,16 @@ def test_experts_in_a_row_in_the_file_are_loaded_without_a_copy(order: str, tmp_
     assert stacks and set(mapped) == {order == "as moezoo writes"}
 
 
+@pytest.mark.parametrize("device", ["quantum", 3.5, "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device: object, tmp_path: Path) -> None:
+    _, model = pair("switch")
+    moezoo.save(model, tmp_path / "out")
+    with pytest.raises(moezoo.MoezooError, match="no such device"):
+        moezoo.load(tmp_path / "out", device=device)
+    with pytest.raises(moezoo.MoezooError, match="no such device"):
+        moezoo.build("t5-small", device=device)
+
+
 def test_training_a_loaded_model_leaves_its_file_as_it_was(tmp_path: Path) -> None:
     _, model = pair("switch")
     moezoo.save(model, tmp_path / "out")

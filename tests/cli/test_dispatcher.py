@@ -89,6 +89,7 @@ def test_sigterm_unwinds_the_verb(verb: types.ModuleType) -> None:
     [
         (["infos"], "unknown verb 'infos'. Did you mean 'info'?"),
         (["info", "--lenght", "3", "t5-small"], "Did you mean --length?"),
+        (["info", "--len", "3", "t5-small"], "unrecognized arguments: --len"),
         (["--wat"], "unknown option --wat"),
         (["info"], "the following arguments are required: model"),
     ],
@@ -120,6 +121,12 @@ def test_the_help_of_a_verb_imports_no_torch(verb_name: str) -> None:
         "except SystemExit as left:\n    assert left.code == 0\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_closed_output_is_no_error() -> None:
+    command = f"{sys.executable} -m moezoo list >&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_closed_pipe_is_no_error() -> None:
