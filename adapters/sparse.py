@@ -28,9 +28,9 @@ def sparse(
     """A `make` for `moezoo.plug`: a mixture of `num_experts` copies of the MLP it is given.
 
     Understands an MLP of its own (x -> y of the same width: transformers' T5 feed-forwards,
-    `nn.Sequential`, any module with two linear layers), and layers whose MLP is spread over
-    attributes: `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer`, and BERT's
-    intermediate and output.
+    `nn.Sequential`, any module with two linear layers, GPT-2's `Conv1D` among them), and layers
+    whose MLP is spread over attributes: `torch.nn.TransformerEncoderLayer` and
+    `TransformerDecoderLayer`, and BERT's intermediate and output.
 
     Args:
         copy_weights: start every expert from the dense weights; False: draw them anew.
@@ -119,9 +119,8 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 def _width(mlp: nn.Module) -> int:
     """The width of an MLP: what its first linear layer reads and its last one writes."""
-    linears = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
-    if len(linears) < 2 or linears[0].in_features != linears[-1].out_features:
-        found = [(m.in_features, m.out_features) for m in linears]
+    found = [sizes for module in mlp.modules() if (sizes := _sizes(module)) is not None]
+    if len(found) < 2 or found[0][0] != found[-1][1]:
         raise ConfigError(
             f"{type(mlp).__name__} is no MLP that moezoo knows",
             field="make",
@@ -129,10 +128,23 @@ def _width(mlp: nn.Module) -> int:
             found=found,
             hint="Pass a `make` of your own that returns a moezoo.SparseMLP.",
         )
-    return linears[0].in_features
+    return found[0][0]
 
 
-def _redraw(expert: nn.Module) -> None:
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """What a linear layer reads and writes; transformers' Conv1D is one with its weight turned."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        read, written = module.weight.shape
+        return int(read), int(written)
+    return None
+
+
+def _redraw(expert: Any) -> None:
     for module in expert.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
+        elif _sizes(module) is not None:  # Conv1D has no method for it
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)

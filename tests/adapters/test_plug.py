@@ -79,6 +79,20 @@ def test_a_transformers_bert_computes_the_same_after_plugging() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_transformers_gpt2_computes_the_same_after_plugging() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(2, 50, (2, 6))
+    expected = model(input_ids=ids).logits
+    assert len(moezoo.plug(model, "transformer.h.*.mlp", sparse(4, causal=True))) == 2
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    fresh = sparse(2, copy_weights=False)(transformers.GPT2LMHeadModel(config).transformer.h[0].mlp)
+    first, second = (fresh.moe.experts.expert(e).c_fc.weight for e in (0, 1))
+    assert not torch.equal(first, second)
+
+
 def test_a_module_of_your_own_can_be_replaced_by_any_other() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:
