@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from moezoo.config import LAYOUTS, sparse_layers
 from moezoo.errors import ConfigError, did_you_mean
 
-Layers = str | Mapping[str, str | Sequence[int]]
+Layers = str | Sequence[int] | Mapping[str, str | Sequence[int]]
 _STACKS = {"enc": "encoder", "dec": "decoder", "encoder": "encoder", "decoder": "decoder"}
 _COUNTED = ("first", "last", "every")
 
@@ -20,8 +20,8 @@ def placed(
 
     Args:
         layers: a layout (odd, mixed, bottom, middle, top, all, none), `first:N`, `last:N`,
-            `every:N`, indices `1,3`; for each stack apart as `enc=...;dec=...` (a stack left out
-            stays dense) or as a mapping.
+            `every:N`, indices `1,3` or [1, 3]; for each stack apart as `enc=...;dec=...` (a stack
+            left out stays dense) or as a mapping.
 
     Raises ConfigError for unknown words, layers that do not exist, and when no layer is left.
     """
@@ -41,10 +41,11 @@ def placed(
 def _by_stack(layers: Layers) -> dict[str, str | Sequence[int]]:
     if isinstance(layers, Mapping):
         items: list[tuple[str, str | Sequence[int]]] = list(layers.items())
+    elif isinstance(layers, (list, tuple)):
+        return {"encoder": layers, "decoder": layers}
     elif not isinstance(layers, str):
-        raise ConfigError(
-            "layers is a word or a mapping", field="layers", found=type(layers).__name__
-        )
+        wanted, found = "a word, a list of indices or a mapping", type(layers).__name__
+        raise ConfigError("layers of another kind", field="layers", expected=wanted, found=found)
     elif "=" not in layers:
         return {"encoder": layers, "decoder": layers}
     else:

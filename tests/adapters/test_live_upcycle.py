@@ -130,3 +130,10 @@ def test_what_cannot_be_upcycled_is_refused_with_the_reason() -> None:
     with pytest.raises(moezoo.MoezooError, match="sample text"):
         moezoo.upcycle(dense(), num_experts=2, router_init="mean_orthogonal")
     assert TINY.num_experts == 4
+
+
+def test_layers_may_be_a_list_of_indices() -> None:
+    made = moezoo.upcycle(dense(), num_experts=2, layers=[1, 3])
+    assert made.config.encoder_sparse == made.config.decoder_sparse == (1, 3)
+    with pytest.raises(moezoo.MoezooError, match="a list of indices"):
+        moezoo.upcycle(dense(), num_experts=2, layers=3)
