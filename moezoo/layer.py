@@ -15,7 +15,7 @@ from moezoo.errors import ConfigError, DtypeError, ShapeError
 from moezoo.experts.base import Experts
 from moezoo.functional.dispatch import combine, dispatch, soft_combine, soft_dispatch
 from moezoo.pairing import check_pair
-from moezoo.records import Routing, SoftAssignment, Tokens
+from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router
 
 
@@ -74,6 +74,8 @@ class MoE(nn.Module):
         if isinstance(routing.assignment, SoftAssignment):
             slots = soft_dispatch(tokens.x, routing.assignment)
             y_TD = soft_combine(self.experts(slots.x, slots.counts), routing.assignment)
+        elif self._is_alone(routing.assignment):
+            y_TD = self._alone(tokens.x, routing.assignment)
         else:
             slots, order_N = dispatch(tokens.x, routing.assignment)
             y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order_N)
@@ -90,14 +92,31 @@ class MoE(nn.Module):
         trace.
         """
         proposal: Routing = self.router(tokens)
-        routing = replace(proposal, sequence_length=tokens.sequence_length)
-        if isinstance(routing.assignment, SoftAssignment):
-            return routing
+        length, offered = tokens.sequence_length, proposal.assignment
+        if isinstance(offered, SoftAssignment):
+            return replace(proposal, sequence_length=length)
+        routing = replace(proposal, sequence_length=length, proposed=offered)
         admitted = self.router.reweigh(self.capacity(routing))
-        return replace(routing, assignment=admitted, proposed=routing.assignment)
+        return routing if admitted is offered else replace(routing, assignment=admitted)
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
+
+    def _is_alone(self, assignment: Assignment) -> bool:
+        """Whether one token has one pair that the host may look at, and only a value is wanted."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if assignment.num_pairs != 1 or assignment.num_tokens != 1:
+            return False
+        hooked = self.experts._forward_hooks or self.experts._forward_pre_hooks
+        return not hooked and type(assignment.expert) is Tensor and assignment.expert.is_cpu
+
+    def _alone(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        """`dispatch`, experts and `combine` of one token to decode: nothing to sort."""
+        if not bool(assignment.kept):
+            return torch.zeros_like(x_TD)
+        y_TD = self.experts.alone(x_TD, int(assignment.expert))
+        return y_TD * assignment.weight.to(y_TD.dtype)
 
     def _tokens(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> Tokens:
         self._check_input(x, mask, token_ids)

@@ -61,11 +61,21 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale[:, 0])
         self.register_buffer("bias", None if bias is None else bias.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         _refuse_training(x)
-        y = int8_linear(x.reshape(-1, self.in_features), self.weight, self.scale)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        y = int8_linear(rows, self.weight, self.scale)
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if out is None else out.copy_(y)
+
+    def prepared(self, rows: int) -> Int8Linear:
+        """Itself; see `moezoo.models.linear.Linear.prepared`."""
+        return self
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """total += self(x)."""
+        total += self(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, int8"
@@ -93,6 +103,12 @@ class Int8Experts(Experts):
                 hidden = hidden * self._linear("wi_1", expert, slots[rows])
             out[rows] = self._linear("wo", expert, hidden)
         return out
+
+    def alone(self, row: Tensor, expert: int) -> Tensor:
+        hidden = self.function(self._linear(self._names[0], expert, row))
+        if self.gated:
+            hidden = hidden * self._linear("wi_1", expert, row)
+        return self._linear("wo", expert, hidden)
 
     def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         codes, scale = self.get_buffer(name), self.get_buffer(f"{name}_scale")

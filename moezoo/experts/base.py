@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from moezoo.registry import Registry
@@ -30,6 +31,15 @@ class Experts(nn.Module):
             gradient, never None.
         """
         raise NotImplementedError
+
+    def alone(self, row: Tensor, expert: int) -> Tensor:
+        """`forward` for one row (1, D) of an expert that the host knows, without a gradient: a
+        token to decode. A container may know a shorter way.
+        """
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=row.device)
+        counts[expert] = 1
+        y: Tensor = self(row, counts)
+        return y
 
 
 registry: Registry[Experts] = Registry("expert container", Experts, "moezoo.experts")

@@ -9,7 +9,7 @@ from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
 from moezoo.functional.dropout import Dropout
-from moezoo.functional.grouped_mlp import grouped_mlp
+from moezoo.functional.grouped_mlp import grouped_mlp, lone_mlp
 from moezoo.functional.truncated_normal import truncated_normal_
 
 
@@ -59,9 +59,19 @@ class StackedExperts(Experts):
             truncated_normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
-        inner = (self.wi_0, self.wi_1) if self.gated else (self.wi,)
         p = self.dropout.p if self.dropout.training else 0.0
+        inner = self._inner()
         return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)
+
+    def alone(self, row: Tensor, expert: int) -> Tensor:
+        plain = type(row) is Tensor and type(self.wo) is nn.Parameter and row.dtype == self.wo.dtype
+        drops = self.dropout.training and self.dropout.p > 0.0
+        if type(self).forward is not StackedExperts.forward or drops or not plain:
+            return super().alone(row, expert)
+        return lone_mlp(row, expert, self._inner(), self.wo, function=self.function)
+
+    def _inner(self) -> tuple[Tensor, ...]:
+        return (self.wi_0, self.wi_1) if self.gated else (self.wi,)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"

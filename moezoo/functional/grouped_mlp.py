@@ -52,6 +52,14 @@ def grouped_mlp(
     return _inferred(x, runs_of(counts), weights, function)
 
 
+def lone_mlp(
+    row: Tensor, expert: int, inner: Sequence[Tensor], outer: Tensor, *, function: Activation
+) -> Tensor:
+    """`grouped_mlp` for one row (1, D) of one expert, without a gradient and dropout."""
+    hidden = _hidden(_projected(row, inner, expert, function), function)
+    return product(hidden, outer[expert])
+
+
 def _fuses(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False

@@ -15,9 +15,10 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     computed from them looks finite.
     """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / _LEVELS
-    safe = torch.where(scale > 0, scale, 1.0)
-    return (x / safe).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).to(torch.int8), scale
+    scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) / _LEVELS
+    # A row of zeros is 0 / 0 here.
+    codes = torch.div(x, scale).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return codes.to(torch.int8), scale
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -26,11 +27,24 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     Every row of x is rounded to eight bits by its own scale (LLM.int8(), arXiv 2208.07339, eq. 4),
     so that a row's result depends on that row alone; products add up exactly, in 32 bits.
     """
+    if x.shape[0] == 1 and x.shape[1] > 1 and not torch.compiler.is_compiling():
+        peak = float(torch.linalg.vector_norm(x.float(), torch.inf))
+        if _LEVELS * torch.finfo(torch.float32).tiny < peak < torch.inf:
+            return _row(x, peak / _LEVELS, codes, scale)
     if not x.shape[0]:
         return x.new_zeros(0, codes.shape[0])
     rows, row_scale = rounded_rows(x)
     if codes.shape[1] == 1:  # torch 2.13's product of int8 is wrong for one column
         product = rows.float() * codes.float().t()
     else:
-        product = torch._int_mm(rows, codes.t()).float()
-    return product.mul_(row_scale).mul_(scale).to(x.dtype)
+        product = torch._int_mm(rows, codes.t())
+    return torch.mul(product, row_scale).mul_(scale).to(x.dtype)
+
+
+def _row(x: Tensor, row_scale: float, codes: Tensor, scale: Tensor) -> Tensor:
+    """`int8_linear` of one row, whose scale the host knows: fewer operators, and the weights come
+    first in the product, to be read as they lie.
+    """
+    column = torch.div(x.float(), row_scale).round_().to(torch.int8).view(-1, 1)
+    product = torch._int_mm(codes, column).view(1, -1)
+    return torch.mul(product, row_scale).mul_(scale).to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import token_choice
@@ -74,6 +75,15 @@ class SwitchRouter(Router):
         gate_TE = probs_TE / probs_TE.detach() if self.weight == "unit" else probs_TE
         assignment = token_choice(probs_TE, gate_TE, 1, tokens)
         return Routing(assignment, logits=logits_TE, probs=probs_TE, real=tokens.real)
+
+    def alone(self, row: Tensor) -> tuple[int, float]:
+        """The expert of one token (1, D) in float32 and its weight, for the host, in evaluation: as
+        `forward` but for the last bits of the scores, whose product need not suit a batch too.
+        """
+        logits_1E = F.linear(row, self.classifier.weight, self.classifier.bias)
+        (probs,) = logits_1E.softmax(dim=-1).tolist()
+        weight = max(probs)
+        return probs.index(weight), 1.0 if self.weight == "unit" else weight
 
 
 def check_sizes(d_model: int, num_experts: int, choices: int = 1) -> None:

@@ -188,7 +188,7 @@ BUGS = [
     Bug("the gradient of an idle expert is what memory held", "moezoo/ops/memory.py",
         "stacked[number].zero_()", "stacked[number].fill_(0.5)"),
     Bug("the gate of gated experts is left out", "moezoo/experts/stacked.py",
-        "inner = (self.wi_0, self.wi_1) if self.gated", "inner = (self.wi_0,) if self.gated",
+        "return (self.wi_0, self.wi_1) if self.gated", "return (self.wi_0,) if self.gated",
         historic=True),
     Bug("experts compute in bfloat16 whatever the model's dtype", "moezoo/experts/stacked.py",
         "return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)",
