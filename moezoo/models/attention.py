@@ -66,7 +66,7 @@ class Attention(nn.Module):
         """
         pair = None if cache is None else cache.cross_attention.get(self.layer)
         if pair is None:
-            pair = self._heads(self.k(memory)), self._heads(self.v(memory))
+            pair = self.of_memory(memory)
             if cache is not None:
                 cache.cross_attention[self.layer] = pair
         rows, length, sources = x.shape[0], x.shape[1], memory.shape[0]
@@ -76,6 +76,10 @@ class Attention(nn.Module):
         mixed = self._attend(self._heads(query), *pair, bias)
         y: Tensor = self.o(mixed.transpose(1, 2).reshape(rows, length, self.o.in_features))
         return y
+
+    def of_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, Lm, dk) of the encoder's output (B, Lm, D)."""
+        return self._heads(self.k(memory)), self._heads(self.v(memory))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """softmax(q k^T + bias) v, (B, H, L, dk)."""

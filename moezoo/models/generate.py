@@ -11,6 +11,7 @@ from moezoo.config import SwitchConfig
 from moezoo.models.beam import beam_search
 from moezoo.models.cache import DecoderCache
 from moezoo.models.sampling import GenerationOptions, adjusted, sampled
+from moezoo.models.step import DecoderStep, steps_apart
 
 if TYPE_CHECKING:
     from moezoo.models.switch import SwitchForConditionalGeneration
@@ -94,6 +95,9 @@ class Stepper:
         self.model, self.memory, self.real = model, memory, real
         self.rows = memory.shape[0] * copies
         self.cache = DecoderCache() if use_cache else None
+        self.step = None
+        if use_cache and steps_apart(model.decoder, memory):
+            self.step = DecoderStep(model.decoder, memory, real, rows=self.rows)
 
     def start(self) -> Tensor:
         """The first decoder column (B * copies, 1)."""
@@ -103,6 +107,9 @@ class Stepper:
     def scores(self, ids: Tensor) -> Tensor:
         """float32 logits (B * copies, V) of the token after ids (B * copies, L)."""
         model = self.model
+        if self.step is not None:
+            newest = ids[:, -1:]
+            return model.head(self.step(model.shared(newest[:, 0]), newest)).float()
         new = ids if self.cache is None else ids[:, self.cache.length :]
         hidden, _ = model.decoder(
             model.shared(new),
@@ -115,7 +122,9 @@ class Stepper:
 
     def reorder(self, rows: Tensor) -> None:
         """Continue from the given rows of the batch."""
-        if self.cache is not None:
+        if self.step is not None:
+            self.step.reorder(rows)
+        elif self.cache is not None:
             self.cache.reorder(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moezoo.ops.few_rows import few_rows_linear
+from moezoo.ops.products import Prepared
 
 
 class Linear(nn.Linear):
@@ -19,3 +20,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return few_rows_linear(x, self.weight)
+
+    def prepared(self, rows: int) -> Prepared:
+        """The map for `rows` rows, without a gradient, to be called many times."""
+        return Prepared(self.weight, rows)

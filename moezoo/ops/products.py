@@ -72,11 +72,37 @@ def product(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = F
     rows = x.shape[0]
     if not rows or not x.shape[1] or not weight.shape[0]:
         return x.new_zeros(rows, weight.shape[0])
-    kind = _kind(x, weight, training)
+    kind = _kind(rows, weight, training) if fast_products(x, weight) else "mm"
     if kind == "onednn":
         return _onednn(x, weight, relu)
     out = _weight_first(x, weight) if kind == "weight first" else torch.mm(x, weight.t())
     return out.relu_() if relu else out
+
+
+class Prepared:
+    """`product` with one weight (M, K) for a fixed number of rows: what decoding calls at every
+    token, so the library is chosen once.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.weight = weight.detach()
+        plain = bool(rows and weight.numel()) and fast_products(weight, weight)
+        mm = plain and _kind(rows, weight, training=False) == "mm"
+        self.transposed = self.weight.t() if mm else None
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (rows, K) -> (rows, M), into `out` if there is one."""
+        if self.transposed is not None:
+            return torch.mm(x, self.transposed, out=out)
+        y = product(x, self.weight)
+        return y if out is None else out.copy_(y)
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """total += self(x), in one go where the library can."""
+        if self.transposed is not None:
+            total.addmm_(x, self.transposed)
+        else:
+            total += product(x, self.weight)
 
 
 def steady_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,10 +116,8 @@ def steady_product(x: Tensor, weight: Tensor) -> Tensor:
     return _onednn(x, weight, relu=False)
 
 
-def _kind(x: Tensor, weight: Tensor, training: bool) -> str:
-    rows, outer = x.shape[0], weight.shape[0]
-    if not fast_products(x, weight):
-        return "mm"
+def _kind(rows: int, weight: Tensor, training: bool) -> str:
+    outer = weight.shape[0]
     if weight.numel() <= _SMALL_WEIGHT and rows * outer <= _SMALL_RESULT:
         return "mm"
     found, plain = limits(), weight.stride(1) == 1

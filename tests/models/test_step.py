@@ -1,0 +1,139 @@
+"""A decoding step equals the modules of the decoder, and leaves to them what they alone can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moezoo
+from moezoo.models import generate
+from moezoo.models.generate import Stepper
+from moezoo.models.step import steps_apart
+from tests.models.tiny import source, tiny
+
+MODELS: dict[str, dict[str, Any]] = {
+    "switch": {},
+    "switch with a unit weight": {"router": {"name": "switch", "weight": "unit", "bias": True}},
+    "capacity": {"capacity": {"name": "first_come", "limit": 1}},
+    "as transformers": {"capacity": "transformers"},
+    "dense": {"num_experts": 0},
+    "gated": {"feed_forward_proj": "gated-gelu"},
+    "a bias in every layer": {"position_bias_every_layer": True},
+    "two choices": {"router": {"name": "top_k", "k": 2}},
+    "by token": {"router": "hash"},
+    "other experts": {"experts": "modules"},
+    "deep": {"num_layers": 4, "num_decoder_layers": 3},
+}
+
+
+def stepper(model: nn.Module, *, rows: int, copies: int = 1, masked: bool = False) -> Stepper:
+    ids = source(rows)
+    mask = torch.ones_like(ids)
+    mask[-1, 3:] = 0 if masked else 1
+    memory, real, _ = model._encode(ids, mask)
+    return Stepper(model, memory, real, copies=copies, use_cache=True)
+
+
+def scores(model: nn.Module, steps: int = 6, **sizes: Any) -> list[Tensor]:
+    """Of each step after random tokens, the rows put in another order on the way."""
+    step = stepper(model, **sizes)
+    ids = step.start()
+    random = torch.Generator().manual_seed(4)
+    found = []
+    for number in range(steps):
+        found.append(step.scores(ids))
+        token = torch.randint(2, model.config.vocab_size, (ids.shape[0], 1), generator=random)
+        ids = torch.cat([ids, token], 1)
+        if number in (2, 34):
+            order = torch.arange(ids.shape[0]).roll(1)
+            step.reorder(order)
+            ids = ids[order]
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_it_equals_the_decoder_token_by_token(
+    name: str, rounded: bool, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(**MODELS[name])
+    if rounded:
+        moezoo.quantize(model)
+    rows, copies = sizes
+    masked = rows > 1
+    assert stepper(model, rows=rows, copies=copies).step is not None
+    found = scores(model, rows=rows, copies=copies, masked=masked)
+    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    expected = scores(model, rows=rows, copies=copies, masked=masked)
+    # A last bit more or less may round to another of 255 levels.
+    tolerance = 0.2 if rounded else 1e-4
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_it_keeps_every_key_when_its_buffer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    found = scores(model, steps=70, rows=2)
+    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    for ours, theirs in zip(found, scores(model, steps=70, rows=2), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_it_would_pass_by_is_left_to_the_modules() -> None:
+    model = tiny().eval()
+    memory = torch.randn(1, 3, 16)
+    decoder = model.decoder
+    assert steps_apart(decoder, memory)
+    assert not steps_apart(decoder.double(), memory.double())
+    assert not steps_apart(decoder.float().train(), memory)
+    assert steps_apart(decoder.eval(), memory)
+    with torch.enable_grad():
+        assert not steps_apart(decoder, memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not steps_apart(decoder, memory)
+    attention = decoder.blocks[0].attention
+    handle = attention.register_forward_pre_hook(lambda *_: None)
+    assert not steps_apart(decoder, memory)
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not steps_apart(decoder, memory)
+    handle.remove()
+    attention.q = type("Other", (type(attention.q),), {})(16, 8)
+    assert not steps_apart(decoder, memory)
+
+
+def test_hooks_in_the_decoder_fire_as_often_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(), source(1)
+
+    def fired() -> tuple[dict[str, int], Tensor]:
+        seen = dict.fromkeys((name for name, _ in model.decoder.named_modules()), 0)
+        for name in seen:
+
+            def hook(*_: object, name: str = name) -> None:
+                seen[name] += 1
+
+            handle = model.decoder.get_submodule(name).register_forward_hook(hook)
+            out = model.generate(ids, max_new_tokens=2, min_new_tokens=2)
+            handle.remove()
+        return seen, out
+
+    found = fired()
+    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    expected = fired()
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
+
+
+def test_recording_sees_the_routing_of_every_generated_token() -> None:
+    model = tiny()
+    with moezoo.record(model) as tape:
+        model.generate(source(1), max_new_tokens=5, min_new_tokens=5)
+    counts = {name: len(routings) for name, routings in tape.by_layer.items()}
+    assert {name.split(".")[0]: n for name, n in counts.items()} == {"encoder": 1, "decoder": 5}
