@@ -61,7 +61,8 @@ class PositionBias(nn.Embedding):
             num_buckets=self.num_embeddings,
             max_distance=self.max_distance,
         )
-        by_distance: Tensor = self(bucket).t()  # (H, Lq + Lk - 1)
+        # (H, Lq + Lk - 1); contiguous, and so is the bias, which every layer adds to its scores.
+        by_distance: Tensor = self(bucket).t().contiguous()
         if query_length == 1:
             return by_distance[None, :, None, :]
         return by_distance.unfold(1, key_length, 1).flip(1).unsqueeze(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moezoo.functional import attention
 from moezoo.functional.attention import attention_with_dropout
 from moezoo.functional.dropout import LEVELS, kept
 
@@ -45,6 +46,42 @@ def test_values_and_gradients_equal_the_composite(bias: str, p: float) -> None:
         results.append([out, *torch.autograd.grad(out.square().sum(), given)])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bias", ["none", "position", "mask", "both"])
+@pytest.mark.parametrize("fitting", [1, 2, 4])
+def test_any_number_of_heads_and_sequences_at_once_is_the_same_attention(
+    bias: str, fitting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fitting: a head, a sequence of two heads, or two sequences of three at a time."""
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", fitting * 5 * 7)
+    given = [tensor for tensor in inputs(bias) if tensor is not None]
+    query, key, value, *added = given
+    lost = torch.zeros(3, 2, 5, 7, dtype=torch.bool)
+    for row in range(3):  # what was dropped, by values that point out their pair
+        torch.manual_seed(1)
+        points = torch.zeros(3, 2, 7, 7, dtype=torch.float64)
+        points[row] = torch.eye(7)
+        lost[row] = attention_with_dropout(query, key, points, *(added or [None]), p=0.4)[row] == 0
+    scores = query @ key.mT if not added else query @ key.mT + added[0]
+    scale = LEVELS / (LEVELS - round(0.4 * LEVELS))
+    expected = scores.softmax(-1).masked_fill(lost, 0.0) @ value * scale
+    torch.manual_seed(1)
+    found = attention_with_dropout(query, key, value, *(added or [None]), p=0.4)
+    assert 0 < lost.double().mean() < 1
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), given),
+        torch.autograd.grad(expected.square().sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_result_is_laid_out_for_the_map_behind_it() -> None:
+    query, key, value, _ = inputs("none")
+    out = attention_with_dropout(query, key, value, None, p=0.3)
+    assert out.transpose(1, 2).is_contiguous()
 
 
 def test_a_kept_graph_gives_the_same_gradient_twice() -> None:
