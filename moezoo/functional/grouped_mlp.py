@@ -14,7 +14,7 @@ from moezoo.functional.dropout import LEVELS, dropout, kept, relu_dropout
 from moezoo.ops.backends import Runs, runs_of
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import stacked_gradient
-from moezoo.ops.products import product
+from moezoo.ops.products import outer_product, product
 
 
 def grouped_mlp(
@@ -191,11 +191,11 @@ def _backward_of_run(
     else:
         hidden, grad_parts = _activation_backward(ctx, parts[: len(inner)], parts, grad_hidden)
     if outer_grad is not None:
-        torch.mm(grad.t(), hidden, out=outer_grad[expert])
+        outer_product(grad, hidden, out=outer_grad[expert])
     for index, (weight, part) in enumerate(zip(inner, grad_parts, strict=True)):
         target = inner_grads[index]
         if target is not None:
-            torch.mm(part.t(), x, out=target[expert])
+            outer_product(part, x, out=target[expert])
         if grad_x is not None:
             back = product(part, weight[expert].t(), training=True)
             grad_x[rows] = grad_x[rows] + back if index else back

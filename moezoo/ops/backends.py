@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.ops.memory import stacked_gradient
-from moezoo.ops.products import fast_products, product
+from moezoo.ops.products import fast_products, outer_product, product
 
 Runs = list[tuple[int, slice]]
 
@@ -71,7 +71,7 @@ class Loop:
         shape = (counts.shape[0], a.shape[1], b.shape[1])
         out = stacked_gradient(shape, a, [expert for expert, _ in runs])
         for expert, rows in runs:
-            torch.mm(a[rows].t(), b[rows], out=out[expert])
+            outer_product(a[rows], b[rows], out=out[expert])
         return out
 
 

@@ -74,11 +74,13 @@ def _clear(block: mmap.mmap, content: Tensor, start: int, end: int) -> None:
     """Zeros in bytes start to end of a block; its whole pages go back to the system."""
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if first >= last:
-        content[start:end].zero_()
+        if start < end:
+            content[start:end].zero_()
         return
     block.madvise(mmap.MADV_DONTNEED, first, last - first)
-    content[start:first].zero_()
-    content[last:end].zero_()
+    for begin, stop in ((start, first), (last, end)):
+        if begin < stop:  # an expert's matrix is whole pages as a rule
+            content[begin:stop].zero_()
 
 
 def _huge_pages(size: int) -> mmap.mmap:

@@ -105,6 +105,13 @@ class Prepared:
             total += product(x, self.weight)
 
 
+def outer_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """a (n, M) transposed times b (n, K), the gradient of a weight, into out (M, K)."""
+    if a.shape[0] == 1:  # streams the result, which a matrix product first packs its operands for
+        return torch.mul(a.t(), b, out=out)
+    return torch.mm(a.t(), b, out=out)
+
+
 def steady_product(x: Tensor, weight: Tensor) -> Tensor:
     """`product` that gives a row the same bits whatever rows are beside it, where oneDNN is there:
     for scores, in which a last bit may decide who is chosen.
