@@ -7,20 +7,24 @@ from torch import Tensor
 
 from moezoo.records import Assignment, Tokens
 
+_MANY_EXPERTS = 256
+
 
 def best_experts(choice_TE: Tensor, k: int) -> Tensor:
     """Indices (T, k) of the k highest scores of each row, highest first; ties go to the lowest
     index.
 
-    `torch.topk` breaks ties arbitrarily; k passes of `argmax`, which takes the first maximum, do
-    not.
+    `torch.topk` breaks ties arbitrarily; k passes for the first maximum do not.
     """
+    width = _window(choice_TE)
+    if width:
+        return _best_by_windows(choice_TE.detach(), k, width)
     if k == 1:
-        return choice_TE.argmax(dim=-1, keepdim=True)
+        return _first_best(choice_TE)
     remaining_TE = choice_TE.detach().clone()
     columns = []
     for _ in range(k):
-        best_T1 = remaining_TE.argmax(dim=-1, keepdim=True)
+        best_T1 = _first_best(remaining_TE)
         columns.append(best_T1)
         remaining_TE.scatter_(1, best_T1, float("-inf"))
     return torch.cat(columns, dim=-1)
@@ -66,3 +70,50 @@ def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tok
         group_size=tokens.group_size,
         choices=k,
     )
+
+
+def _first_best(choice_TE: Tensor) -> Tensor:
+    if choice_TE.is_cpu and not torch.compiler.is_compiling():
+        return choice_TE.detach().max(dim=-1, keepdim=True).indices  # of `argmax`, in half the time
+    return choice_TE.argmax(dim=-1, keepdim=True)
+
+
+def _window(choice_TE: Tensor) -> int:
+    """Into windows of how many scores a row falls, all equal; 0: not worth it, or not possible."""
+    num_tokens, num_experts = choice_TE.shape
+    if not choice_TE.is_cpu or torch.compiler.is_compiling() or not choice_TE.is_contiguous():
+        return 0
+    if num_experts < _MANY_EXPERTS or not num_tokens:
+        return 0
+    return next((width for width in range(64, 31, -1) if num_experts % width == 0), 0)
+
+
+def _best_by_windows(choice_TE: Tensor, k: int, width: int) -> Tensor:
+    """`best_experts` on a CPU, where a maximum with its index takes six times as long as one
+    without: the best window of each row first, then the best score in that window alone.
+    """
+    num_tokens, num_experts = choice_TE.shape
+    windows = choice_TE.view(-1, width)
+    most_TW = choice_TE.view(num_tokens, -1, width).amax(-1)
+    first_T = torch.arange(num_tokens) * (num_experts // width)
+    expert_TK = first_T.new_empty(num_tokens, k)
+    for choice in range(k):
+        window_T = most_TW.max(-1).indices  # the first with the maximum has the first maximum
+        score_TV = windows.index_select(0, first_T + window_T)
+        start_T1 = window_T[:, None] * width
+        if choice:
+            score_TV = _without(score_TV, expert_TK[:, :choice] - start_T1)
+        inside_T1 = score_TV.max(-1, keepdim=True).indices
+        expert_TK[:, choice] = (start_T1 + inside_T1)[:, 0]
+        if choice + 1 < k:
+            rest_T = score_TV.scatter_(1, inside_T1, float("-inf")).amax(-1)
+            most_TW.scatter_(1, window_T[:, None], rest_T[:, None])
+    return expert_TK
+
+
+def _without(score_TV: Tensor, place_TK: Tensor) -> Tensor:
+    """Scores (T, V) with -infinity at the places that lie in them."""
+    width = score_TV.shape[1]
+    outside = (place_TK < 0) | (place_TK >= width)
+    longer = torch.nn.functional.pad(score_TV, (0, 1))  # the last place takes what lies outside
+    return longer.scatter_(1, place_TK.masked_fill(outside, width), float("-inf"))[:, :width]

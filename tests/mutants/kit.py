@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moezoo.functional.assign import token_choice
+from moezoo.functional.assign import best_experts, token_choice
 from moezoo.records import Tokens
 from moezoo.testing import check_experts, check_loss, check_policy, check_router
 from tests.properties.small_world import admits, by_rank, by_token, rerouted, served, table, world
@@ -58,3 +58,9 @@ def test_nan_in_padding_reaches_no_weight() -> None:
     tokens = Tokens(torch.zeros(3, 4), real=real)
     a = token_choice(torch.nan_to_num(gate), gate, 1, tokens)
     assert torch.equal(a.weight, torch.tensor([0.7, 0.0, 0.6]))
+
+
+def test_many_experts_are_chosen_as_few_are() -> None:
+    scores = torch.randint(20, (30, 320), generator=torch.Generator().manual_seed(0)).float()
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    assert torch.equal(best_experts(scores, 40), order[:, :40])
