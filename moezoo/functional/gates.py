@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moezoo.ops.memory import in_huge_pages, large_empty
 from moezoo.ops.products import fast_products, steady_product
 
 
@@ -56,6 +57,36 @@ class _Product(torch.autograd.Function):
         x_TD, weight = ctx.saved_tensors
         grad_x = grad_TE @ weight if ctx.needs_input_grad[0] else None
         return grad_x, grad_TE.t() @ x_TD if ctx.needs_input_grad[1] else None
+
+
+def gate_probs(logits_TE: Tensor) -> Tensor:
+    """Expert probabilities (T, E), the softmax of eq. 1; large ones in huge pages."""
+    size = logits_TE.numel() * logits_TE.element_size()
+    if torch.compiler.is_compiling() or not in_huge_pages(size, logits_TE.device):
+        return logits_TE.softmax(dim=-1)
+    if torch.is_grad_enabled() and logits_TE.requires_grad:
+        probs_TE: Tensor = _Softmax.apply(logits_TE)  # type: ignore[no-untyped-call]
+        return probs_TE
+    return _softmax(logits_TE)
+
+
+def _softmax(logits_TE: Tensor) -> Tensor:
+    out_TE = large_empty(logits_TE.shape, logits_TE.dtype)
+    return torch.softmax(logits_TE, -1, out=out_TE)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor) -> Tensor:
+        probs_TE = _softmax(logits_TE)
+        ctx.save_for_backward(probs_TE)
+        return probs_TE
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> Tensor:
+        (probs_TE,) = ctx.saved_tensors
+        grad: Tensor = torch.ops.aten._softmax_backward_data(grad_TE, probs_TE, -1, probs_TE.dtype)
+        return grad
 
 
 def jittered(x_TD: Tensor, epsilon: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moezoo.functional.assign import best_experts
 from moezoo.ops.products import product, steady_product
 
 _SCORES = 1 << 18  # of one chunk: 1 MiB in float32
@@ -70,10 +71,12 @@ class _Streamed(torch.autograd.Function):
         mean_E = x_TD.new_zeros(num_experts)
         for part in _chunks(num_tokens, num_experts):
             logits = _logits(x_TD[part], weight, bias)
-            lse_T[part] = logits.logsumexp(-1)
-            probs = logits.sub_(lse_T[part, None]).exp_()
-            expert_T[part] = probs.argmax(-1)
-            gate_T[part] = probs.gather(1, expert_T[part, None])[:, 0]
+            probs = logits.softmax(-1)
+            best = best_experts(probs, 1)
+            gate = probs.gather(1, best)
+            expert_T[part], gate_T[part] = best[:, 0], gate[:, 0]
+            # The best expert's probability is 1 / E or more: its logarithm is as exact as it gets.
+            lse_T[part] = (logits.gather(1, best) - gate.log())[:, 0]
             mean_E += share_T[part] @ probs
         ctx.save_for_backward(x_TD, weight, bias, share_T, expert_T, lse_T)
         ctx.mark_non_differentiable(expert_T)
@@ -90,7 +93,7 @@ class _Streamed(torch.autograd.Function):
         grad_b = None if bias is None else torch.zeros_like(bias)
         for part in _chunks(x_TD.shape[0], weight.shape[0]):
             logits = _logits(x_TD[part], weight, bias)
-            probs = logits.sub_(lse_T[part, None]).exp_()
+            probs = logits.softmax(-1)
             chosen, share = expert_T[part, None], share_T[part, None]
             gate = probs.gather(1, chosen) * grad_gate_T[part, None]
             # softmax: p * (g - sum p g), for g from the mean and from the chosen one's gate;

@@ -33,7 +33,7 @@ def stacked_gradient(shape: Sequence[int], like: Tensor, written: Sequence[int])
     has zeros there when it is read: cheaper than writing them.
     """
     size = torch.Size(shape).numel() * like.element_size()
-    if size < _LARGE or not _HUGE_PAGES or like.device.type != "cpu":
+    if not in_huge_pages(size, like.device):
         return _zeroed(like.new_empty(shape), written)
     waiting = _stock.get(size)
     if not waiting:
@@ -54,9 +54,14 @@ def large_empty(
     costs a quarter, and weights there are read with fewer misses of the address cache.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
-    if size < _LARGE or not _HUGE_PAGES or torch.device(device or "cpu").type != "cpu":
+    if not in_huge_pages(size, torch.device(device or "cpu")):
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.frombuffer(_huge_pages(size), dtype=dtype).view(torch.Size(shape))
+
+
+def in_huge_pages(size: int, device: torch.device) -> bool:
+    """Whether so many bytes get huge pages."""
+    return size >= _LARGE and _HUGE_PAGES and device.type == "cpu"
 
 
 def release_memory() -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import token_choice
-from moezoo.functional.gates import gate_logits, jittered
+from moezoo.functional.gates import gate_logits, gate_probs, jittered
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
 
@@ -71,7 +71,7 @@ class SwitchRouter(Router):
 
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = self.logits(tokens.x)
-        probs_TE = logits_TE.softmax(dim=-1)
+        probs_TE = gate_probs(logits_TE)
         gate_TE = probs_TE / probs_TE.detach() if self.weight == "unit" else probs_TE
         assignment = token_choice(probs_TE, gate_TE, 1, tokens)
         return Routing(assignment, logits=logits_TE, probs=probs_TE, real=tokens.real)
