@@ -2,13 +2,13 @@
 
     python -m benchmarks.router [--experts 8 64 256 2048] [--tokens 8192]
 
-"routing" is scores, choice and admission; "streamed" the same by `streamed_switch`, which holds no
-score per token and expert; "with dispatch" (of "routing") also moves the rows to their experts and
-back (the experts return them as they are); "scores" is the classifier product and softmax by torch
-alone, which no such router can do without. The peer's routing is its router module, whose dispatch
-is a loop in its experts. Width 768. "forward" is without gradient; "training" is forward and the
-gradient of the weights of all pairs and of both router losses. Writes benchmarks/router.json and
-router.md.
+"routing" is scores, choice and admission; "top_k" the same by `top_k` with two experts per token;
+"streamed" by `streamed_switch`, which holds no score per token and expert; "with dispatch" (of
+"routing") also moves the rows to their experts and back (the experts return them as they are);
+"scores" is the classifier product and softmax by torch alone, which no such router can do without.
+The peer's routing is its router module, whose dispatch is a loop in its experts. Width 768.
+"forward" is without gradient; "training" is forward and the gradient of the weights of all pairs
+and of both router losses. Writes benchmarks/router.json and router.md.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.tables import added_mib, machine, milliseconds, ratio, samples, save, table
+from benchmarks.tables import added_mib, apart, machine, milliseconds, ratio, samples, save, table
 from moezoo.capacity import FirstCome
 from moezoo.experts.base import Experts
 from moezoo.functional.losses import load_balance, z_loss
 from moezoo.layer import MoE
 from moezoo.records import Tokens
-from moezoo.routers import StreamedSwitchRouter, SwitchRouter
+from moezoo.routers import StreamedSwitchRouter, SwitchRouter, TopKRouter
 
 WIDTH = 768
-RUNS = ("routing", "streamed", "with dispatch", "scores", "transformers")
+RUNS = ("routing", "top_k", "streamed", "with dispatch", "scores", "transformers")
+ALONE = ("routing", "top_k", "streamed")
 
 
 class SameExperts(Experts):
@@ -58,11 +59,16 @@ def main() -> None:
     for count in options.experts:
         layer = MoE(SwitchRouter(WIDTH, count), SameExperts(count), capacity=FirstCome(factor=1.25))
         peer = transformers_router(layer, options.tokens)
-        lean = MoE(
-            StreamedSwitchRouter(WIDTH, count), layer.experts, capacity=FirstCome(factor=1.25)
-        )
-        lean.router.classifier = layer.router.classifier
-        modes = {"forward": forward(layer, lean, peer, x), "training": train(layer, lean, peer, x)}
+        others = {
+            name: MoE(router(WIDTH, count), layer.experts, capacity=FirstCome(factor=1.25))
+            for name, router in (("top_k", TopKRouter), ("streamed", StreamedSwitchRouter))
+        }
+        for other in others.values():
+            other.router.classifier = layer.router.classifier
+        modes = {
+            "forward": forward(layer, others, peer, x),
+            "training": train(layer, others, peer, x),
+        }
         for mode, runs in modes.items():
             times = samples(runs, seconds=options.seconds)
             memory = {name: added_mib(run) for name, run in runs.items()}
@@ -87,7 +93,9 @@ def transformers_router(layer: MoE, tokens: int) -> nn.Module:
     return peer
 
 
-def forward(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+def forward(
+    layer: MoE, others: dict[str, MoE], peer: nn.Module, x: Tensor
+) -> dict[str, Callable[[], object]]:
     weight = layer.router.classifier.weight
 
     def quiet(call: Callable[[], object]) -> Callable[[], object]:
@@ -99,24 +107,27 @@ def forward(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Call
 
     return {
         "routing": quiet(lambda: layer.route(Tokens(x))),
-        "streamed": quiet(lambda: lean.route(Tokens(x))),
+        "top_k": quiet(lambda: others["top_k"].route(Tokens(x))),
+        "streamed": quiet(lambda: others["streamed"].route(Tokens(x))),
         "transformers": quiet(lambda: peer(x[None])),
         "with dispatch": quiet(lambda: layer(x)),
         "scores": quiet(lambda: F.linear(x, weight).softmax(-1)),
     }
 
 
-def train(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+def train(
+    layer: MoE, others: dict[str, MoE], peer: nn.Module, x: Tensor
+) -> dict[str, Callable[[], object]]:
     weight = layer.router.classifier.weight
 
-    def ours() -> None:
+    def ours(layer: MoE) -> None:
         routing = layer.route(Tokens(x))
         loss = z_loss(routing.logits) + load_balance(routing.probs, routing.offered)
         (loss + routing.assignment.weight.sum()).backward()
         weight.grad = None
 
     def streamed() -> None:
-        routing = lean.route(Tokens(x))
+        routing = others["streamed"].route(Tokens(x))
         loss = routing.losses["z"] + routing.losses["load_balance"]
         (loss + routing.assignment.weight.sum()).backward()
         weight.grad = None
@@ -141,7 +152,8 @@ def train(layer: MoE, lean: MoE, peer: nn.Module, x: Tensor) -> dict[str, Callab
         weight.grad = None
 
     return {
-        "routing": ours,
+        "routing": lambda: ours(layer),
+        "top_k": lambda: ours(others["top_k"]),
         "streamed": streamed,
         "transformers": theirs,
         "with dispatch": moved,
@@ -164,15 +176,31 @@ def page(record: dict[str, Any]) -> list[str]:
     for mode in ("forward", "training"):
         rows = [cells(row, record["tokens"]) for row in record["rows"] if row["mode"] == mode]
         sections += [f"## {mode.capitalize()}", table(head, rows)]
+    sections += [_APART, table(["experts", *ALONE], apart_from_scores(record, "forward"))]
     return [*sections, _LIMITS]
 
+
+def apart_from_scores(record: dict[str, Any], mode: str) -> list[list[str]]:
+    """Per number of experts what each router of ours takes besides the scores, in ms."""
+    return [
+        [f"{row['experts']:,}", *(f"{apart(row['s'][n], row['s']['scores']):.2f}" for n in ALONE)]
+        for row in record["rows"]
+        if row["mode"] == mode
+    ]
+
+
+_APART = """## Apart from the scores
+
+Medians in ms of what the routers take in a round besides "scores" in that round, forward. Below 0:
+the large probabilities of `switch` and `top_k` live in huge pages, which are filled faster than
+those of torch's softmax, and the scores of "streamed" never leave the cache."""
 
 _LIMITS = """## What limits it
 
 The classifier product: at 2,048 experts it takes most of "routing", so that even a router that did
 nothing else could be no more than about 3.5 times as fast as the peer here. Choice, ranks and
-admission cost the same for 8 and for 2,048 experts but for one pass over the probabilities. In
-training "scores" has no router losses, the others have both."""
+admission cost the same for 8 and for 2,048 experts but for one pass over the probabilities, for the
+maximum of every 64 of them. In training "scores" has no router losses, the others have both."""
 
 
 def cells(row: dict[str, Any], tokens: int = 8192) -> list[str]:
