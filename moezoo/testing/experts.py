@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moezoo import experts as containers
 from moezoo.experts.base import Experts
-from moezoo.testing.invariants import D_MODEL, Case, Invariant, close, same, verify
+from moezoo.testing.invariants import D_MODEL, Case, Invariant, Promises, close, same, seeded
 from moezoo.testing.strategies import cases
 
 D_FF = 8
@@ -27,6 +27,11 @@ def check_experts(subject: Subject, *, examples: int | None = None) -> None:
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
+    experts_promises(subject).verify(examples)
+
+
+def experts_promises(subject: Subject) -> Promises:
+    """What `check_experts` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
         "rows of nobody": ("rows past the counts come out as zero", checks.rows_of_nobody),
@@ -38,7 +43,7 @@ def check_experts(subject: Subject, *, examples: int | None = None) -> None:
     }
     if checks.build(Case()).row_wise:
         invariants["rows"] = ("a row's output depends on that row alone", checks.rows)
-    verify(checks.label, invariants, cases(max_group=10, max_experts=5), examples=examples)
+    return Promises(checks.label, invariants, cases(max_group=10, max_experts=5))
 
 
 class _Checks:
@@ -51,8 +56,7 @@ class _Checks:
         )
 
     def build(self, case: Case) -> Experts:
-        with torch.random.fork_rng():
-            torch.manual_seed(case.seed)
+        with seeded(case.seed):
             if isinstance(self.subject, (str, dict)):
                 sizes = {"d_model": D_MODEL, "d_ff": D_FF, "num_experts": case.num_experts}
                 made = containers.build(self.subject, **sizes)

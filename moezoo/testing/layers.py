@@ -10,7 +10,7 @@ from torch import Tensor
 from moezoo.layer import MoE
 from moezoo.pairing import causality_refusal
 from moezoo.records import Assignment
-from moezoo.testing.invariants import D_MODEL, Case, Invariant, close, same, verify
+from moezoo.testing.invariants import D_MODEL, Case, Invariant, Promises, close, same, seeded
 from moezoo.testing.strategies import cases
 
 Subject = Callable[[int, int], MoE]
@@ -26,6 +26,11 @@ def check_layer(subject: Subject, *, label: str | None = None, examples: int | N
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
+    layer_promises(subject, label=label).verify(examples)
+
+
+def layer_promises(subject: Subject, *, label: str | None = None) -> Promises:
+    """What `check_layer` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
         "plain loop": ("equals a loop over pairs", checks.plain_loop),
@@ -40,7 +45,7 @@ def check_layer(subject: Subject, *, label: str | None = None, examples: int | N
             checks.prefill,
         )
     name = label or str(getattr(subject, "__name__", "layer"))
-    verify(name, invariants, cases(max_group=6, max_groups=2, max_experts=4), examples=examples)
+    return Promises(name, invariants, cases(max_group=6, max_groups=2, max_experts=4))
 
 
 class _Checks:
@@ -50,8 +55,7 @@ class _Checks:
         self.subject = subject
 
     def build(self, case: Case) -> MoE:
-        with torch.random.fork_rng():
-            torch.manual_seed(case.seed)
+        with seeded(case.seed):
             layer = self.subject(D_MODEL, case.num_experts)
             with torch.no_grad():
                 for parameter in layer.parameters():
@@ -69,8 +73,7 @@ class _Checks:
     def run(
         self, case: Case, layer: MoE, x: Tensor, mask: Tensor | None, ids: Tensor
     ) -> tuple[Tensor, Assignment | None]:
-        with torch.random.fork_rng():
-            torch.manual_seed(case.seed + 1)
+        with seeded(case.seed + 1):
             y, routing = layer(x, mask=mask, token_ids=ids)
         found = routing.assignment
         return y, found if isinstance(found, Assignment) else None

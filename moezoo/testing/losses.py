@@ -11,7 +11,7 @@ from torch import Tensor
 from moezoo import losses
 from moezoo.losses.base import RouterLoss
 from moezoo.records import Routing
-from moezoo.testing.invariants import Case, Invariant, close, verify
+from moezoo.testing.invariants import Case, Invariant, Promises, close
 from moezoo.testing.strategies import cases, routing_of, without
 
 Subject = str | dict[str, Any] | type[RouterLoss] | Callable[[], RouterLoss]
@@ -25,6 +25,11 @@ def check_loss(subject: Subject, *, examples: int | None = None) -> None:
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
+    loss_promises(subject).verify(examples)
+
+
+def loss_promises(subject: Subject) -> Promises:
+    """What `check_loss` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
         "scalar": ("one finite number, in any mode", checks.scalar),
@@ -33,7 +38,7 @@ def check_loss(subject: Subject, *, examples: int | None = None) -> None:
     if not any(need.startswith("losses.") for need in checks.build().needs):
         invariants["padding"] = ("padding does not count", checks.padding)
         invariants["gradient"] = ("the gradient is finite and not None", checks.gradient)
-    verify(checks.label, invariants, cases(max_group=8), examples=examples)
+    return Promises(checks.label, invariants, cases(max_group=8))
 
 
 class _Checks:

@@ -15,7 +15,7 @@ from moezoo.capacity.dropless import Dropless
 from moezoo.errors import ConfigError
 from moezoo.records import Assignment, Routing
 from moezoo.registry import Spec
-from moezoo.testing.invariants import Case, Invariant, same, verify
+from moezoo.testing.invariants import Case, Invariant, Promises, same, seeded
 from moezoo.testing.strategies import cases, routing_of, without
 
 Subject = str | dict[str, Any] | type[CapacityPolicy] | Callable[[int], CapacityPolicy]
@@ -32,6 +32,11 @@ def check_policy(subject: Subject, *, examples: int | None = None) -> None:
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
+    policy_promises(subject).verify(examples)
+
+
+def policy_promises(subject: Subject) -> Promises:
+    """What `check_policy` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
         "only clears": (
@@ -50,7 +55,7 @@ def check_policy(subject: Subject, *, examples: int | None = None) -> None:
         invariants["padding"] = ("padding takes no capacity", checks.padding)
     if sample.causal:
         invariants["causal"] = ("later tokens never change who is kept", checks.causal)
-    verify(checks.label, invariants, cases(max_group=10, max_experts=4), examples=examples)
+    return Promises(checks.label, invariants, cases(max_group=10, max_experts=4))
 
 
 class _Checks:
@@ -83,8 +88,7 @@ class _Checks:
         """A routing of the case and what the policy admits of it; `limit` None: 1 to 3 slots."""
         routing = routing_of(case, choices)
         policy = self.build(1 + case.seed % 3 if limit is None else limit).train(case.training)
-        with torch.random.fork_rng():
-            torch.manual_seed(case.seed)
+        with seeded(case.seed):
             return routing, policy(routing)
 
     def only_clears(self, case: Case) -> None:
@@ -205,9 +209,8 @@ class _Checks:
         """Whether the order of pairs is drawn at random."""
         routing = routing_of(Case(group_size=12, num_experts=1))
         kept = []
-        with torch.random.fork_rng():
-            for seed in range(4):
-                torch.manual_seed(seed)
+        for seed in range(4):
+            with seeded(seed):
                 kept.append(frozenset(_weights(self.build(3).train()(routing))))
         return len(set(kept)) > 1
 

@@ -5,17 +5,31 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from hypothesis import settings
 
 import moezoo
 from moezoo.layer import MoE
 from moezoo.product_table import policy_products
 from moezoo.testing import check_experts, check_layer, check_loss, check_policy, check_router
+from tests.properties.shares import NIGHTLY, share
 
-# The share of a profile's examples that each of the many checks below runs.
-EXAMPLES = max(8, settings().max_examples // 8)
+EXAMPLES = share(8, 8)
 CONTAINERS = moezoo.experts.names()
 PRODUCTS = [p for p in policy_products() if not p.refused]
+ROUTER_OPTIONS: list[dict[str, object]] = [
+    {"name": "top_k", "k": 3, "normalize": "none"},
+    {"name": "switch", "bias": True},
+    {"name": "switch", "jitter": 0.1},
+]
+RULES, ORDERS = ("switch", "flaxformer", "mesh", "vmoe"), ("rank", "token")
+ACTIVATIONS = ("gelu", "gated-gelu", "gated-silu", "squared-relu")
+LAYERS = [
+    {"router": p.router, "policy": p.partner, "container": container, "group": group}
+    for container in CONTAINERS
+    for p in PRODUCTS
+    for group in (("batch", "sequence") if container == "stacked" else ("batch",))
+]
+# A promise of layers is one property, whose examples all allowed products share.
+LAYER_EXAMPLES = -(-NIGHTLY // len(LAYERS)) if EXAMPLES >= NIGHTLY else max(3, EXAMPLES // 8)
 
 
 @pytest.mark.parametrize("name", moezoo.routers.names())
@@ -23,15 +37,7 @@ def test_every_router_keeps_its_promises(name: str) -> None:
     check_router(name, examples=EXAMPLES)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"name": "top_k", "k": 3, "normalize": "none"},
-        {"name": "switch", "bias": True},
-        {"name": "switch", "jitter": 0.1},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("spec", ROUTER_OPTIONS, ids=str)
 def test_router_options_keep_their_promises(spec: dict[str, object]) -> None:
     check_router(spec, examples=EXAMPLES)
 
@@ -41,14 +47,15 @@ def test_every_policy_keeps_its_promises(name: str) -> None:
     check_policy(name, examples=EXAMPLES)
 
 
-@pytest.mark.parametrize("rule", ["switch", "flaxformer", "mesh", "vmoe"])
-@pytest.mark.parametrize("order", ["rank", "token"])
-def test_first_come_keeps_its_promises_under_every_rule(rule: str, order: str) -> None:
-    def make(limit: int) -> moezoo.capacity.CapacityPolicy:
-        spec = {"name": "first_come", "rule": rule, "order": order, "factor": 0.25 * limit}
-        return moezoo.capacity.build(spec)
+def first_come(limit: int, *, rule: str, order: str) -> moezoo.capacity.CapacityPolicy:
+    spec = {"name": "first_come", "rule": rule, "order": order, "factor": 0.25 * limit}
+    return moezoo.capacity.build(spec)
 
-    check_policy(make, examples=EXAMPLES)
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_first_come_keeps_its_promises_under_every_rule(rule: str, order: str) -> None:
+    check_policy(partial(first_come, rule=rule, order=order), examples=EXAMPLES)
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -56,7 +63,7 @@ def test_every_container_keeps_its_promises(name: str) -> None:
     check_experts(name, examples=EXAMPLES)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gated-gelu", "gated-silu", "squared-relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_stacked_experts_keep_their_promises_for_every_activation(activation: str) -> None:
     check_experts({"name": "stacked", "activation": activation}, examples=EXAMPLES)
 
@@ -80,13 +87,6 @@ def layer(
     return MoE(built, experts, capacity=moezoo.capacity.build(policy), group=group)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: f"{p.router}-{p.partner}")
-def test_every_product_is_a_sound_layer(product: object, container: str) -> None:
-    names = {"router": product.router, "policy": product.partner, "container": container}
-    for group in ("batch", "sequence") if container == "stacked" else ("batch",):
-        check_layer(
-            partial(layer, **names, group=group),
-            label=f"{names} by {group}",
-            examples=max(3, EXAMPLES // 8),
-        )
+@pytest.mark.parametrize("names", LAYERS, ids=lambda names: "-".join(names.values()))
+def test_every_product_is_a_sound_layer(names: dict[str, str]) -> None:
+    check_layer(partial(layer, **names), label=str(names), examples=LAYER_EXAMPLES)

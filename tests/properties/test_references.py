@@ -16,14 +16,15 @@ from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers import Router
 from moezoo.testing.invariants import D_MODEL, VOCABULARY, Case
 from moezoo.testing.strategies import cases, routing_of
+from tests.properties.shares import share
 
-few = settings(max_examples=max(15, settings().max_examples // 4))
+few = settings(max_examples=share(4, 15))
 drawn = cases(max_group=10, max_groups=3, max_experts=5)
 Pairs = list[tuple[int, int]]
 
 
 def build(name: str, case: Case, **options: Any) -> Router:
-    torch.manual_seed(case.seed)
+    torch.default_generator.manual_seed(case.seed)
     sizes = {"d_model": D_MODEL, "num_experts": case.num_experts, "vocab_size": VOCABULARY}
     router = moezoo.routers.build({"name": name, **options}, **sizes)
     with torch.no_grad():
