@@ -7,16 +7,19 @@ options are refused before anything is built, with the nearest known name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
 import re
+import sys
 import threading
 import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.machinery import PathFinder
 from typing import Any, Generic, TypeVar
 
 from moezoo.errors import ConfigError, RegistryError, did_you_mean
@@ -179,6 +182,10 @@ class Registry(Generic[T]):
             if self._plugins_loaded:
                 return
             self._plugins_loaded = True
+            if not _may_be_announced(self.group):
+                return
+            from importlib.metadata import entry_points
+
             for point in entry_points(group=self.group):
                 self._load_plugin(point)
 
@@ -193,6 +200,32 @@ class Registry(Generic[T]):
             plugin = f"plugin {point.name!r} ({point.value}, group {self.group})"
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"{plugin} was not loaded: {reason}", stacklevel=4)
+
+
+def _may_be_announced(group: str) -> bool:
+    """Whether some distribution announces entry points in the group; True when in doubt.
+
+    Hardly anybody has a plugin, and importlib.metadata takes longer to import than all that
+    converting a checkpoint needs of this package.
+    """
+    if any(hasattr(f, "find_distributions") and f is not PathFinder for f in sys.meta_path):
+        return True
+    for place in sys.path:
+        try:
+            names = os.listdir(place or ".")
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True  # a zip file, or one that must not be listed but may be read
+        for name in names:
+            if name.lower().endswith((".dist-info", ".egg-info", "egg-info")):
+                with (
+                    contextlib.suppress(OSError),
+                    open(os.path.join(place, name, "entry_points.txt"), "rb") as file,
+                ):
+                    if f"[{group}]".encode() in file.read():
+                        return True
+    return False
 
 
 @functools.cache  # components are few, and are built by name in every read of a config

@@ -66,6 +66,27 @@ print(type(policy).__name__, sys.modules["moezoo_plugin"].__file__)
     assert str(target) in out
 
 
+def test_a_plugin_in_a_zip_file_is_found_too(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    installed(tmp_path / "site", "every_other = moezoo_plugin:EveryOther")
+    place = shutil.make_archive(str(tmp_path / "site"), "zip", tmp_path / "site")
+    code = f"""
+sys.path.insert(0, {place!r})
+import moezoo
+print(type(moezoo.capacity.build("every_other")).__name__)
+"""
+    assert "EveryOther" in run(tmp_path, code)
+
+
+def test_nothing_is_imported_to_look_for_plugins_where_none_is_announced(tmp_path: Path) -> None:
+    code = """
+from moezoo.adapters.upcycle.recipe import Recipe
+Recipe(8)
+print(sorted({"importlib.metadata", "torch"} & set(sys.modules)))
+"""
+    assert "[]" in run(tmp_path, code)
+
+
 def test_a_plugin_that_fails_to_import_is_named_and_the_rest_works(tmp_path: Path) -> None:
     installed(tmp_path, "broken = moezoo_plugin_that_is_not_there:Policy")
     code = "import moezoo; print(moezoo.capacity.build('dropless'))"

@@ -13,11 +13,12 @@ from moezoo.adapters.formats import Source
 from moezoo.adapters.tensor_files import TensorFile
 
 _CHUNK = 1 << 18
-_FLUSH_EVERY = 64 << 20
+_FLUSH_EVERY = 32 << 20
+_WAITING = 16  # chunks
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], waiting: int = 8) -> Generator[T, None, None]:
+def ahead(items: Iterator[T], waiting: int = _WAITING) -> Generator[T, None, None]:
     """Give `items` in order while another thread makes up to `waiting` more of them.
 
     An error of theirs is raised where the item would have come. Close it to stop the thread early.
@@ -36,11 +37,13 @@ def ahead(items: Iterator[T], waiting: int = 8) -> Generator[T, None, None]:
 class FileHashes:
     """sha256 of a source's files, fed by its tensors as they pass in file order.
 
-    Containers that do not show their bytes are read once more at the end.
+    A context manager. Containers that do not show their bytes are read once more at the end.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._worker = ThreadPoolExecutor(1)  # the reader has enough to do
+        self._coming: deque[Future[None]] = deque()
         self._digests: dict[Path, hashlib._Hash] = {}
         if source.kind == "safetensors":
             first: dict[Path, int] = {}
@@ -51,13 +54,23 @@ class FileHashes:
                 with path.open("rb") as file:
                     self._digests[path] = hashlib.sha256(file.read(offset))
 
+    def __enter__(self) -> FileHashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
     def update(self, path: Path | None, chunk: bytes) -> None:
         """Take the next bytes of a file."""
         if path in self._digests:
-            self._digests[path].update(chunk)
+            self._coming.append(self._worker.submit(self._digests[path].update, chunk))
+            if len(self._coming) > _WAITING:
+                self._coming.popleft().result()
 
     def finished(self) -> dict[str, str]:
         """The hash of every file by its name."""
+        while self._coming:
+            self._coming.popleft().result()
         hashes: dict[str, str] = {}
         for file in self._source.files:
             digest = self._digests.get(file)

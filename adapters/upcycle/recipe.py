@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +113,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if path.suffix != ".toml":
         return read_json(path)
+    import tomllib  # with datetime, which nothing else needs
+
     if regular_file(path) > _MAX_RECIPE:
         raise ConfigError(f"{path}: too large for a recipe", field="recipe")
     try:

@@ -71,6 +71,23 @@ def _masks(words: int, dtype: str, step: int) -> _Masks:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _plain_tops(dtype: str, step: int) -> bytes:
+    """The highest bytes (sign and top of the exponent) whose words all take `step` as they are:
+    neither they nor what they become is subnormal or infinite.
+    """
+    size, mantissa = _FORMATS[dtype]
+    infinity = ((1 << (8 * size - 1)) >> mantissa) - 1
+    below = 8 * (size - 1)
+    plain = []
+    for top in range(256):
+        low = (top & 0x7F) << below >> mantissa
+        high = ((top & 0x7F) << below | ((1 << below) - 1)) >> mantissa
+        if min(low, low + step) >= 1 and max(high, high + step) < infinity:
+            plain.append(top)
+    return bytes(plain)
+
+
 def _shifted(content: bytes | memoryview, dtype: str, step: int) -> bytes | memoryview:
     """All words times 2^step."""
     size, mantissa = _FORMATS[dtype]
@@ -78,14 +95,14 @@ def _shifted(content: bytes | memoryview, dtype: str, step: int) -> bytes | memo
         return _one_by_one(content, dtype, 2.0**step)
     masks = _masks(len(content) // size, dtype, step)
     number = int.from_bytes(content, "little")
+    if not bytes(content)[size - 1 :: size].translate(None, _plain_tops(dtype, step)):
+        scaled = number + masks.step if step > 0 else number - masks.step
+        return scaled.to_bytes(len(content), "little")
     exponent = number & masks.exponent
     normal = (exponent + masks.above_zero) & masks.sign
     special = (exponent + masks.too_large) & masks.sign
     if step < 0:
         special |= normal & ~(exponent + masks.large_enough)
-    if normal == masks.sign and not special:
-        scaled = number + masks.step if step > 0 else number - masks.step
-        return scaled.to_bytes(len(content), "little")
     if normal != masks.sign:
         filled = ((number & masks.mantissa) + masks.mantissa) & masks.mantissa_top
         special |= (filled << (8 * size - 1 - mantissa)) & (normal ^ masks.sign)

@@ -54,16 +54,18 @@ def transfer(
     for layer, target in plan.routers.items():
         sample = None if inputs is None else inputs[layer]
         sink.put(target.name, router_bytes(plan, layer, target, sample))
-    hashes = FileHashes(source)
     pending = {move.layer for move in plan.moves}
-    with closing(ahead(_pieces(plan, source, hashes, allow_nonfinite))) as pieces:
+    with (
+        FileHashes(source) as hashes,
+        closing(ahead(_pieces(plan, source, hashes, allow_nonfinite))) as pieces,
+    ):
         for piece in pieces:
             if piece.content is None:
                 _compute(plan, piece.move, source, sink, pending)
                 continue
             for target in piece.targets:
                 sink.put(target.name, piece.content, piece.position)
-    return hashes.finished()
+        return hashes.finished()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,8 @@ def settings_first(words: Sequence[str]) -> list[str]:
 
 def settings_of(path: str | Path) -> dict[str, Any]:
     """The values of a file by flag, with underscores. Raises CorruptFile."""
+    import tomllib  # with datetime, which nothing else needs
+
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

@@ -69,7 +69,7 @@ class Progress:
         """Add to what is done; redraws at most ten times a second."""
         self.done += amount
         now = time.monotonic()
-        if self.stream.isatty() and now - self.shown >= 0.1:
+        if now - self.shown >= 0.1 and self.stream.isatty():
             self.shown = now
             self._draw(note)
 

@@ -39,6 +39,27 @@ def test_scaled_bytes_are_torchs_products(dtype: str, factor: float, data: st.Da
     assert bool((same | (found.isnan() & expected.isnan())).all())
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("factor", [0.125, 0.5, 2.0, 8.0, 2.0**20])
+def test_words_at_the_edge_of_every_highest_byte_scale_like_torch(
+    dtype: str, factor: float
+) -> None:
+    kind, integer = DTYPES[dtype]
+    size = kind.itemsize
+    for top in range(256):
+        for rest in (b"\x00", b"\xff", b"\x80", b"\x01"):
+            content = (rest * (size - 1) + bytes([top])) * 3  # all alike: nothing hides a word
+            values = torch.frombuffer(bytearray(content), dtype=kind)
+            expected = values * factor
+            if bool((expected.isinf() & values.isfinite()).any()):
+                with pytest.raises(NonFiniteWeights, match="leaves the range"):
+                    scale_bytes(content, dtype, factor)
+                continue
+            found = torch.frombuffer(bytearray(scale_bytes(content, dtype, factor)), dtype=kind)
+            same = found.view(integer) == expected.view(integer)
+            assert bool((same | (found.isnan() & expected.isnan())).all()), (top, rest)
+
+
 @given(dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 2**31))
 def test_ordinary_weights_scale_exactly_and_back(dtype: str, seed: int) -> None:
     kind, integer = DTYPES[dtype]
