@@ -41,6 +41,24 @@ def test_a_sound_conversion_passes_all_levels(family: str, init: str, tmp_path: 
     assert [result.level for result in found.results] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_deep_model_may_differ_by_more_than_a_layer_and_a_wrong_factor_is_still_found(
+    dtype: str, tmp_path: Path
+) -> None:
+    source = dense_t5(tmp_path / "dense", "t5_v1_1", num_layers=8, d_model=64, d_ff=128)
+    convert(source, tmp_path / "out", Recipe(8, layers="all", dtype=dtype))
+    found = verify(tmp_path / "out", source, levels=[3, 4])
+    assert found.passed, found.line
+    assert found.results[1].numbers["error"] > found.results[0].numbers["error"]
+    name = "encoder.block.3.layer.1.mlp.experts.expert_{}.wo.weight"
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    for expert in range(8):
+        tensors[name.format(expert)] *= 1.5
+    save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    assert not verify(tmp_path / "out", source, levels=[3]).passed
+    assert not verify(tmp_path / "out", source, levels=[4]).passed or dtype == "bfloat16"
+
+
 def test_a_changed_copy_is_found_by_its_bytes(pair: tuple[Path, Path]) -> None:
     source, out = pair
     name = "encoder.block.1.layer.1.mlp.experts.expert_2.wo.weight"
