@@ -8,7 +8,7 @@ from moezoo.errors import ConfigError
 from moezoo.registry import Spec
 
 # What these need is known without building anything, so that planning needs no torch.
-_ROUTERS = ("switch", "top_k")
+_WEIGHTS = ("probability", "unit")
 _POLICIES = ("dropless", "switch", "transformers")
 
 
@@ -18,7 +18,8 @@ def check_buildable(config: SwitchConfig, task: str) -> None:
     """
     router = Spec.parse(config.router, kind="router")
     policy = Spec.parse(config.capacity or "switch", kind="capacity")
-    if router.name in _ROUTERS and "bias" not in router.options and policy.name in _POLICIES:
+    usual = policy.name in _POLICIES and not policy.options
+    if usual and _is_usual(router, config.num_experts):
         return
     from moezoo.building import build
 
@@ -34,3 +35,12 @@ def check_buildable(config: SwitchConfig, task: str) -> None:
             expected="a router of a classifier alone, such as switch, top_k or gshard",
             hint="Build that model with moezoo.build, or plug it in with moezoo.plug.",
         )
+
+
+def _is_usual(router: Spec, num_experts: int) -> bool:
+    """Whether a router has a classifier alone and no option that it could refuse."""
+    if router.name == "switch":
+        return not set(router.options) - {"weight"} and (
+            router.options.get("weight", _WEIGHTS[0]) in _WEIGHTS
+        )
+    return router.name == "top_k" and set(router.options) <= {"k"} and num_experts > 1

@@ -20,6 +20,8 @@ def router_for(init: ExpertInit, router: object, num_experts: int) -> Spec:
     Raises ConfigError for a router that contradicts it.
     """
     spec = Spec.parse(router, kind="router")
+    if spec.name == "top_k" and "k" in spec.options:
+        _check_choices(spec.options["k"], num_experts)
     needed = init.choices(num_experts)
     if needed is None or needed == _choices(spec):
         return spec
@@ -45,6 +47,17 @@ def preserving_scale(init: ExpertInit, router: Spec, num_experts: int, preserve:
         return 1.0
     total = _weight_total(router, num_experts)
     return (_choices(router) / total) if init.sums_slices else 1.0 / total
+
+
+def _check_choices(choices: object, num_experts: int) -> None:
+    whole = isinstance(choices, int) and not isinstance(choices, bool)
+    if not whole or not 1 <= choices <= num_experts:  # type: ignore[operator]
+        raise ConfigError(
+            "the router's k is out of range",
+            field="router",
+            expected=f"a whole number from 1 to num_experts = {num_experts}",
+            found=repr(choices)[:80],
+        )
 
 
 def _choices(router: Spec) -> int:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -256,6 +257,34 @@ def test_what_is_written_with_any_policy_loads_and_the_rest_is_refused(
         assert policy in ("batch_priority", "random_order", "reroute")
         return
     assert logits(moezoo.load(tmp_path / "out")).isfinite().all()
+
+
+@pytest.mark.parametrize("preserve", ["exact", "none"])
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        *(
+            ({"router": {"name": "top_k", "k": k}}, "k is out of range")
+            for k in (0, -1, 5, 1.5, True, None, "two", [2])
+        ),
+        ({"router": {"name": "top_k", "kk": 2}}, "no option 'kk'"),
+        ({"router": {"name": "top_k", "softmax": "x"}}, "option 'softmax'"),
+        ({"router": {"name": "top_k", "softmax": "after", "k": 1}}, "constant"),
+        ({"router": {"name": "switch", "k": 2}}, "no option 'k'"),
+        ({"router": {"name": "switch", "weight": "x"}}, "option 'weight'"),
+        ({"router": {"name": "switch", "jitter": -1.0}}, "jitter"),
+        ({"capacity": {"name": "switch", "factor": -1.0}}, "factor must be"),
+        ({"capacity": {"name": "dropless", "factor": 2.0}}, "no option 'factor'"),
+        ({"capacity": {"name": "transformers", "capacity": 3}}, "no option 'capacity'"),
+    ],
+    ids=str,
+)
+def test_options_that_no_model_can_have_are_refused_and_nothing_is_written(
+    component: dict[str, Any], message: str, preserve: str, t5: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        convert(t5, tmp_path / "out", Recipe(4, preserve=preserve, **component))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_targets_that_would_lose_something_are_refused(t5: Path, tmp_path: Path) -> None:
