@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.tables import ratio, table
 
 _NO_TORCH_MIB, _RATIO = 64, 1.25
+_COPIES = ("cp, synced", "cp")
 
 
 def page(record: dict[str, Any], intro: str) -> list[str]:
@@ -64,15 +65,18 @@ def _rows(costs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def _verdict(costs: dict[str, list[dict[str, Any]]]) -> str:
-    ours = [c["seconds"] for c in costs["moezoo"]]
-    factor = median(ours) / median(c["seconds"] for c in costs["cp"])
+    ours = median(c["seconds"] for c in costs["moezoo"])
+    factors = {what: ours / median(c["seconds"] for c in costs[what]) for what in _COPIES}
     peak = max(c["peak_mib"] for c in costs["moezoo"])
     torch = any(c["output"].strip().endswith("True") for c in costs["moezoo"])
-    fast = "met" if factor <= _RATIO else "missed"
+    found = [
+        f"at most {_RATIO} x {what}: {'met' if factor <= _RATIO else 'missed'} ({factor:.2f})"
+        for what, factor in factors.items()
+    ]
     small = "met" if peak <= _NO_TORCH_MIB else "missed"
     return (
-        f"Goals: at most {_RATIO} x cp: {fast} ({factor:.2f}); at most {_NO_TORCH_MIB} MiB: "
-        f"{small} ({peak:.0f}). torch {'was' if torch else 'was not'} imported."
+        f"Goals: {'; '.join(found)}; at most {_NO_TORCH_MIB} MiB: {small} ({peak:.0f}). "
+        f"torch {'was' if torch else 'was not'} imported."
     )
 
 

@@ -52,6 +52,7 @@ def goals(folder: Path) -> list[Row]:
         "int8": _int8,
         "model": _model,
         "load": _load,
+        "conversion": _conversion,
     }
     rows: list[Row] = []
     for name, found in parts.items():
@@ -204,6 +205,27 @@ def _load(record: Any) -> list[Row]:
     peak = median(r["mib"] for r in record["results"]["moezoo"])
     value = [peak / (record["bytes"] / 2**20)]
     rows.append(("loading, peak memory over the weights", "<= 1.1", *_most(value, 1.1), more))
+    return rows
+
+
+def _conversion(record: Any) -> list[Row]:
+    more = "[conversion](conversion.md)"
+    rows: list[Row] = []
+    for base, what in (
+        ("cp, synced", "upcycling over cp of the output, both on the disk"),
+        ("cp", "upcycling over cp that leaves the output in memory"),
+    ):
+        ratios = [
+            over({side: [c["seconds"] for c in of] for side, of in costs.items()}, "moezoo", base)
+            for costs in record["models"].values()
+        ]
+        rows.append((what, "<= 1.25", *_most(ratios, 1.25), more))
+    peak = max(c["peak_mib"] for costs in record["models"].values() for c in costs["moezoo"])
+    rows.append(("upcycling, peak memory, MiB", "<= 64", f"{peak:.0f}", peak <= 64, more))
+    slowest = max(median(c["seconds"] for c in costs) for costs in record["plans"].values())
+    rows.append(
+        ("plan, T5-small to T5-11B, seconds", "<= 1.0", f"{slowest:.2f}", slowest <= 1.0, more)
+    )
     return rows
 
 
