@@ -88,6 +88,7 @@ def _explained(error: TensorMismatch, description: Description) -> TensorMismatc
 
 def _checked(source: Source, description: Description) -> CheckpointSource:
     task = task_of(description)
+    _refuse_depth(description, task, source)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for name, places in description.places.items():
         if name == "lm_head.weight" and not description.own_head:
@@ -111,9 +112,25 @@ def _checked(source: Source, description: Description) -> CheckpointSource:
     return CheckpointSource(source, description, task, tensors, ignored)
 
 
+def _refuse_depth(description: Description, task: str, source: Source) -> None:
+    """Raise TensorMismatch for more layers than tensors, before the names of all are made: an
+    absurd config must not cost time or memory.
+    """
+    config = description.config
+    layers = config.num_layers + (0 if task == "encoder" else config.decoder_layers)
+    if layers > len(description.places):
+        raise TensorMismatch(
+            "config.json names more layers than the checkpoint has weights",
+            path=source.path,
+            key="num_layers",
+            expected=f"at most {len(description.places)}",
+            found=layers,
+        )
+
+
 def _on_disk(name: str, description: Description) -> str:
-    experts = max(description.config.num_experts, 1)
-    first, *_ = disk_names(name, mlp=description.family.mlp, num_experts=experts)
+    # The first expert's name stands for its stack: 65,536 names of each are not made to be shown.
+    first, *_ = disk_names(name, mlp=description.family.mlp, num_experts=1)
     return description.prefix + first
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from moezoo.adapters.checkpoint_source import open_checkpoint
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import tensor_bytes
-from moezoo.errors import CheckpointError, CorruptFile
+from moezoo.errors import CheckpointError, CorruptFile, TensorMismatch
+from tests.conversion.dense import dense_t5
 from tests.conversion.test_containers import nested, packed, write_gguf, write_zarr
 
 FLAX, T5X = "flax_model.msgpack", "checkpoint"
@@ -195,3 +197,29 @@ def test_a_config_with_a_number_of_many_digits_is_refused(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": ' + "9" * 5000 + "}")
     with pytest.raises(CorruptFile, match=r"config\.json: not valid JSON: a number is too long"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_decoder_layers": 4096}, "more layers than the checkpoint has weights"),
+        ({"num_layers": 4096, "num_decoder_layers": 4096}, "more layers than"),
+        ({"num_experts": 65_536, "num_sparse_encoder_layers": 1}, "lacks .*mlp.router"),
+    ],
+    ids=str,
+)
+def test_an_absurd_config_is_refused_without_naming_all_that_it_would_have(
+    values: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    path = dense_t5(tmp_path / "dense")
+    config = json.loads((path / "config.json").read_text())
+    if "num_experts" in values:
+        config |= {"model_type": "switch_transformers", "num_sparse_decoder_layers": 2}
+    (path / "config.json").write_text(json.dumps({**config, **values}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TensorMismatch, match=message):
+            open_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
