@@ -14,6 +14,7 @@ from moezoo.capacity.base import CapacityPolicy
 from moezoo.errors import ConfigError, DtypeError, ShapeError
 from moezoo.experts.base import Experts
 from moezoo.functional.dispatch import combine, dispatch, soft_combine, soft_dispatch
+from moezoo.ops.eager import is_eager
 from moezoo.pairing import check_pair
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router
@@ -104,7 +105,7 @@ class MoE(nn.Module):
 
     def _is_alone(self, assignment: Assignment) -> bool:
         """Whether one token has one pair that the host may look at, and only a value is wanted."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not is_eager():
             return False
         if assignment.num_pairs != 1 or assignment.num_tokens != 1:
             return False

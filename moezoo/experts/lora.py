@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,6 +90,7 @@ class LoraExperts(Experts):
 
     def _linear(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
         """x (W + scale B_e A_e)^T, row by row."""
-        shared: Tensor = F.linear(x, self.base.get_submodule(name).get_parameter("weight"))
+        dense = cast("nn.Linear", self.base.get_submodule(name))
+        shared = F.linear(x, dense.weight)  # no Parameter, perhaps, in `functional_call`
         difference: Tensor = self.get_submodule(f"{name}_delta")(x, counts)
         return shared + difference

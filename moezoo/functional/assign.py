@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moezoo.ops.eager import is_eager
 from moezoo.records import Assignment, Tokens
 
 _MANY_EXPERTS = 256
@@ -73,7 +74,7 @@ def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tok
 
 
 def _first_best(choice_TE: Tensor) -> Tensor:
-    if choice_TE.is_cpu and not torch.compiler.is_compiling():
+    if choice_TE.is_cpu and is_eager():
         return choice_TE.detach().max(dim=-1, keepdim=True).indices  # of `argmax`, in half the time
     return choice_TE.argmax(dim=-1, keepdim=True)
 
@@ -81,7 +82,7 @@ def _first_best(choice_TE: Tensor) -> Tensor:
 def _window(choice_TE: Tensor) -> int:
     """Into windows of how many scores a row falls, all equal; 0: not worth it, or not possible."""
     num_tokens, num_experts = choice_TE.shape
-    if not choice_TE.is_cpu or torch.compiler.is_compiling() or not choice_TE.is_contiguous():
+    if not choice_TE.is_cpu or not is_eager() or not choice_TE.is_contiguous():
         return 0
     if num_experts < _MANY_EXPERTS or not num_tokens:
         return 0

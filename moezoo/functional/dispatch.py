@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.ops.eager import is_eager
 from moezoo.records import Assignment, Slots, SoftAssignment
 
 
@@ -84,7 +85,7 @@ def _collect(y_ND: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def _by_hand(assignment: Assignment) -> bool:
-    return bool(assignment.choices) and not torch.compiler.is_compiling()
+    return bool(assignment.choices) and is_eager()
 
 
 class _Spread(torch.autograd.Function):

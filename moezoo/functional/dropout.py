@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.ops.eager import is_eager
+
 LEVELS = 1 << 16
 
 
@@ -57,7 +59,7 @@ class Dropout(nn.Dropout):
 
 
 def _cheap(x: Tensor, threshold: int) -> bool:
-    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = x.device.type == "cpu" and is_eager()
     return eager and x.numel() > 0 and 0 < threshold < LEVELS
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
 from moezoo.ops.products import fast_products, steady_product
 
@@ -62,7 +63,7 @@ class _Product(torch.autograd.Function):
 def gate_probs(logits_TE: Tensor) -> Tensor:
     """Expert probabilities (T, E), the softmax of eq. 1; large ones in huge pages."""
     size = logits_TE.numel() * logits_TE.element_size()
-    if torch.compiler.is_compiling() or not in_huge_pages(size, logits_TE.device):
+    if not is_eager() or not in_huge_pages(size, logits_TE.device):
         return logits_TE.softmax(dim=-1)
     if torch.is_grad_enabled() and logits_TE.requires_grad:
         probs_TE: Tensor = _Softmax.apply(logits_TE)  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from moezoo.functional.activations import Activation
 from moezoo.functional.dropout import LEVELS, dropout, kept, relu_dropout
 from moezoo.ops.backends import Runs, runs_of
+from moezoo.ops.eager import is_eager
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import stacked_gradient
 from moezoo.ops.products import outer_product, product
@@ -61,7 +62,7 @@ def lone_mlp(
 
 
 def _fuses(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not is_eager() or torch.is_autocast_enabled("cpu"):
         return False
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (x, counts, *weights))
     return plain and x.is_cpu and all(w.is_cpu and w.dtype == x.dtype for w in weights)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moezoo.ops.eager import is_eager
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467, eq. 4, with eps), to train with.
@@ -17,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     products with a vector. Twice differentiable. Elsewhere, and under `torch.compile`, this is
     `F.rms_norm`.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or not x.numel():
+    if not x.is_cpu or not is_eager() or not x.numel():
         return F.rms_norm(x, weight.shape, weight, eps)
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moezoo.functional.assign import best_experts
+from moezoo.ops.eager import is_eager
 from moezoo.ops.products import product, steady_product
 
 _SCORES = 1 << 18  # of one chunk: 1 MiB in float32
@@ -32,7 +33,7 @@ def streamed_top_1(
         share_T = x_TD.new_full((x_TD.shape[0],), 1.0 / max(x_TD.shape[0], 1))
     else:
         share_T = real.to(x_TD.dtype) / real.sum().clamp(min=1)
-    if torch.compiler.is_compiling():
+    if not is_eager():
         return _at_once(x_TD, weight, bias, share_T)
     found: tuple[Tensor, ...] = _Streamed.apply(x_TD, weight, bias, share_T)  # type: ignore[no-untyped-call]
     return found[0], found[1], found[2], found[3]

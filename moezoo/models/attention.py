@@ -11,6 +11,7 @@ from moezoo.functional.attention import attention_with_dropout
 from moezoo.models.cache import DecoderCache
 from moezoo.models.linear import Linear
 from moezoo.models.position import PositionBias
+from moezoo.ops.eager import is_eager
 
 
 class Attention(nn.Module):
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             # Autocast: a narrower type may not hold the lowest float32, and -inf would give NaN.
             bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         rate = self.dropout if self.training else 0.0
-        if rate and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if rate and query.device.type == "cpu" and is_eager():
             return attention_with_dropout(query, key, value, bias, p=rate)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=rate, scale=1.0

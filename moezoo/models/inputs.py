@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, DtypeError, ShapeError
 from moezoo.models.cache import DecoderCache
+from moezoo.ops.eager import is_eager
 
 IGNORED = -100
 
@@ -95,7 +96,7 @@ def real_tokens(
         raise DtypeError(f"{name} must be bool or integer", field=name, found=mask.dtype, hint=hint)
     real = mask.bool()
     # Attention and experts are faster without a mask; on other devices looking would wait.
-    if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+    if real.device.type == "cpu" and is_eager() and bool(real.all()):
         return None
     return real
 
@@ -114,7 +115,7 @@ def up_to_last_label(labels: Tensor) -> Tensor | None:
     so experts need not see it and router losses must not count it.
     """
     real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-    if real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+    if real.device.type == "cpu" and is_eager() and bool(real.all()):
         return None
     return real
 
@@ -138,7 +139,7 @@ def _check_device(x: Tensor, weight: Tensor, name: str) -> None:
 
 
 def _check_range(ids: Tensor, low: int, high: int, name: str) -> None:
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or ids.numel() == 0 or not is_eager():
         return
     smallest, largest = (int(bound) for bound in torch.aminmax(ids))
     if smallest < low or largest >= high:

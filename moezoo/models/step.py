@@ -21,6 +21,7 @@ from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import RMSNorm
 from moezoo.models.position import PositionBias
 from moezoo.models.stack import Stack
+from moezoo.ops.eager import is_eager
 from moezoo.routers import SwitchRouter
 
 _FIRST_SIZE = 32
@@ -42,7 +43,7 @@ def steps_apart(decoder: nn.Module, memory: Tensor) -> bool:
     package, in evaluation, without a hook on any that is passed by (a sparse layer with hooks is
     called), float32 in main memory, outside autocast and tracing.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not is_eager():
         return False
     globally = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     if any(globally) or not memory.is_cpu or memory.dtype != torch.float32:

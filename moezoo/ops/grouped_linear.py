@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.ops.backends import choose
+from moezoo.ops.eager import is_transformed
 
 
 def grouped_linear(
@@ -36,7 +37,7 @@ def grouped_linear(
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    out: Tensor = _linear(x, weight, counts, backend)
+    out = _product(_linear, x, weight, counts, backend)
     return out if bias is None else out + _rows_of(bias.to(out.dtype), counts, x.shape[0])
 
 
@@ -75,6 +76,34 @@ def _(a: Tensor, b: Tensor, counts: Tensor, backend: str) -> Tensor:
     return a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
 
 
+def _product(operator: Any, first: Tensor, second: Tensor, counts: Tensor, backend: str) -> Tensor:
+    if is_transformed():
+        transformed: Tensor = _Transformed.apply(operator, first, second, counts, backend)  # type: ignore[no-untyped-call]
+        return transformed
+    out: Tensor = operator(first, second, counts, backend)
+    return out
+
+
+class _Transformed(torch.autograd.Function):
+    """An operator for `torch.func.grad`, which does not differentiate custom ones by itself."""
+
+    @staticmethod
+    def forward(
+        operator: Any, first: Tensor, second: Tensor, counts: Tensor, backend: str
+    ) -> Tensor:
+        return _product(operator, first, second, counts, backend)  # of the transform around it
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operator, *others = inputs
+        _keep(ctx, tuple(others), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = _linear_backward if ctx.operator is _linear else _outer_backward
+        return None, *backward(ctx, grad)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     first, second, counts, ctx.backend = inputs
     ctx.save_for_backward(first, second, counts)
@@ -83,20 +112,22 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, counts = ctx.saved_tensors
     grad_x = grad_w = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _linear(grad, weight.transpose(1, 2), counts, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        grad_w = _outer(grad, x, counts, ctx.backend).to(weight.dtype)
+    wants_x, wants_w = ctx.needs_input_grad[-4:-2]
+    if wants_x:
+        grad_x = _product(_linear, grad, weight.transpose(1, 2), counts, ctx.backend)
+    if wants_w:
+        grad_w = _product(_outer, grad, x, counts, ctx.backend).to(weight.dtype)
     return grad_x, grad_w, None, None
 
 
 def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, counts = ctx.saved_tensors
     grad_a = grad_b = None
-    if ctx.needs_input_grad[0]:
-        grad_a = _linear(b, grad, counts, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        grad_b = _linear(a, grad.transpose(1, 2), counts, ctx.backend)
+    wants_a, wants_b = ctx.needs_input_grad[-4:-2]
+    if wants_a:
+        grad_a = _product(_linear, b, grad, counts, ctx.backend)
+    if wants_b:
+        grad_b = _product(_linear, a, grad.transpose(1, 2), counts, ctx.backend)
     return grad_a, grad_b, None, None
 
 

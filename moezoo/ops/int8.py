@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moezoo.ops.eager import is_eager
+
 _LEVELS = 127.0
 
 
@@ -27,7 +29,7 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     Every row of x is rounded to eight bits by its own scale (LLM.int8(), arXiv 2208.07339, eq. 4),
     so that a row's result depends on that row alone; products add up exactly, in 32 bits.
     """
-    if x.shape[0] == 1 and x.shape[1] > 1 and not torch.compiler.is_compiling():
+    if x.shape[0] == 1 and x.shape[1] > 1 and is_eager():
         peak = float(torch.linalg.vector_norm(x.float(), torch.inf))
         if _LEVELS * torch.finfo(torch.float32).tiny < peak < torch.inf:
             return _row(x, peak / _LEVELS, codes, scale)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moezoo.ops.eager import is_eager
+
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
 _SMALL_WEIGHT, _SMALL_RESULT = 2**18, 2**13
@@ -55,7 +57,7 @@ def fast_products(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` applies: float32 in main memory, outside autocast and tracing."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if not (x.is_cpu and weight.is_cpu) or torch.compiler.is_compiling():
+    if not (x.is_cpu and weight.is_cpu) or not is_eager():
         return False
     return not torch.is_autocast_enabled("cpu")
 
