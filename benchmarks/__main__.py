@@ -1,6 +1,6 @@
 """Every benchmark, one after another: `python -m benchmarks [NAME ...]`; then the summary.
 
-About 40 minutes on two cores. Each is a program of its own (`python -m benchmarks.layer --help`)
+About an hour on two cores. Each is a program of its own (`python -m benchmarks.layer --help`)
 and writes its own table and samples here.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training")
+NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training", "floor")
 APART = ("conversion",)  # writes gigabytes: only when asked for
 
 

@@ -6,7 +6,7 @@ One step of each library is run operator by operator: the time of each kind of o
 passes between operators (Python, autograd). Then the step's matrix products run alone, with the
 same shapes and layouts, three times: each by torch.mm (MKL), by oneDNN and in the transposed form,
 whichever is fastest. With the optimizer, which streams memory, this is what no arrangement of the
-rest can beat. Nothing is written: the table is printed.
+rest can beat. Writes benchmarks/floor.json and floor.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peers import ours, theirs
-from benchmarks.tables import machine, table
+from benchmarks.tables import machine, save, table
 
 KINDS = {
     "matrix products": "mm mm.out bmm bmm.out addmm baddbmm _linear_pointwise mv",
@@ -43,12 +44,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, value in {"steps": 3, "batch": 4, "source": 256, "target": 114}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
     options = parser.parse_args()
     model = ours("switch-base-8")
-    columns = [measure(side, options) for side in (model, theirs(model))]
-    rows = [[name, *(f"{c.get(name, 0.0) * 1e3:,.0f}" for c in columns)] for name in columns[0]]
-    print(machine())
-    print(table(["ms", "moezoo", "transformers"], rows))
+    sides = {"moezoo": model, "transformers": theirs(model)}
+    record = {
+        "machine": machine(),
+        "batch": [options.batch, options.source, options.target],
+        "s": {name: measure(side, options) for name, side in sides.items()},
+    }
+    sections = page(record)
+    save(options.out, record, sections)
+    print(sections[-1])
+
+
+def page(record: dict[str, Any]) -> list[str]:
+    """The Markdown page."""
+    intro = (__doc__ or "").strip().split("\n\n")[-1]
+    ours, theirs = record["s"].values()
+    rows = [[name, *(f"{s[name] * 1e3:,.0f}" for s in (ours, theirs))] for name in ours]
+    batch = "{} x {} source and {} target tokens".format(*record["batch"])
+    least = theirs["step"] / ours["products alone + optimizer"]
+    return [
+        "# Where a training step goes",
+        f"`python -m benchmarks.floor`, {record['machine']}. {intro}",
+        f"switch-base-8, batch {batch}. A step of moezoo that did nothing but its products and the "
+        f"optimizer would be {least:.2f} times as fast as transformers' step here.",
+        table(["ms", *record["s"]], rows),
+    ]
 
 
 def measure(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:

@@ -133,7 +133,7 @@ def _router(record: Any) -> list[Row]:
     )
     floor = over(times, "transformers", "scores")
     rows.append(("the same, with nothing but the scores of torch", "", f"{floor:.2f}", None, more))
-    if "top_k" in times:
+    if "own scores" in times:
         rows += _apart_from_scores(record)
     added = memory["streamed"]
     rows.append(("extra memory of streamed routing, MiB", "<= 8", f"{added:.0f}", added <= 8, more))
@@ -144,7 +144,7 @@ def _apart_from_scores(record: Any) -> list[Row]:
     rows: list[Row] = []
     for name, run in (("switch", "routing"), ("top_k", "top_k")):
         few, many = (
-            apart(r["s"][run], r["s"]["scores"])
+            apart(r["s"][run], r["s"]["own scores"])
             for r in record["rows"]
             if r["mode"] == "forward" and r["experts"] in (8, 2048)
         )

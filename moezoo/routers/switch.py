@@ -37,7 +37,8 @@ class SwitchRouter(Router):
         bias: give the classifier a bias.
         jitter: in training, multiply the router's input by U(1 - jitter, 1 + jitter) (section 2.4).
         weight: "probability", or "unit" for p / stopgrad(p): the value is exactly 1 and the gate
-            still gets its gradient, so that equal experts compute the dense layer bit for bit.
+            still gets its gradient, so that equal experts compute the dense layer, to the rounding
+            of its products.
     """
 
     def __init__(
