@@ -6,10 +6,10 @@
 "streamed" by `streamed_switch`, which holds no score per token and expert; "with dispatch" (of
 "routing") also moves the rows to their experts and back (the experts return them as they are);
 "scores" is the classifier product and softmax by torch alone, which no such router can do without;
-"own scores" are those of the routers, which take another product and memory. The peer's routing is
-its router module, whose dispatch is a loop in its experts. Width 768. "forward" is without
-gradient; "training" is forward and the gradient of the weights of all pairs and of both router
-losses. Writes benchmarks/router.json and router.md.
+"given the scores" is what a router does after them. The peer's routing is its router module, whose
+dispatch is a loop in its experts. Width 768. "forward" is without gradient; "training" is forward
+and the gradient of the weights of all pairs and of both router losses. Writes
+benchmarks/router.json and router.md.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.tables import added_mib, apart, machine, milliseconds, ratio, samples, save, table
+from benchmarks.tables import added_mib, machine, milliseconds, ratio, samples, save, table
 from moezoo.capacity import FirstCome
 from moezoo.experts.base import Experts
+from moezoo.functional.assign import best_experts, pairs_of, token_choice
 from moezoo.functional.gates import gate_logits, gate_probs
 from moezoo.functional.losses import load_balance, z_loss
 from moezoo.layer import MoE
-from moezoo.records import Tokens
+from moezoo.records import Routing, Tokens
 from moezoo.routers import StreamedSwitchRouter, SwitchRouter, TopKRouter
 
 WIDTH = 768
 RUNS = ("routing", "top_k", "streamed", "with dispatch", "scores", "transformers")
-ALONE, OWN = ("routing", "top_k"), "own scores"
+APART = ("switch, given the scores", "top_k, given the scores")
 
 
 class SameExperts(Experts):
@@ -114,8 +115,26 @@ def forward(
         "transformers": quiet(lambda: peer(x[None])),
         "with dispatch": quiet(lambda: layer(x)),
         "scores": quiet(lambda: F.linear(x, weight).softmax(-1)),
-        "own scores": quiet(lambda: gate_probs(gate_logits(x, weight))),
+        **{name: quiet(run) for name, run in given(layer, x).items()},
     }
+
+
+def given(layer: MoE, x: Tensor) -> dict[str, Callable[[], object]]:
+    """What `switch` and `top_k` do after product and softmax: choice, weights, ranks, admission."""
+    tokens, count = Tokens(x), layer.router.num_experts
+    with torch.no_grad():
+        probs = gate_probs(gate_logits(x, layer.router.classifier.weight))
+
+    def switch() -> None:
+        layer.capacity(Routing(token_choice(probs, probs, 1, tokens), probs=probs))
+
+    def top_k() -> None:
+        expert_TK = best_experts(probs, 2)
+        weight_TK = probs.gather(1, expert_TK)
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        layer.capacity(Routing(pairs_of(expert_TK, weight_TK, count, tokens), probs=probs))
+
+    return dict(zip(APART, (switch, top_k), strict=True))
 
 
 def train(
@@ -179,24 +198,24 @@ def page(record: dict[str, Any]) -> list[str]:
     for mode in ("forward", "training"):
         rows = [cells(row, record["tokens"]) for row in record["rows"] if row["mode"] == mode]
         sections += [f"## {mode.capitalize()}", table(head, rows)]
-    sections += [_APART, table(["experts", *ALONE], apart_from_scores(record, "forward"))]
+    sections += [_APART, table(["experts", *APART], apart_from_scores(record))]
     return [*sections, _LIMITS]
 
 
-def apart_from_scores(record: dict[str, Any], mode: str) -> list[list[str]]:
-    """Per number of experts what each router of ours takes besides its scores, in ms."""
+def apart_from_scores(record: dict[str, Any]) -> list[list[str]]:
+    """Per number of experts what each router does besides its scores, in ms."""
     return [
-        [f"{row['experts']:,}", *(f"{apart(row['s'][n], row['s'][OWN]):.2f}" for n in ALONE)]
+        [f"{row['experts']:,}", *(milliseconds(row["s"][name]) for name in APART)]
         for row in record["rows"]
-        if row["mode"] == mode
+        if row["mode"] == "forward"
     ]
 
 
 _APART = """## Apart from the scores
 
-Medians in ms of what the routers take in a round besides "own scores" in that round, forward:
-choice, ranks and admission. At 2,048 experts the choice reads 64 MiB of probabilities, which
-takes 3 ms at the 21 GB/s of this memory."""
+Choice, weights, ranks and admission, ms, forward, of scores that are there. At 2,048 experts the
+choice reads 64 MiB of probabilities, which takes 3 ms at the 21 GB/s of this memory: what does not
+depend on the number of experts is the row of 8."""
 
 _LIMITS = """## What limits it
 

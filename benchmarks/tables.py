@@ -77,11 +77,6 @@ def ratio(times: Sequence[float], over: Sequence[float]) -> str:
     return f"{median(times) / median(over):.2f} ({min(times) / min(over):.2f})"
 
 
-def apart(times: Sequence[float], base: Sequence[float]) -> float:
-    """What `times` takes besides `base` in ms, median over the rounds in which both were taken."""
-    return median(a - b for a, b in zip(times, base, strict=True)) * 1e3
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
