@@ -122,6 +122,11 @@ def upcycle(source: Path, out: Path, more: list[str], before: str = "") -> Cost:
     return run([sys.executable, "-c", before + MOEZOO, *arguments])
 
 
+def measured(cost: Cost) -> dict[str, Any]:
+    """What a process took, and whether it imported torch, the last of moezoo's words here."""
+    return {**cost.to_dict(), "torch": cost.output.strip().endswith("True")}
+
+
 def contest(folder: Path, name: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Every contender once per round, in turns."""
     source, out, copy = folder / name, folder / "out", folder / "copy"
@@ -141,7 +146,7 @@ def contest(folder: Path, name: str, rounds: int) -> dict[str, list[dict[str, An
             if what == "the usual script" and number >= 3:
                 continue  # thirty times as long as the others
             os.sync()
-            costs[what].append(contender().to_dict())
+            costs[what].append(measured(contender()))
             print(name, what, f"{costs[what][-1]['seconds']:.2f} s", flush=True)
             for path in (out, copy):
                 shutil.rmtree(path, ignore_errors=True)
@@ -156,9 +161,8 @@ def variants(folder: Path, name: str) -> dict[str, dict[str, Any]]:
         os.sync()
         cost = upcycle(folder / name, folder / "out", more)
         written = sum(path.stat().st_size for path in (folder / "out").iterdir())
-        torch = cost.output.strip().endswith("True")
-        costs[what] = {**cost.to_dict(), "torch": torch, "size": written}
-        print(name, what, f"{cost.seconds:.2f} s, {cost.peak_mib:.0f} MiB, torch {torch}")
+        costs[what] = {**measured(cost), "size": written}
+        print(name, what, f"{cost.seconds:.2f} s, {cost.peak_mib:.0f} MiB")
         shutil.rmtree(folder / "out")
     return costs
 
@@ -169,7 +173,7 @@ def plans(folder: Path, names: list[str], rounds: int) -> dict[str, list[dict[st
     costs: dict[str, list[dict[str, Any]]] = {}
     for name in [*names, "t5-11b, sharded"]:
         command = [sys.executable, "-c", MOEZOO, "plan", str(folder / name), "--experts", "64"]
-        costs[name] = [run(command).to_dict() for _ in range(max(rounds, 3))]
+        costs[name] = [measured(run(command)) for _ in range(max(rounds, 3))]
         print(name, "plan", f"{median(cost['seconds'] for cost in costs[name]):.2f} s")
     return costs
 

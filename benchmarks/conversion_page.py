@@ -33,7 +33,7 @@ def page(record: dict[str, Any], intro: str) -> list[str]:
     rows = [
         [name, _seconds([c["seconds"] for c in costs]), f"{max(c['peak_mib'] for c in costs):.0f}",
          f"{costs[0]['read'] / 1e6:.1f}",
-         "yes" if costs[0]["output"].strip().endswith("True") else "no"]
+         "yes" if costs[0]["torch"] else "no"]
         for name, costs in record["plans"].items()
     ]  # fmt: skip
     return [*sections, "## moezoo plan", _PLANS, table(head, rows)]
@@ -68,7 +68,7 @@ def _verdict(costs: dict[str, list[dict[str, Any]]]) -> str:
     ours = median(c["seconds"] for c in costs["moezoo"])
     factors = {what: ours / median(c["seconds"] for c in costs[what]) for what in _COPIES}
     peak = max(c["peak_mib"] for c in costs["moezoo"])
-    torch = any(c["output"].strip().endswith("True") for c in costs["moezoo"])
+    torch = any(c["torch"] for c in costs["moezoo"])
     found = [
         f"at most {_RATIO} x {what}: {'met' if factor <= _RATIO else 'missed'} ({factor:.2f})"
         for what, factor in factors.items()

@@ -29,7 +29,8 @@ class Cost:
     output: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What was measured, without the process's words."""
+        return {name: value for name, value in asdict(self).items() if name != "output"}
 
 
 def run(command: Sequence[str]) -> Cost:
