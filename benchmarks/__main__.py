@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 
-NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training", "floor")
-APART = ("conversion",)  # writes gigabytes: only when asked for
+NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training")
+APART = ("conversion", "floor")  # gigabytes on the disk; operators one by one: when asked for
 
 
 def main() -> int:
