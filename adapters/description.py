@@ -153,7 +153,7 @@ def _has_own_head(source: Source, prefix: str, places: Mapping[str, dict[int | N
     # Different heads differ in the first chunk; equal ones are the rare old file with aliases.
     size = max(1, math.prod(a.shape))
     pairs = zip(source.chunks(first), source.chunks(second), strict=True)
-    return size > 1 and any(bytes(x) != bytes(y) for x, y in pairs)
+    return size > 1 and any(x != y for x, y in pairs)
 
 
 def _named(path: Path, read: Any, *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moezoo.adapters.direct import PAGE, DirectFile, allocate, open_direct, write_all
 from moezoo.adapters.formats.base import DTYPE_BITS
 from moezoo.errors import ConfigError, SaveError
 
@@ -77,7 +78,7 @@ def shard_index(shards: Mapping[str, Iterable[TensorPlan]]) -> bytes:
 
 
 def header(tensors: Iterable[TensorPlan], metadata: Mapping[str, str]) -> bytes:
-    """The length and JSON header of a safetensors file; the data after it is 8-byte aligned."""
+    """The length and JSON header of a safetensors file; the data after it begin on a page."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
@@ -88,7 +89,7 @@ def header(tensors: Iterable[TensorPlan], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -96,15 +97,24 @@ class TensorFile:
     """One safetensors file being written: put each tensor's bytes in any order, then `close`.
 
     `close` raises SaveError naming the first tensor that is not whole. An existing file is written
-    over in place, which is how a conversion resumes.
+    over in place, which is how a conversion resumes. Tensors of whole pages come first, so that
+    all of them begin on a page.
+
+    `direct` writes past the system's cache; None where the file system has no such thing, or where
+    it was not asked for.
     """
 
     def __init__(
-        self, path: Path, tensors: Iterable[TensorPlan], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        tensors: Iterable[TensorPlan],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        direct: bool = False,
     ) -> None:
         self.path = path
         self.tensors = {tensor.name: tensor for tensor in tensors}
-        self._order = list(self.tensors.values())
+        self._order = sorted(self.tensors.values(), key=lambda tensor: tensor.nbytes % PAGE != 0)
         start = header(self._order, metadata or {})
         self._header_size = len(start)
         self._offsets: dict[str, int] = {}
@@ -116,15 +126,23 @@ class TensorFile:
         self._written = dict.fromkeys(self.tensors, 0)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         os.ftruncate(self._descriptor, end)
+        self._past_cache = open_direct(path) if direct else None
+        self.direct: DirectFile | None = None
+        if self._past_cache is not None:
+            allocate(self._descriptor, end)
+            self.direct = DirectFile(self._descriptor, self._past_cache)
         self._put(start, 0)
 
     def put(self, name: str, content: bytes | memoryview, offset: int = 0) -> None:
         """Write bytes of a tensor, `offset` bytes into it. Each byte is to be written once."""
-        tensor = self.tensors[name]
-        if offset + len(content) > tensor.nbytes:
+        self._put(content, self.claim(name, len(content), offset))
+
+    def claim(self, name: str, size: int, offset: int = 0) -> int:
+        """Where `size` bytes of a tensor belong in the file; they count as written."""
+        if offset + size > self.tensors[name].nbytes:
             raise SaveError(f"more bytes than the tensor {name!r} has", path=self.path, key=name)
-        self._put(content, self._offsets[name] + offset)
-        self._written[name] += len(content)
+        self._written[name] += size
+        return self._offsets[name] + offset
 
     def holds(self, name: str, content: bytes | memoryview, offset: int = 0) -> bool:
         """Whether the file holds these bytes already; if so they count as written."""
@@ -160,12 +178,12 @@ class TensorFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        if self._past_cache is not None:
+            os.close(self._past_cache)
+            self._past_cache = self.direct = None
 
     def _put(self, content: bytes | memoryview, position: int) -> None:
-        rest = memoryview(content)
-        while rest:
-            count = os.pwrite(self._descriptor, rest, position)
-            rest, position = rest[count:], position + count
+        write_all(self._descriptor, content, position)
 
 
 def write_tensors(

@@ -203,7 +203,7 @@ class _Reader:
             chunk = next(self._chunks, None)
             if chunk is None:
                 break
-            self._rest += bytes(chunk)
+            self._rest += chunk
         taken, self._rest = self._rest[:count], self._rest[count:]
         return taken
 

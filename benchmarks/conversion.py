@@ -5,13 +5,15 @@
 Sources are T5s of random fp32 weights; 8 experts in every other layer. Each round runs every
 contender once, in a process of its own, into a fresh directory, after what was written before has
 reached the disk. "moezoo" is the command as it is: it hashes the source, looks for NaN in every
-weight, and commits when all of it is on the disk. "cp, synced" copies moezoo's output and waits for
-the disk too, which is the goal's measure; "cp" leaves its output in the system's memory, where a
-power cut takes it. "moezoo, as cp" waits for no disk and looks for no NaN, which no option offers.
-The usual script holds both models of transformers in memory, copies the MLPs and calls
-save_pretrained. Python's modules are compiled beforehand, as pip leaves them. Peak is that of
-resident memory. Bytes are those of read and write calls; what the script maps is not in them.
-Writes benchmarks/conversion.json and conversion.md.
+weight, and commits when all of it is on the disk. "cp, synced" copies moezoo's output, which the
+system's cache holds, and waits for the disk too, which is the goal's measure; "cp" leaves its
+output in the cache, where a power cut takes it. "through the cache" is moezoo with
+MOEZOO_DIRECT_IO=0. "the disk alone" writes zeros of the same size past the cache, two writes of 1
+MiB at a time, and does nothing else: no durable copy can be faster here. The usual script holds
+both models of transformers in memory, copies the MLPs and calls save_pretrained. Python's modules
+are compiled beforehand, as pip leaves them. Peak is that of resident memory. Bytes are those of
+read and write calls; what the script maps is not in them. Writes benchmarks/conversion.json and
+conversion.md.
 """
 
 from __future__ import annotations
@@ -46,9 +48,19 @@ VARIANTS = {
     "lora:8": ["--init", "lora:8"],
     "copy, to bfloat16": ["--dtype", "bfloat16"],
 }
-UNSYNCED = """
+CACHED = """
 import os
-os.fsync = os.fdatasync = lambda descriptor: None
+os.environ["MOEZOO_DIRECT_IO"] = "0"
+"""
+ALONE = """
+import mmap, os, sys
+from concurrent.futures import ThreadPoolExecutor
+size, piece = int(sys.argv[2]), mmap.mmap(-1, 1 << 20)
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+os.posix_fallocate(file, 0, size)
+with ThreadPoolExecutor(2) as pool:
+    list(pool.map(lambda at: os.pwrite(file, piece, at), range(0, size, len(piece))))
+os.fsync(file)
 """
 MOEZOO = """
 import sys
@@ -131,13 +143,16 @@ def contest(folder: Path, name: str, rounds: int) -> dict[str, list[dict[str, An
     """Every contender once per round, in turns."""
     source, out, copy = folder / name, folder / "out", folder / "copy"
     upcycle(source, folder / "reference", [])  # and compiles the modules
+    run(["sh", "-c", f"cat '{folder / 'reference'}'/* > /dev/null"])  # into the cache
+    size = str((folder / "reference" / "model.safetensors").stat().st_size)
     contenders = {
         "cp": lambda: run(["cp", "-r", str(folder / "reference"), str(copy)]),
         "cp, synced": lambda: run(
             ["sh", "-c", f"cp -r '{folder / 'reference'}' '{copy}' && sync '{copy}'/*"]
         ),
         "moezoo": lambda: upcycle(source, out, []),
-        "moezoo, as cp": lambda: upcycle(source, out, ["--allow-nonfinite"], UNSYNCED),
+        "through the cache": lambda: upcycle(source, out, [], CACHED),
+        "the disk alone": lambda: run([sys.executable, "-c", ALONE, str(copy), size]),
         "the usual script": lambda: run([sys.executable, "-c", SCRIPT, str(source), str(out)]),
     }
     costs: dict[str, list[dict[str, Any]]] = {what: [] for what in contenders}
@@ -150,6 +165,7 @@ def contest(folder: Path, name: str, rounds: int) -> dict[str, list[dict[str, An
             print(name, what, f"{costs[what][-1]['seconds']:.2f} s", flush=True)
             for path in (out, copy):
                 shutil.rmtree(path, ignore_errors=True)
+            copy.unlink(missing_ok=True)
     shutil.rmtree(folder / "reference")
     return costs
 

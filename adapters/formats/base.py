@@ -136,21 +136,23 @@ class Source(abc.ABC):
                 return None
         return self._mapped(replace(first, shape=(len(infos), *first.shape)))
 
-    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[memoryview]:
-        """The tensor's bytes in order, `size` at a time; each is valid until the next is taken."""
+    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes | memoryview]:
+        """The tensor's bytes in order, `size` at a time."""
         info = self.info(name)
         if info.path is None:
             whole = memoryview(self.read(name))
             for start in range(0, len(whole), size):
                 yield whole[start : start + size]
             return
-        buffer = memoryview(bytearray(min(size, max(info.nbytes, 1))))
-        descriptor, done = self._descriptor(info.path), 0
-        while done < info.nbytes:
-            part = buffer[: min(len(buffer), info.nbytes - done)]
-            read_exactly(descriptor, part, info.offset + done, info.path)
-            yield part
-            done += len(part)
+        descriptor = self._descriptor(info.path)
+        for start in range(0, info.nbytes, size):
+            count = min(size, info.nbytes - start)
+            chunk = os.pread(descriptor, count, info.offset + start)  # nearly always all of it
+            if len(chunk) < count:
+                whole = memoryview(bytearray(count))
+                read_exactly(descriptor, whole, info.offset + start, info.path)
+                chunk = bytes(whole)
+            yield chunk
 
     def close(self) -> None:
         """Let go of the files. Tensors given out before stay valid."""

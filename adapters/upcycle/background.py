@@ -14,24 +14,41 @@ from moezoo.adapters.tensor_files import TensorFile
 
 _CHUNK = 1 << 18
 _FLUSH_EVERY = 32 << 20
-_WAITING = 16  # chunks
+_AT_ONCE = 4  # chunks handed from thread to thread: each time costs as much as hashing 50 kB
+_WAITING = 4  # hand-overs
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], waiting: int = _WAITING) -> Generator[T, None, None]:
-    """Give `items` in order while another thread makes up to `waiting` more of them.
+def ahead(
+    items: Iterator[T], waiting: int = _WAITING, at_once: int = _AT_ONCE
+) -> Generator[T, None, None]:
+    """Give `items` in order while another thread makes up to `waiting` times `at_once` more.
 
     An error of theirs is raised where the item would have come. Close it to stop the thread early.
     """
-    end = object()
-    worker = ThreadPoolExecutor(1)
+    end: list[T] = []
+    batches, worker = _batches(items, at_once), ThreadPoolExecutor(1)
     try:
-        coming = deque(worker.submit(next, items, end) for _ in range(waiting))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(worker.submit(next, items, end))
-            yield item  # type: ignore[misc]  # not `end`
+        coming = deque(worker.submit(next, batches, end) for _ in range(waiting))
+        while batch := coming.popleft().result():
+            coming.append(worker.submit(next, batches, end))
+            yield from batch
     finally:
         worker.shutdown(cancel_futures=True)
+
+
+def _batches(items: Iterator[T], size: int) -> Generator[list[T], None, None]:
+    """Lists of `size` items; an error comes after what was made before it."""
+    batch: list[T] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                full, batch = batch, []
+                yield full
+    finally:
+        if batch:
+            yield batch
 
 
 class FileHashes:
@@ -45,6 +62,7 @@ class FileHashes:
         self._worker = ThreadPoolExecutor(1)  # the reader has enough to do
         self._coming: deque[Future[None]] = deque()
         self._digests: dict[Path, hashlib._Hash] = {}
+        self._chunks: list[tuple[hashlib._Hash, bytes | memoryview]] = []
         if source.kind == "safetensors":
             first: dict[Path, int] = {}
             for info in source.tensors.values():
@@ -60,15 +78,23 @@ class FileHashes:
     def __exit__(self, *_: object) -> None:
         self._worker.shutdown(cancel_futures=True)
 
-    def update(self, path: Path | None, chunk: bytes) -> None:
+    def update(self, path: Path | None, chunk: bytes | memoryview) -> None:
         """Take the next bytes of a file."""
-        if path in self._digests:
-            self._coming.append(self._worker.submit(self._digests[path].update, chunk))
-            if len(self._coming) > _WAITING:
-                self._coming.popleft().result()
+        if path not in self._digests:
+            return
+        self._chunks.append((self._digests[path], chunk))
+        if len(self._chunks) == _AT_ONCE:
+            self._submit()
+
+    def _submit(self) -> None:
+        self._coming.append(self._worker.submit(_digest, self._chunks))
+        self._chunks = []
+        if len(self._coming) > _WAITING:
+            self._coming.popleft().result()
 
     def finished(self) -> dict[str, str]:
         """The hash of every file by its name."""
+        self._submit()
         while self._coming:
             self._coming.popleft().result()
         hashes: dict[str, str] = {}
@@ -76,6 +102,11 @@ class FileHashes:
             digest = self._digests.get(file)
             hashes[file.name] = file_hash(file) if digest is None else digest.hexdigest()
         return hashes
+
+
+def _digest(chunks: list[tuple[hashlib._Hash, bytes | memoryview]]) -> None:
+    for digest, chunk in chunks:
+        digest.update(chunk)
 
 
 class Flusher:

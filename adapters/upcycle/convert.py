@@ -12,6 +12,7 @@ from typing import Any
 
 import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.direct import DirectWriter
 from moezoo.adapters.plan import Plan, make_plan
 from moezoo.adapters.tensor_files import TensorFile, shard, shard_index
 from moezoo.adapters.upcycle.background import Flusher
@@ -146,10 +147,12 @@ def _fill(
     files: dict[str, TensorFile] = {}
     try:
         for name, group in shards.items():
-            files[name] = TensorFile(directory / name, group, provenance.metadata())
+            files[name] = TensorFile(
+                directory / name, group, provenance.metadata(), direct=not resumed
+            )
         home = {tensor.name: files[name] for name, group in shards.items() for tensor in group}
-        with Flusher() as flusher:
-            sink = Sink(files, home, resumed, progress or (lambda _: None), flusher)
+        with Flusher() as flusher, DirectWriter() as direct:
+            sink = Sink(home, resumed, progress or (lambda _: None), flusher, direct)
             hashes = transfer(
                 plan, checkpoint.source, sink, allow_nonfinite=allow_nonfinite, inputs=inputs
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from moezoo.adapters.direct import DirectWriter
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan
@@ -22,21 +23,29 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Sink:
-    """The files being written, and which of them holds each tensor."""
+    """Where the parts of tensors go: `home` is the file that holds each tensor."""
 
-    files: Mapping[str, TensorFile]
     home: Mapping[str, TensorFile]
     resumed: bool
     progress: Progress
     flusher: Flusher
+    direct: DirectWriter
 
-    def put(self, name: str, content: bytes | memoryview, offset: int = 0) -> None:
-        """Write a part of a tensor; after a kill, only where the file does not hold it already."""
-        file = self.home[name]
-        if not (self.resumed and file.holds(name, content, offset)):
-            file.put(name, content, offset)
-        self.flusher.wrote(file, len(content))
-        self.progress(len(content))
+    def put(self, names: Sequence[str], content: bytes | memoryview, offset: int = 0) -> None:
+        """Write the same part of some tensors: past the cache where that can be; after a kill,
+        only where the file does not hold it already.
+        """
+        places = []
+        for name in names:
+            file = self.home[name]
+            if file.direct is not None and not self.resumed:
+                places.append((file.direct, file.claim(name, len(content), offset)))
+                continue
+            if not (self.resumed and file.holds(name, content, offset)):
+                file.put(name, content, offset)
+            self.flusher.wrote(file, len(content))
+        self.direct.write(places, content)
+        self.progress(len(content) * len(names))
 
 
 def transfer(
@@ -53,7 +62,7 @@ def transfer(
     """
     for layer, target in plan.routers.items():
         sample = None if inputs is None else inputs[layer]
-        sink.put(target.name, router_bytes(plan, layer, target, sample))
+        sink.put([target.name], router_bytes(plan, layer, target, sample))
     pending = {move.layer for move in plan.moves}
     with (
         FileHashes(source) as hashes,
@@ -63,8 +72,9 @@ def transfer(
             if piece.content is None:
                 _compute(plan, piece.move, source, sink, pending)
                 continue
-            for target in piece.targets:
-                sink.put(target.name, piece.content, piece.position)
+            names = [target.name for target in piece.targets]
+            sink.put(names, piece.content, piece.position)
+        sink.direct.finish()
         return hashes.finished()
 
 
@@ -88,8 +98,7 @@ def _pieces(
         streamed = move is not None and _is_bytes(plan, move)
         count, owners = slice_targets(plan, move) if move and streamed else (1, {})
         position = 0
-        for chunk in source.chunks(name, CHUNK):
-            content = bytes(chunk)  # the chunk is lost when the next one is read
+        for content in source.chunks(name, CHUNK):
             hashes.update(info.path, content)
             if move is not None:
                 if not allow_nonfinite:
@@ -113,8 +122,8 @@ def _compute(plan: Plan, move: Move, source: Source, sink: Sink, pending: set[st
     from moezoo.adapters.upcycle import drawing
 
     if move.layer is None:
-        sink.put(move.targets[0].name, drawing.converted(source, move))
+        sink.put([move.targets[0].name], drawing.converted(source, move))
     elif move.layer in pending:
         pending.discard(move.layer)
         for name, content in drawing.expert_tensors(plan, move.layer, (source,)):
-            sink.put(name, content)
+            sink.put([name], content)

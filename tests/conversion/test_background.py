@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 from collections.abc import Iterator
@@ -32,4 +33,11 @@ def test_no_more_is_made_than_was_allowed_to_wait_and_no_thread_stays() -> None:
     threads = threading.active_count()
     with closing(ahead(made, 4)) as items:
         assert [next(items), next(items)] == [0, 1]
-    assert next(made) <= 2 + 4 and threading.active_count() == threads
+    assert next(made) <= (1 + 4 + 1) * 4 and threading.active_count() == threads
+
+
+def test_what_is_left_unread_is_closed_quietly(recwarn: pytest.WarningsRecorder) -> None:
+    with closing(ahead(iter(range(100)), 2, 3)) as items:
+        assert [next(items) for _ in range(4)] == [0, 1, 2, 3]
+    gc.collect()
+    assert not [str(warning.message) for warning in recwarn]

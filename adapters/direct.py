@@ -1,0 +1,190 @@
+"""Writing past the system's cache: whole pages go from memory to the disk without a copy between.
+
+What a conversion writes is many times what a cache should hold, and has to be on the disk at the
+end; copying it into the cache first costs more processor time than all else. File systems without
+direct writes (and `MOEZOO_DIRECT_IO=0`) get ordinary ones. No torch here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+PAGE = 4096  # what positions, lengths and addresses of direct writes are multiples of
+LARGEST = 1 << 20  # bytes of one write; smaller ones wait more for the disk
+_AT_ONCE = 4  # writes under way: each waits for the disk, then for its turn in the interpreter
+_BUFFERS = 8
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+def open_direct(path: Path) -> int | None:
+    """A descriptor whose writes go past the cache; None where there is no such thing."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag or os.environ.get("MOEZOO_DIRECT_IO", "1") == "0":
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | flag)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return None
+        raise
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Reserve the blocks of a file, where the file system can: writes are faster, and a disk that
+    is too full says so before anything is written.
+
+    Raises OSError when it is (`os.posix_fallocate` would write every block of a file system that
+    cannot reserve).
+    """
+    call = _fallocate()
+    if call is None or size == 0 or call(descriptor, 0, 0, size) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in _UNSUPPORTED:
+        raise OSError(code, os.strerror(code))
+
+
+class DirectFile:
+    """A file to which whole pages are written directly and the rest through the cache.
+
+    Parts of a page that were written apart from each other both go through the cache, so that none
+    undoes the other.
+    """
+
+    def __init__(self, descriptor: int, direct: int) -> None:
+        self._descriptor, self._direct = descriptor, direct
+
+    def write(self, content: memoryview, position: int) -> None:
+        """Write `content`, whose address and `position` have the same remainder by PAGE."""
+        head = min(-position % PAGE, len(content))
+        body = (len(content) - head) // PAGE * PAGE
+        done = head + self._pages(content[head : head + body], position + head)
+        for part, place in ((content[:head], position), (content[done:], position + done)):
+            write_all(self._descriptor, part, place)
+
+    def _pages(self, content: memoryview, position: int) -> int:
+        """How many bytes went directly: all but those after a refusal or a short write."""
+        done = 0
+        while self._direct >= 0 and done < len(content):
+            try:
+                count = os.pwrite(self._direct, content[done:], position + done)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                break
+            done += count
+            if count % PAGE:
+                break
+        return done
+
+
+Places = Sequence[tuple[DirectFile, int]]
+
+
+class DirectWriter:
+    """Writes stretches of files directly, some of them at once, from buffers of its own.
+
+    Stretches that continue one another are gathered. A context manager; an error of the disk is
+    raised by a later `write` or by `finish`.
+    """
+
+    def __init__(self) -> None:
+        self._workers = ThreadPoolExecutor(_AT_ONCE)
+        self._free: SimpleQueue[memoryview] = SimpleQueue()
+        for _ in range(_BUFFERS):
+            self._free.put(memoryview(mmap.mmap(-1, LARGEST + PAGE)))
+        self._running: deque[Future[None]] = deque()
+        self._gathered: _Stretch | None = None
+
+    def __enter__(self) -> DirectWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.shutdown(cancel_futures=True)
+
+    def write(self, places: Places, content: bytes | memoryview) -> None:
+        """Write `content` to every (file, position). It may change as soon as this returns."""
+        shifts: dict[int, list[tuple[DirectFile, int]]] = {}
+        for file, position in places:
+            shifts.setdefault(position % PAGE, []).append((file, position))
+        for shift, alike in shifts.items():
+            self._gather(shift, alike, memoryview(content))
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        self._send()
+        while self._running:
+            self._running.popleft().result()
+
+    def _gather(self, shift: int, places: Places, content: memoryview) -> None:
+        """Write to places whose positions have the same remainder by PAGE."""
+        while content:
+            stretch = self._gathered
+            if stretch is None or stretch.size == LARGEST or stretch.ends() != places:
+                self._send()
+                stretch = self._gathered = _Stretch(self._free.get(), shift, places)
+            size = min(len(content), LARGEST - stretch.size)
+            stretch.add(content[:size])
+            content, places = content[size:], [(file, at + size) for file, at in places]
+
+    def _send(self) -> None:
+        while self._running and self._running[0].done():
+            self._running.popleft().result()
+        if self._gathered is not None:
+            self._running.append(self._workers.submit(self._write, self._gathered))
+            self._gathered = None
+
+    def _write(self, stretch: _Stretch) -> None:
+        try:
+            content = stretch.buffer[stretch.shift : stretch.shift + stretch.size]
+            for file, position in stretch.places:
+                file.write(content, position)
+        finally:
+            self._free.put(stretch.buffer)
+
+
+@dataclass
+class _Stretch:
+    """Bytes for some places; `shift` is the remainder by PAGE of all their positions."""
+
+    buffer: memoryview
+    shift: int
+    places: Places
+    size: int = 0
+
+    def add(self, content: memoryview) -> None:
+        start = self.shift + self.size
+        self.buffer[start : start + len(content)] = content
+        self.size += len(content)
+
+    def ends(self) -> Places:
+        return [(file, position + self.size) for file, position in self.places]
+
+
+def write_all(descriptor: int, content: bytes | memoryview, position: int) -> None:
+    """Write all of `content` at `position`, through the cache."""
+    rest = memoryview(content)
+    while rest:
+        count = os.pwrite(descriptor, rest, position)
+        rest, position = rest[count:], position + count
+
+
+@functools.cache
+def _fallocate() -> Callable[..., int] | None:
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if call is None:
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    call.restype = ctypes.c_int
+    found: Callable[..., int] = call
+    return found

@@ -1,0 +1,165 @@
+"""What goes past the system's cache arrives as if it had gone through it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import moezoo
+from moezoo.adapters import direct
+from moezoo.adapters.direct import LARGEST, PAGE, DirectFile, DirectWriter, open_direct
+from moezoo.adapters.tensor_files import TensorFile, TensorPlan
+from moezoo.errors import SaveError
+from tests.conversion.dense import dense_t5
+
+_SIZES = st.sampled_from(
+    [1, 100, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE, LARGEST, LARGEST + 3 * PAGE + 7]
+)
+Pwrite = Callable[[int, Any, int], int]
+
+
+def _refusing(write: Pwrite) -> Pwrite:
+    """A file system that opens files for direct writes and then takes none."""
+
+    def pwrite(descriptor: int, content: Any, position: int) -> int:
+        if len(content) >= PAGE:
+            raise OSError(errno.EINVAL, "not here")
+        return write(descriptor, content, position)
+
+    return pwrite
+
+
+def _halving(write: Pwrite) -> Pwrite:
+    """A system that writes less than it is asked to, in the middle of a page."""
+
+    def pwrite(descriptor: int, content: Any, position: int) -> int:
+        return write(descriptor, content[: (len(content) + 1) // 2], position)
+
+    return pwrite
+
+
+@pytest.fixture(params=["as it is", "refused", "halved"])
+def descriptors(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[int, int]]:
+    path = tmp_path / "file"
+    plain = os.open(path, os.O_RDWR | os.O_CREAT)
+    # Refusals and short writes are made by us, on a file that takes unaligned writes.
+    way = request.param
+    past = open_direct(path) if way == "as it is" else os.open(path, os.O_WRONLY)
+    if past is None:
+        os.close(plain)
+        pytest.skip("this file system has no direct writes")
+    if way != "as it is":
+        wrap = _refusing if way == "refused" else _halving
+        write = wrap(os.pwrite)
+        monkeypatch.setattr(direct, "os", _System(past, write))
+    yield plain, past
+    os.close(plain)
+    os.close(past)
+
+
+class _System:
+    """`os`, whose `pwrite` to one descriptor is another."""
+
+    def __init__(self, descriptor: int, write: Pwrite) -> None:
+        self._descriptor, self._write = descriptor, write
+
+    def pwrite(self, descriptor: int, content: Any, position: int) -> int:
+        write = self._write if descriptor == self._descriptor else os.pwrite
+        return write(descriptor, content, position)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    sizes=st.lists(_SIZES, min_size=1, max_size=6),
+    starts=st.lists(st.sampled_from([0, 1, 512, PAGE, 3 * PAGE + 5]), min_size=1, max_size=10),
+)
+def test_every_place_holds_what_was_written_to_it(
+    descriptors: tuple[int, int], sizes: list[int], starts: list[int]
+) -> None:
+    plain, past = descriptors
+    os.ftruncate(plain, 0)
+    file = DirectFile(plain, past)
+    content = os.urandom(sum(sizes))
+    gap = len(content) + 100
+    bases = [start + place * gap for place, start in enumerate(sorted(starts))]
+    expected = bytearray(bases[-1] + len(content))
+    with DirectWriter() as writer:
+        done = 0
+        for size in sizes:
+            part = bytearray(content[done : done + size])
+            writer.write([(file, base + done) for base in bases], memoryview(part))
+            part[:] = bytes(size)  # what was handed over may change
+            done += size
+        writer.finish()
+    for base in bases:
+        expected[base : base + len(content)] = content
+    assert os.pread(plain, len(expected) + 1, 0) == bytes(expected)
+
+
+def test_an_error_of_the_disk_comes_out_and_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, content: Any, position: int) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with (tmp_path / "file").open("w+b") as opened, DirectWriter() as writer:
+        file = DirectFile(opened.fileno(), opened.fileno())
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="full"):
+            for start in range(100):  # more than there are buffers: none is lost to an error
+                writer.write([(file, start * LARGEST)], bytes(LARGEST))
+            writer.finish()
+
+
+def test_tensors_of_whole_pages_begin_on_pages(tmp_path: Path) -> None:
+    plans = [
+        TensorPlan("norm", "F32", (3,)),
+        TensorPlan("wide", "F32", (2, PAGE // 4)),
+        TensorPlan("half", "F16", (5,)),
+        TensorPlan("wider", "F32", (PAGE,)),
+    ]
+    contents = {plan.name: os.urandom(plan.nbytes) for plan in plans}
+    file = TensorFile(tmp_path / "model.safetensors", plans, {"format": "pt"}, direct=True)
+    for plan in plans:
+        assert plan.nbytes % PAGE or file.claim(plan.name, 0) % PAGE == 0
+        file.put(plan.name, contents[plan.name])
+    file.close()
+    with safe_open(tmp_path / "model.safetensors", "pt") as found:
+        assert set(found.keys()) == set(contents)
+        for name, content in contents.items():
+            assert found.get_tensor(name).numpy().tobytes() == content
+
+
+@pytest.mark.parametrize("d_ff", [256, 24 * 7])  # matrices of whole pages, and of others
+def test_both_ways_write_the_same_bytes(
+    d_ff: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dense_t5(tmp_path / "dense", d_model=64, d_ff=d_ff)
+    for way in ("1", "0"):
+        monkeypatch.setenv("MOEZOO_DIRECT_IO", way)
+        moezoo.upcycle(source, tmp_path / way, num_experts=3, max_shard_size=500_000)
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "0" / path.name).read_bytes(), path.name
+
+
+def test_a_disk_too_full_for_the_file_says_so_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    source = dense_t5(tmp_path / "dense")
+    monkeypatch.setattr("moezoo.adapters.tensor_files.allocate", none_left)
+    with pytest.raises(SaveError, match="the disk is full"):
+        moezoo.upcycle(source, tmp_path / "out", num_experts=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
