@@ -30,6 +30,7 @@ from moezoo.functional.assign import best_experts, pairs_of, token_choice
 from moezoo.functional.gates import gate_logits, gate_probs
 from moezoo.functional.losses import load_balance, z_loss
 from moezoo.layer import MoE
+from moezoo.ops.memory import release_memory
 from moezoo.records import Routing, Tokens
 from moezoo.routers import StreamedSwitchRouter, SwitchRouter, TopKRouter
 
@@ -74,11 +75,17 @@ def main() -> None:
         }
         for mode, runs in modes.items():
             times = samples(runs, seconds=options.seconds)
-            memory = {name: added_mib(run) for name, run in runs.items()}
+            memory = {name: added_to_nothing_kept(run) for name, run in runs.items()}
             rows.append({"experts": count, "mode": mode, "s": times, "mib": memory})
             print("\t".join(cells(rows[-1])), flush=True)
     record = {"machine": machine(), "tokens": options.tokens, "rows": rows}
     save(options.out, record, page(record))
+
+
+def added_to_nothing_kept(run: Callable[[], object]) -> float:
+    """`added_mib`, where no memory of an earlier run waits to be used again."""
+    release_memory()
+    return added_mib(run)
 
 
 def transformers_router(layer: MoE, tokens: int) -> nn.Module:

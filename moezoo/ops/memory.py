@@ -1,11 +1,13 @@
-"""Large memory in huge pages; that of gradients is kept for the next step."""
+"""Large memory in huge pages; that of gradients and scores is kept for the next step."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ _LARGE = 32 * 2**20
 _HUGE_PAGES = hasattr(mmap, "MADV_FREE") and Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 
 _stock: dict[int, list[mmap.mmap]] = {}
+# Scores come in as many sizes as batches do, so only the last ones are kept: those of one routing.
+_recent: deque[mmap.mmap] = deque(maxlen=2)
 
 
 def stacked_gradient(shape: Sequence[int], like: Tensor, written: Sequence[int]) -> Tensor:
@@ -37,9 +41,9 @@ def stacked_gradient(shape: Sequence[int], like: Tensor, written: Sequence[int])
         return _zeroed(like.new_empty(shape), written)
     waiting = _stock.get(size)
     if not waiting:
-        return _tensor(_huge_pages(size), size, like).view(shape)
+        return _tensor(_huge_pages(size), like.dtype, _to_stock).view(shape)
     block = waiting.pop()
-    gradient = _tensor(block, size, like)
+    gradient = _tensor(block, like.dtype, _to_stock)
     each, start = size // shape[0], 0
     for number in (*sorted(written), shape[0]):
         _clear(block, gradient.view(torch.uint8), start, number * each)
@@ -51,12 +55,24 @@ def large_empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
     """`torch.empty`, in huge pages when it is large and on a Linux CPU: filling fresh memory then
-    costs a quarter, and weights there are read with fewer misses of the address cache.
+    costs a quarter. The last few that were freed serve the next of their size, as above.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     if not in_huge_pages(size, torch.device(device or "cpu")):
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_huge_pages(size), dtype=dtype).view(torch.Size(shape))
+    block = _kept(size) or _huge_pages(size)
+    return _tensor(block, dtype, _recent.append).view(torch.Size(shape))
+
+
+def _kept(size: int) -> mmap.mmap | None:
+    """A block of that size which was freed not long ago, if there is one."""
+    with contextlib.suppress(IndexError):  # another thread took the last one
+        for _ in range(len(_recent)):
+            block = _recent.popleft()
+            if len(block) == size:
+                return block
+            _recent.append(block)
+    return None
 
 
 def in_huge_pages(size: int, device: torch.device) -> bool:
@@ -65,8 +81,9 @@ def in_huge_pages(size: int, device: torch.device) -> bool:
 
 
 def release_memory() -> None:
-    """Give the memory that waits for further gradients back to the system."""
+    """Give the memory that waits for further gradients and scores back to the system."""
     _stock.clear()
+    _recent.clear()
 
 
 def _zeroed(stacked: Tensor, written: Sequence[int]) -> Tensor:
@@ -94,13 +111,17 @@ def _huge_pages(size: int) -> mmap.mmap:
     return block
 
 
-def _tensor(block: mmap.mmap, size: int, like: Tensor) -> Tensor:
+def _tensor(block: mmap.mmap, dtype: torch.dtype, keep: Callable[[mmap.mmap], object]) -> Tensor:
     # The tensor keeps this view of the block alive; when the view goes, the block is free.
-    view = (ctypes.c_char * size).from_buffer(block)
-    weakref.finalize(view, _put_back, block, size).atexit = False
-    return torch.frombuffer(view, dtype=like.dtype)
+    view = (ctypes.c_char * len(block)).from_buffer(block)
+    weakref.finalize(view, _put_back, block, keep).atexit = False
+    return torch.frombuffer(view, dtype=dtype)
 
 
-def _put_back(block: mmap.mmap, size: int) -> None:
+def _put_back(block: mmap.mmap, keep: Callable[[mmap.mmap], object]) -> None:
     block.madvise(mmap.MADV_FREE)
-    _stock.setdefault(size, []).append(block)
+    keep(block)
+
+
+def _to_stock(block: mmap.mmap) -> None:
+    _stock.setdefault(len(block), []).append(block)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from moezoo.ops.eager import is_eager
+from moezoo.ops.memory import in_huge_pages, large_empty
 
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
 _SMALL_WEIGHT, _SMALL_RESULT = 2**18, 2**13
 _ALWAYS = 2**62
+_STRETCH = 2**21  # numbers of a result that are computed in one go, 8 MiB
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,15 @@ def steady_product(x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t())
     if x.shape[0] == 1:  # the one number of rows for which oneDNN adds in another order
         return _onednn(torch.cat((x, x)), weight, relu=False)[:1]
-    return _onednn(x, weight, relu=False)
+    rows, outer = x.shape[0], weight.shape[0]
+    if not in_huge_pages(4 * rows * outer, x.device):
+        return _onednn(x, weight, relu=False)
+    # Some rows at a time: fresh memory for all of them would cost a page fault every 4 KiB, where
+    # a stretch that fits into the cache is used again for the next one.
+    out, step = large_empty((rows, outer), x.dtype), max(_STRETCH // outer, 2)
+    for start in range(0, rows, step):
+        out[start : start + step] = steady_product(x[start : start + step], weight)
+    return out
 
 
 def _kind(rows: int, weight: Tensor, training: bool) -> str:

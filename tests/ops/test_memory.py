@@ -69,3 +69,24 @@ def test_large_memory_is_written_and_read_like_any(shape: tuple[int, ...]) -> No
     tensor.copy_(expected)
     assert torch.equal(tensor, expected)
     assert tensor.requires_grad_().is_leaf
+
+
+def test_freed_large_memory_serves_the_next_of_its_size_but_never_two() -> None:
+    release_memory()
+    first = large_empty(SHAPE, torch.float32)
+    place = first.data_ptr()
+    other = large_empty(SHAPE, torch.float32)
+    assert other.data_ptr() != place
+    del first
+    again = large_empty(SHAPE, torch.float32)
+    assert again.data_ptr() == place and not memory._recent
+    again.fill_(1.0)
+    other.fill_(2.0)
+    assert bool((again == 1.0).all())
+
+
+def test_of_large_memory_only_the_last_ones_are_kept() -> None:
+    release_memory()
+    for more in range(5):
+        large_empty((SHAPE[0] + more, *SHAPE[1:]), torch.float32)
+    assert len(memory._recent) == 2 and not memory._stock

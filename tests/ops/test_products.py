@@ -94,3 +94,15 @@ def test_scores_of_a_row_do_not_depend_on_the_rows_beside_it(experts: int) -> No
     for rows in (1, 2, 3, 5, 16, 33):
         assert torch.equal(steady_product(x[:rows], weight), whole[:rows])
     assert steady_product(x[:0], weight).shape == (0, experts)
+
+
+def test_a_large_result_is_made_in_stretches_of_the_same_bits() -> None:
+    experts = 2048
+    step = products._STRETCH // experts
+    x, weight = torch.randn(4 * step + 1, 96), torch.randn(experts, 96)
+    whole = steady_product(x, weight)
+    assert whole.shape == (4 * step + 1, experts) and whole.is_contiguous()
+    assert products.in_huge_pages(whole.numel() * 4, whole.device)
+    torch.testing.assert_close(whole, x @ weight.t())
+    for rows in (slice(0, 2), slice(step - 1, step + 3), slice(-1, None), slice(7, 2 * step)):
+        assert torch.equal(steady_product(x[rows], weight), whole[rows])
