@@ -20,7 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 PAGE = 4096  # what positions, lengths and addresses of direct writes are multiples of
-LARGEST = 1 << 20  # bytes of one write; smaller ones wait more for the disk
+LARGEST = 2 << 20  # bytes of one write; smaller ones wait more for the disk and the interpreter
 _AT_ONCE = 4  # writes under way: each waits for the disk, then for its turn in the interpreter
 _BUFFERS = 8
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)

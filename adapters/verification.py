@@ -38,9 +38,13 @@ class Verification:
 
     @property
     def line(self) -> str:
-        """The verdict for a human reader."""
-        verdict = "verified" if self.passed else "NOT verified"
-        return f"{verdict}: " + "; ".join(result.summary for result in self.results)
+        """The verdict for a human reader, what failed first."""
+        held = "; ".join(result.summary for result in self.results if result.passed)
+        failed = [r for r in self.results if not r.passed]
+        if not failed:
+            return f"verified: {held}"
+        reasons = "; ".join(f"level {r.level} ({r.summary})" for r in failed)
+        return f"NOT verified: {reasons} failed" + (f"; passed: {held}" if held else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -213,8 +213,12 @@ def _layout(made: CheckpointSource) -> str:
     return "moezoo" if native else "huggingface"
 
 
-def require(verification: Verification) -> str:
-    """The line of a verification that passed. Raises CheckpointError for one that did not."""
+def require(verification: Verification, target: str | Path) -> str:
+    """The line of a verification that passed, before the result becomes `target`.
+
+    Raises CheckpointError for one that did not.
+    """
     if not verification.passed:
-        raise CheckpointError(verification.line, path=verification.target)
+        hint = "Nothing was written. Without --verify it would be, as it is."
+        raise CheckpointError(verification.line, path=target, hint=hint)
     return verification.line

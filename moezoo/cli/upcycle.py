@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             allow_nonfinite=arguments.allow_nonfinite,
             calibration=calibration(arguments.source, arguments.calibration),
-            verifier=_verifier(arguments.source) if arguments.verify else None,
+            verifier=_verifier(arguments) if arguments.verify else None,
             progress=progress.advance,
         )
     if arguments.json:
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verifier(source: str) -> Verifier:
+def _verifier(arguments: argparse.Namespace) -> Verifier:
     from moezoo.adapters.verify import require, verify
 
-    def check(target: Path) -> str:
-        return require(verify(target, source))
+    def check(made: Path) -> str:
+        return require(verify(made, arguments.source), arguments.target)
 
     return check
 

@@ -124,3 +124,15 @@ def test_upcycle_can_verify_before_it_commits(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "out/config.json").read_text())["moezoo_provenance"]
     assert made["verification"].startswith("verified: ")
     assert torch.get_num_threads() >= 1
+
+
+def test_a_result_that_is_refused_is_called_by_its_name_and_its_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = dense_t5(tmp_path / "t5"), tmp_path / "out"
+    # Routers that are not zero weigh the experts by other than 1 / E.
+    words = ["upcycle", str(source), str(out), "--experts", "4", "--router-init", "normal:0.5"]
+    code = main([*words, "--verify"])
+    said = capsys.readouterr().err
+    assert code == 3 and not out.exists() and f"{out}: NOT verified: level " in said
+    assert "partial" not in said and "Nothing was written" in said
