@@ -32,6 +32,11 @@ class Limits:
     onednn: tuple[int, int] = (0, 0)
     onednn_transposed: tuple[int, int] = (0, 0)
 
+    @property
+    def in_training(self) -> bool:
+        """Whether products of many rows are oneDNN's, forward and backward."""
+        return self.onednn[1] == self.onednn_transposed[1] == _ALWAYS
+
 
 # Measured with 768 x 3,072 weights that are not in the cache (benchmarks/layer.md). MKL, which
 # `torch.mm` calls, has other kernels for other makers' processors.
@@ -39,9 +44,10 @@ LIMITS = {
     "AuthenticAMD": Limits(4, 8, onednn=(1, _ALWAYS), onednn_transposed=(3, _ALWAYS)),
     "GenuineIntel": Limits(onednn=(4, 32)),
 }
-# oneDNN keeps half a MiB of code for every number of rows it has met, a thousand of them: in
-# training, where an expert's rows change with every step, it is for few rows only.
+# oneDNN keeps half a MiB of code for every number of rows it has met, a thousand of them. In
+# training, where an expert's rows change with every step, more than these are rounded up.
 _ONEDNN_IN_TRAINING = 32
+_ROUNDING = 8  # numbers of rows from one power of two to the next
 
 
 @lru_cache(maxsize=1)
@@ -78,7 +84,9 @@ def product(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = F
         return x.new_zeros(rows, weight.shape[0])
     kind = _kind(rows, weight, training) if fast_products(x, weight) else "mm"
     if kind == "onednn":
-        return _onednn(x, weight, relu)
+        wide = _rounded(x) if training and rows >= _ONEDNN_IN_TRAINING else x
+        # Not a slice: what autograd takes for a view may not be changed in place.
+        return _onednn(wide, weight, relu).resize_(rows, weight.shape[0])
     out = _weight_first(x, weight) if kind == "weight first" else torch.mm(x, weight.t())
     return out.relu_() if relu else out
 
@@ -144,9 +152,23 @@ def _kind(rows: int, weight: Tensor, training: bool) -> str:
         tall = outer >= _TALL * weight.shape[1]
         if rows <= (found.weight_first_tall if tall else found.weight_first):
             return "weight first"
+    if training and not plain and weight.shape[1] >= _TALL * outer:
+        return "mm"  # back from a head's output
     first, last = found.onednn if plain else found.onednn_transposed
-    last = min(last, _ONEDNN_IN_TRAINING) if training else last
     return "onednn" if first <= rows < last else "mm"
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x (n, K) with up to an eighth more rows, which hold anything."""
+    rows, width = x.shape
+    step = max((1 << rows.bit_length() - 1) // _ROUNDING, 1)
+    more = -rows % step
+    if not more:
+        return x
+    end = x.storage_offset() + (rows + more) * width
+    if x.is_contiguous() and end * x.element_size() <= x.untyped_storage().nbytes():
+        return x.as_strided((rows + more, width), (width, 1))  # what follows in memory will do
+    return torch.cat((x, x.new_zeros(more, width)))
 
 
 def _weight_first(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from moezoo.ops import few_rows, products
 from moezoo.ops.few_rows import few_rows_linear
+from moezoo.ops.products import LIMITS
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 8, 9])
@@ -25,11 +30,46 @@ def test_it_equals_a_linear_map(rows: int, sizes: tuple[int, int]) -> None:
     assert found.is_contiguous()
 
 
-def test_gradients_are_those_of_a_linear_map() -> None:
-    x, weight = torch.randn(1, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    few_rows_linear(x, weight).sum().backward()
-    assert x.grad is not None
+@pytest.mark.parametrize("vendor", LIMITS)
+@pytest.mark.parametrize("shape", [(0, 24), (1, 24), (5, 24), (3, 37, 24), (2, 129, 24)])
+@pytest.mark.parametrize("width", [24, 1000, 7])
+def test_gradients_of_both_orders_are_those_of_a_linear_map(
+    vendor: str, shape: tuple[int, ...], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (products, few_rows):
+        monkeypatch.setattr(module, "limits", lambda: LIMITS[vendor])
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(width, shape[-1]) / shape[-1]
+    found, expected = (_gradients(linear, x, weight) for linear in (few_rows_linear, F.linear))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vendor", LIMITS)
+def test_the_result_may_be_changed_in_place(vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (products, few_rows):
+        monkeypatch.setattr(module, "limits", lambda: LIMITS[vendor])
+    x, weight = torch.randn(2, 33, 16), torch.randn(24, 16, requires_grad=True)
+    y = few_rows_linear(x, weight)
+    y[0, 0] = 0.0
+    y.mul_(2.0).sum().backward()
     assert weight.grad is not None
+    expected = 2 * (x.sum((0, 1)) - x[0, 0])
+    torch.testing.assert_close(weight.grad, expected.expand(24, 16), rtol=1e-4, atol=1e-4)
+
+
+def _gradients(
+    linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
+) -> tuple[Tensor, ...]:
+    """The result, its gradients, and those of a function of the gradients; each alone, too."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = linear(x, weight)
+    first = torch.autograd.grad(y.sin().sum(), (x, weight), create_graph=True)
+    second = torch.autograd.grad(sum((g**2).sum() for g in first), (x, weight))
+    alone = torch.autograd.grad(linear(x.detach(), weight).cos().sum(), weight)
+    other = torch.autograd.grad(linear(x, weight.detach()).cos().sum(), x)
+    spread = torch.autograd.grad(linear(x, weight).sum(), (x, weight))  # an expanded gradient
+    return (y.detach(), *first, *second, *alone, *other, *spread)
 
 
 def test_autocast_and_other_dtypes_keep_their_meaning() -> None:

@@ -76,14 +76,29 @@ def test_the_processor_decides(
     assert products._kind(rows, small, training=False) == "mm"
 
 
-@pytest.mark.parametrize("vendor", LIMITS)
-def test_in_training_no_number_of_rows_beyond_a_few_is_compiled(
-    vendor: str, monkeypatch: pytest.MonkeyPatch
+def test_in_training_few_numbers_of_rows_are_compiled() -> None:
+    compiled = {len(products._rounded(torch.empty(rows, 1))) for rows in range(32, 4097)}
+    assert len(compiled) <= 8 * 7 + 1
+    for rows in (32, 33, 100, 129, 1000, 1024):
+        assert rows <= len(products._rounded(torch.empty(rows, 1))) <= rows * 9 / 8
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("rows", [33, 50, 100, 130])
+def test_rows_beside_a_stretch_change_nothing_in_training(
+    rows: int, relu: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "limits", lambda: LIMITS[vendor])
-    weight = torch.zeros(768, 3072)
-    kinds = [products._kind(n, weight, training=True) for n in range(1, 200)]
-    assert kinds.count("onednn") < 40
+    monkeypatch.setattr(products, "limits", lambda: LIMITS["AuthenticAMD"])
+    beside = torch.full((200, 48), float("nan"))
+    weight = torch.randn(48, 1000).t() if transposed else torch.randn(1000, 48)
+    for start in (0, 3, 200 - rows):  # with more rows in memory after them, and with none
+        x = beside.clone()[start : start + rows]
+        x.normal_()
+        found = product(x, weight, relu=relu, training=True)
+        expected = x @ weight.t()
+        torch.testing.assert_close(found, expected.relu() if relu else expected)
+        assert found.shape == (rows, 1000) and found.is_contiguous()
 
 
 @pytest.mark.parametrize("experts", [1, 3, 8, 64])
