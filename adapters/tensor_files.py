@@ -97,8 +97,9 @@ class TensorFile:
     """One safetensors file being written: put each tensor's bytes in any order, then `close`.
 
     `close` raises SaveError naming the first tensor that is not whole. An existing file is written
-    over in place, which is how a conversion resumes. Tensors of whole pages come first, so that
-    all of them begin on a page.
+    over in place, which is how a conversion resumes. Tensors of whole pages come first, then those
+    of the next power of two, so that all begin at a multiple of what their size is a multiple of:
+    the last bits of a product may depend on where its operands lie.
 
     `direct` writes past the system's cache; None where the file system has no such thing, or where
     it was not asked for.
@@ -114,7 +115,7 @@ class TensorFile:
     ) -> None:
         self.path = path
         self.tensors = {tensor.name: tensor for tensor in tensors}
-        self._order = sorted(self.tensors.values(), key=lambda tensor: tensor.nbytes % PAGE != 0)
+        self._order = sorted(self.tensors.values(), key=_alignment, reverse=True)
         start = header(self._order, metadata or {})
         self._header_size = len(start)
         self._offsets: dict[str, int] = {}
@@ -184,6 +185,11 @@ class TensorFile:
 
     def _put(self, content: bytes | memoryview, position: int) -> None:
         write_all(self._descriptor, content, position)
+
+
+def _alignment(tensor: TensorPlan) -> int:
+    """The largest power of two that divides a tensor's size, a page at most."""
+    return min(tensor.nbytes & -tensor.nbytes or PAGE, PAGE)
 
 
 def write_tensors(

@@ -121,17 +121,20 @@ def test_an_error_of_the_disk_comes_out_and_stops_nothing_else(
             writer.finish()
 
 
-def test_tensors_of_whole_pages_begin_on_pages(tmp_path: Path) -> None:
+def test_tensors_begin_at_multiples_of_what_their_sizes_are_multiples_of(tmp_path: Path) -> None:
     plans = [
         TensorPlan("norm", "F32", (3,)),
         TensorPlan("wide", "F32", (2, PAGE // 4)),
         TensorPlan("half", "F16", (5,)),
+        TensorPlan("scale", "F32", ()),
+        TensorPlan("small", "F32", (3, 16)),
         TensorPlan("wider", "F32", (PAGE,)),
     ]
     contents = {plan.name: os.urandom(plan.nbytes) for plan in plans}
     file = TensorFile(tmp_path / "model.safetensors", plans, {"format": "pt"}, direct=True)
     for plan in plans:
-        assert plan.nbytes % PAGE or file.claim(plan.name, 0) % PAGE == 0
+        for size in (4, 64, PAGE):
+            assert plan.nbytes % size or file.claim(plan.name, 0) % size == 0
         file.put(plan.name, contents[plan.name])
     file.close()
     with safe_open(tmp_path / "model.safetensors", "pt") as found:
