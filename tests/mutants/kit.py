@@ -7,6 +7,7 @@ import torch
 
 from moezoo.functional.assign import best_experts, token_choice
 from moezoo.records import Tokens
+from moezoo.sparse_mlp import SparseMLP
 from moezoo.testing import check_experts, check_loss, check_policy, check_router
 from tests.properties.small_world import admits, by_rank, by_token, rerouted, served, table, world
 
@@ -64,3 +65,24 @@ def test_many_experts_are_chosen_as_few_are() -> None:
     scores = torch.randint(20, (30, 320), generator=torch.Generator().manual_seed(0)).float()
     order = scores.argsort(dim=-1, descending=True, stable=True)
     assert torch.equal(best_experts(scores, 40), order[:, :40])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_weights_of_two_equal_experts_add_up(gradient: bool) -> None:
+    torch.manual_seed(0)
+    layer = SparseMLP(8, 16, 4, router={"name": "top_k", "k": 2}).eval()
+    experts = layer.moe.experts
+    with torch.no_grad():
+        experts.wi[:], experts.wo[:] = experts.wi[0].clone(), experts.wo[0].clone()
+    x = torch.randn(1, 12, 8)
+    with torch.set_grad_enabled(gradient):
+        y = layer(x)
+    torch.testing.assert_close(y, (x @ experts.wi[0].t()).relu() @ experts.wo[0].t())
+
+
+@pytest.mark.parametrize("name", ["first_come", "batch_priority", "random_order"])
+@pytest.mark.parametrize("training", [True, False])
+def test_capacity_is_kept_in_training_and_outside(name: str, training: bool) -> None:
+    layer = SparseMLP(8, 16, 4, capacity={"name": name, "factor": 1.0}).train(training)
+    tokens = Tokens(torch.ones(16, 8))  # all of them want the same expert
+    assert int(layer.moe.route(tokens).assignment.kept.sum()) == 4
