@@ -75,7 +75,7 @@ class DirectFile:
     def _pages(self, content: memoryview, position: int) -> int:
         """How many bytes went directly: all but those after a refusal or a short write."""
         done = 0
-        while self._direct >= 0 and done < len(content):
+        while done < len(content):
             try:
                 count = os.pwrite(self._direct, content[done:], position + done)
             except OSError as error:

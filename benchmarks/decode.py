@@ -86,7 +86,7 @@ def page(record: dict[str, Any]) -> list[str]:
         "of medians (of minima), above 1 where moezoo is faster.",
         table(head, [cells(row) for row in record["rows"]]),
         "The floor of a step at batch 1 is to read the weights that one token uses, 495 MB: 22 to "
-        "25 ms at the 20 to 22 GB/s of this memory. int8 weights lower it: [int8](int8.md).",
+        "25 ms at 20 to 22 GB/s, 18 at 28. int8 weights lower it: [int8](int8.md).",
     ]
 
 

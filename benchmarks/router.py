@@ -221,8 +221,8 @@ def apart_from_scores(record: dict[str, Any]) -> list[list[str]]:
 _APART = """## Apart from the scores
 
 Choice, weights, ranks and admission, ms, forward, of scores that are there. At 2,048 experts the
-choice reads 64 MiB of probabilities, which takes 3 ms at the 21 GB/s of this memory: what does not
-depend on the number of experts is the row of 8."""
+choice reads 64 MiB of probabilities, which takes 2 ms at 32 GB/s: what does not depend on the
+number of experts is the row of 8."""
 
 _LIMITS = """## What limits it
 
