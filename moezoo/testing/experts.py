@@ -17,20 +17,26 @@ D_FF = 8
 Subject = str | dict[str, Any] | type[Experts] | Callable[[int, int, int], Experts]
 
 
-def check_experts(subject: Subject, *, examples: int | None = None) -> None:
+def check_experts(
+    subject: Subject,
+    *,
+    examples: int | None = None,
+    device: str = "cpu",
+) -> None:
     """Verify everything that an expert container promises, in evaluation mode.
 
     Args:
         subject: a registered name or spec, a class whose constructor takes d_model, d_ff and
             num_experts, or a function (d_model, d_ff, num_experts) -> Experts.
         examples: cases per invariant; None: hypothesis' current profile.
+        device: where component and inputs live, as "cuda".
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
-    experts_promises(subject).verify(examples)
+    experts_promises(subject, device=device).verify(examples)
 
 
-def experts_promises(subject: Subject) -> Promises:
+def experts_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     """What `check_experts` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
@@ -41,9 +47,9 @@ def experts_promises(subject: Subject) -> Promises:
         "dtype": ("float64 goes in and out, and zero rows work", checks.dtype),
         "gradcheck": ("gradients are right in float64", checks.gradcheck),
     }
-    if checks.build(Case()).row_wise:
+    if checks.build(Case(device=device)).row_wise:
         invariants["rows"] = ("a row's output depends on that row alone", checks.rows)
-    return Promises(checks.label, invariants, cases(max_group=10, max_experts=5))
+    return Promises(checks.label, invariants, cases(max_group=10, max_experts=5, device=device))
 
 
 class _Checks:
@@ -65,7 +71,7 @@ class _Checks:
             with torch.no_grad():
                 for parameter in made.parameters():
                     parameter.normal_()
-        return made.double().eval()
+        return made.double().eval().to(case.device)
 
     def rows_of_nobody(self, case: Case) -> None:
         slots, counts = inputs(case)
@@ -136,4 +142,5 @@ def inputs(case: Case) -> tuple[Tensor, Tensor]:
     used = total if not case.padded else int(0.7 * total)
     chosen = torch.randint(case.num_experts, (used,), generator=source)
     counts = torch.zeros(case.num_experts, dtype=torch.int64)
-    return slots, counts.index_add_(0, chosen, torch.ones_like(chosen))
+    counts.index_add_(0, chosen, torch.ones_like(chosen))
+    return slots.to(case.device), counts.to(case.device)

@@ -58,7 +58,8 @@ class Case:
     """Sizes and a seed from which all inputs of a check follow.
 
     group_size * groups tokens; `padded` marks about a third of them as padding; `ties` rounds
-    activations so that equal scores occur.
+    activations so that equal scores occur; `device` holds component and inputs, which are drawn on
+    the CPU: a case is the same on every device.
     """
 
     group_size: int = 4
@@ -68,6 +69,7 @@ class Case:
     padded: bool = False
     training: bool = False
     ties: bool = False
+    device: str = "cpu"
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +80,7 @@ class Case:
         parts = [f"{self.groups} x {self.group_size} tokens (groups x tokens per group)"]
         parts.append(f"{self.num_experts} experts")
         parts += ["padding"] * self.padded + ["equal scores"] * self.ties
+        parts += [f"on {self.device}"] * (self.device != "cpu")
         return ", ".join([*parts, "training" if self.training else "evaluation"])
 
     def generator(self, purpose: int = 0) -> torch.Generator:
@@ -91,26 +94,33 @@ class Case:
             x = x.round()
         ids = torch.randint(VOCABULARY, (self.num_tokens,), generator=source)
         real = torch.rand(self.num_tokens, generator=source) < 0.67 if self.padded else None
-        return Tokens(x.to(dtype), ids, real, self.group_size)
+        real = None if real is None else real.to(self.device)
+        return Tokens(x.to(self.device, dtype), ids.to(self.device), real, self.group_size)
 
     def noise(self, *shape: int, purpose: int = 1) -> Tensor:
         """Further random numbers of this case."""
-        return torch.randn(*shape, generator=self.generator(purpose))
+        return torch.randn(*shape, generator=self.generator(purpose)).to(self.device)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers on the CPU from this seed, and afterwards as if there had been none.
+    """Random numbers from this seed, and afterwards as if there had been none: those of the CPU,
+    and of the current GPU where torch has begun to use one.
 
     `torch.manual_seed` writes down three stack traces for devices that nobody uses: it took half
     of a case's time.
     """
     state = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     torch.default_generator.manual_seed(seed)
+    if on_gpu is not None:
+        torch.cuda.manual_seed(seed)
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
 
 
 Invariant = Callable[[Case], None]

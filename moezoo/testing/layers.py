@@ -16,20 +16,27 @@ from moezoo.testing.strategies import cases
 Subject = Callable[[int, int], MoE]
 
 
-def check_layer(subject: Subject, *, label: str | None = None, examples: int | None = None) -> None:
+def check_layer(
+    subject: Subject,
+    *,
+    label: str | None = None,
+    examples: int | None = None,
+    device: str = "cpu",
+) -> None:
     """Verify what a mixture-of-experts layer promises.
 
     Args:
         subject: a function (d_model, num_experts) -> MoE.
         label: what to call it in messages.
         examples: cases per invariant; None: hypothesis' current profile.
+        device: where component and inputs live, as "cuda".
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
-    layer_promises(subject, label=label).verify(examples)
+    layer_promises(subject, label=label, device=device).verify(examples)
 
 
-def layer_promises(subject: Subject, *, label: str | None = None) -> Promises:
+def layer_promises(subject: Subject, *, label: str | None = None, device: str = "cpu") -> Promises:
     """What `check_layer` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
@@ -38,14 +45,16 @@ def layer_promises(subject: Subject, *, label: str | None = None) -> Promises:
         "input": ("x is never changed; y is like x", checks.input_unchanged),
         "dropped": ("a token without a kept pair gives 0 and no gradient", checks.dropped),
     }
-    sample = checks.build(Case())
+    sample = checks.build(Case(device=device))
     if not sample.router.soft and causality_refusal(sample.router, sample.capacity) is None:
         invariants["prefill"] = (
             "in evaluation, token by token equals the whole sequence",
             checks.prefill,
         )
     name = label or str(getattr(subject, "__name__", "layer"))
-    return Promises(name, invariants, cases(max_group=6, max_groups=2, max_experts=4))
+    return Promises(
+        name, invariants, cases(max_group=6, max_groups=2, max_experts=4, device=device)
+    )
 
 
 class _Checks:
@@ -60,7 +69,7 @@ class _Checks:
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter.normal_()
-        return layer.double().train(case.training)
+        return layer.double().train(case.training).to(case.device)
 
     def inputs(self, case: Case) -> tuple[Tensor, Tensor | None, Tensor]:
         """x (B, L, D) float64, mask (B, L) or None, token ids (B, L)."""
@@ -84,11 +93,11 @@ class _Checks:
         y, a = self.run(case, layer, x, mask, ids)
         if a is None:
             return
-        flat, expected = x.reshape(-1, D_MODEL), torch.zeros(x.numel() // D_MODEL, D_MODEL)
-        expected = expected.to(x.dtype)
+        flat = x.reshape(-1, D_MODEL)
+        expected = torch.zeros_like(flat)
         for token, expert, weight, kept in zip(a.token, a.expert, a.weight, a.kept, strict=True):
             if kept:
-                counts = torch.zeros(layer.experts.num_experts, dtype=torch.int64)
+                counts = token.new_zeros(layer.experts.num_experts)
                 counts[expert] = 1
                 row = layer.experts(flat[token : token + 1], counts)
                 expected[token] += (weight * row[0]).detach()
@@ -123,7 +132,7 @@ class _Checks:
         x = x.clone().requires_grad_()
         y, a = self.run(case, layer, x, mask, ids)
         assert a is not None
-        lost = torch.ones(a.num_tokens, dtype=torch.bool)
+        lost = torch.ones(a.num_tokens, dtype=torch.bool, device=a.token.device)
         lost[a.token[a.kept]] = False
         rows = y.reshape(-1, D_MODEL)[lost[: y.numel() // D_MODEL]]
         same([rows], [torch.zeros_like(rows)], "tokens without a kept pair")

@@ -17,18 +17,28 @@ from moezoo.testing.strategies import cases, routing_of, without
 Subject = str | dict[str, Any] | type[RouterLoss] | Callable[[], RouterLoss]
 
 
-def check_loss(subject: Subject, *, examples: int | None = None) -> None:
+def check_loss(
+    subject: Subject,
+    *,
+    examples: int | None = None,
+    device: str = "cpu",
+) -> None:
     """Verify what every router loss promises, on token-choice routings.
 
     Losses that a router computes itself (`needs` "losses.NAME") are read from the routing; here
     only their plumbing is checked.
 
+    Args:
+        subject: a registered name or spec, a loss class, or a function without arguments.
+        examples: cases per invariant; None: hypothesis' current profile.
+        device: where the routings live, as "cuda".
+
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
-    loss_promises(subject).verify(examples)
+    loss_promises(subject, device=device).verify(examples)
 
 
-def loss_promises(subject: Subject) -> Promises:
+def loss_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     """What `check_loss` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
@@ -38,7 +48,7 @@ def loss_promises(subject: Subject) -> Promises:
     if not any(need.startswith("losses.") for need in checks.build().needs):
         invariants["padding"] = ("padding does not count", checks.padding)
         invariants["gradient"] = ("the gradient is finite and not None", checks.gradient)
-    return Promises(checks.label, invariants, cases(max_group=8))
+    return Promises(checks.label, invariants, cases(max_group=8, device=device))
 
 
 class _Checks:
@@ -56,8 +66,9 @@ class _Checks:
 
     def routing(self, case: Case) -> Routing:
         plain = routing_of(case, 1)
-        own = {need.removeprefix("losses."): torch.tensor(0.0) for need in self.build().needs
-               if need.startswith("losses.")}  # fmt: skip
+        names = [need for need in self.build().needs if need.startswith("losses.")]
+        zero = torch.zeros((), device=case.device)
+        own = {name.removeprefix("losses."): zero for name in names}
         return Routing(
             plain.assignment, logits=plain.logits, probs=plain.probs, losses=own, real=plain.real
         )
@@ -69,7 +80,7 @@ class _Checks:
 
     def nothing(self, case: Case) -> None:
         routing = self.routing(case)
-        nobody = torch.zeros(case.num_tokens, dtype=torch.bool)
+        nobody = torch.zeros(case.num_tokens, dtype=torch.bool, device=case.device)
         a = routing.assignment
         empty = a.__class__(**{**a.__dict__, "kept": torch.zeros_like(a.kept)})  # type: ignore[union-attr]
         value = self.build()(

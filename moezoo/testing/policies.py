@@ -21,7 +21,12 @@ from moezoo.testing.strategies import cases, routing_of, without
 Subject = str | dict[str, Any] | type[CapacityPolicy] | Callable[[int], CapacityPolicy]
 
 
-def check_policy(subject: Subject, *, examples: int | None = None) -> None:
+def check_policy(
+    subject: Subject,
+    *,
+    examples: int | None = None,
+    device: str = "cpu",
+) -> None:
     """Verify everything that a capacity policy's declared properties promise, for one and two
     choices per token.
 
@@ -29,13 +34,14 @@ def check_policy(subject: Subject, *, examples: int | None = None) -> None:
         subject: a registered name or spec, a policy class, or a function limit -> policy. Names and
             classes are built with `limit=...` where their constructor takes it.
         examples: cases per invariant; None: hypothesis' current profile.
+        device: where component and inputs live, as "cuda".
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
-    policy_promises(subject).verify(examples)
+    policy_promises(subject, device=device).verify(examples)
 
 
-def policy_promises(subject: Subject) -> Promises:
+def policy_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     """What `check_policy` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
@@ -55,7 +61,7 @@ def policy_promises(subject: Subject) -> Promises:
         invariants["padding"] = ("padding takes no capacity", checks.padding)
     if sample.causal:
         invariants["causal"] = ("later tokens never change who is kept", checks.causal)
-    return Promises(checks.label, invariants, cases(max_group=10, max_experts=4))
+    return Promises(checks.label, invariants, cases(max_group=10, max_experts=4, device=device))
 
 
 class _Checks:
@@ -166,7 +172,7 @@ class _Checks:
         whole = set(_weights(admitted))
         policy = self.build(1 + case.seed % 3).train(case.training)
         for group in range(case.groups):
-            mine = torch.arange(case.num_tokens) // case.group_size == group
+            mine = torch.arange(case.num_tokens, device=case.device) // case.group_size == group
             alone = policy(without(routing, mine, case.group_size))
             start = group * case.group_size
             kept = {(token + start, expert) for token, expert in _weights(alone)}
@@ -229,7 +235,7 @@ def _weights(a: Assignment) -> dict[tuple[int, int], float]:
 def _loads(a: Assignment) -> Tensor:
     """Kept pairs per group and expert (G * E,)."""
     key = (a.token // max(a.group_size, 1)) * a.num_experts + a.expert
-    loads = torch.zeros(max(a.num_groups, 1) * a.num_experts, dtype=torch.int64)
+    loads = a.token.new_zeros(max(a.num_groups, 1) * a.num_experts)
     return loads.index_add_(0, key, a.kept.long())
 
 
@@ -250,6 +256,6 @@ def _with_other_future(case: Case, routing: Routing, cut: int, choices: int) -> 
     )
     assert routing.probs is not None
     assert other.probs is not None
-    rows = (torch.arange(a.num_tokens) >= cut)[:, None]
+    rows = (torch.arange(a.num_tokens, device=a.token.device) >= cut)[:, None]
     probs = torch.where(rows, other.probs, routing.probs)
     return Routing(mixed, logits=probs.log(), probs=probs, real=routing.real)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,26 +29,32 @@ from moezoo.testing.strategies import cases
 Subject = str | dict[str, Any] | type[Router] | Callable[[int, int], Router]
 
 
-def check_router(subject: Subject, *, examples: int | None = None) -> None:
+def check_router(
+    subject: Subject,
+    *,
+    examples: int | None = None,
+    device: str = "cpu",
+) -> None:
     """Verify everything that a router's declared properties promise.
 
     Args:
         subject: a registered name or spec, a Router class whose constructor takes d_model and
             num_experts, or a function (d_model, num_experts) -> Router.
         examples: cases per invariant; None: hypothesis' current profile.
+        device: where component and inputs live, as "cuda".
 
     Raises InvariantBroken naming the promise and the smallest input that breaks it.
     """
-    router_promises(subject).verify(examples)
+    router_promises(subject, device=device).verify(examples)
 
 
-def router_promises(subject: Subject) -> Promises:
+def router_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     """What `check_router` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
         "records": ("assignment, logits, probs and losses are as declared", checks.records),
     }
-    sample = checks.build(Case())
+    sample = checks.build(Case(device=device))
     if sample.deterministic:
         invariants["deterministic"] = (
             "the same tokens give the same routing in training too",
@@ -73,7 +80,7 @@ def router_promises(subject: Subject) -> Promises:
         "gradcheck": ("gradients are right in float64", checks.gradcheck),
         "copies": ("a deep copy and a loaded state dict route alike", checks.copies),
     }
-    strategy = cases(max_group=8, max_groups=2, max_experts=5)
+    strategy = cases(max_group=8, max_groups=2, max_experts=5, device=device)
     return Promises(checks.label, invariants, strategy)
 
 
@@ -96,7 +103,7 @@ class _Checks:
                         parameter.normal_()
                         if case.ties:
                             parameter.round_()
-        return router.train(case.training)
+        return router.train(case.training).to(case.device)
 
     def _construct(self, num_experts: int) -> Router:
         sizes = {"d_model": D_MODEL, "num_experts": num_experts, "vocab_size": VOCABULARY}
@@ -130,7 +137,7 @@ class _Checks:
             wanted = (case.num_tokens, case.num_experts)
             assert scores is None or scores.shape == wanted, f"{name} is {tuple(scores.shape)}"
         if routing.probs is not None:
-            ones = torch.ones(case.num_tokens)
+            ones = torch.ones(case.num_tokens, device=case.device)
             close(routing.probs.sum(-1), ones, "rows of probs do not sum to 1")
         names = set(routing.losses)
         assert names == router.own_losses, f"losses {names}, declared {set(router.own_losses)}"
@@ -155,7 +162,7 @@ class _Checks:
 
     def precision(self, case: Case) -> None:
         router, tokens = self.build(case).bfloat16(), case.tokens(torch.bfloat16)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.device(case.device).type, dtype=torch.bfloat16):
             routing = router(tokens)
         for tensor in (*_weights(routing), routing.logits, routing.probs):
             if tensor is not None:
@@ -202,7 +209,7 @@ class _Checks:
 
     def token_order(self, case: Case) -> None:
         router, tokens = self.build(case), case.tokens()
-        order = torch.randperm(case.num_tokens, generator=case.generator(4))
+        order = torch.randperm(case.num_tokens, generator=case.generator(4)).to(case.device)
         real = None if tokens.real is None else tokens.real[order]
         ids = None if tokens.ids is None else tokens.ids[order]
         moved = router(Tokens(tokens.x[order], ids, real, tokens.group_size))
@@ -245,7 +252,7 @@ class _Checks:
         router, tokens = self.build(case).eval(), case.tokens()
         if not router.deterministic and type(router).__name__ == "RandomRouter":
             return
-        fresh = self.build(Case(num_experts=case.num_experts, seed=case.seed + 1)).eval()
+        fresh = self.build(replace(case, seed=case.seed + 1)).eval()
         fresh.load_state_dict(router.state_dict(), strict=True)
         for twin in (copy.deepcopy(router), fresh):
             same(decisions(twin(tokens)), decisions(router(tokens)), "a copy routes differently")
@@ -298,7 +305,7 @@ def _weights(routing: Routing) -> tuple[Tensor, ...]:
 
 
 def _check_choices(a: Assignment, choices: int) -> None:
-    counts = torch.zeros(a.num_tokens, dtype=torch.int64)
+    counts = a.token.new_zeros(a.num_tokens)
     counts.index_add_(0, a.token, torch.ones_like(a.token))
     assert bool((counts == choices).all()), f"pairs per token {counts.tolist()}, promised {choices}"
     assert a.choices == choices, f"Assignment.choices is {a.choices}, promised {choices}"

@@ -19,6 +19,7 @@ def cases(
     max_experts: int = 6,
     min_tokens: int = 0,
     training: bool | None = None,
+    device: str = "cpu",
 ) -> st.SearchStrategy[Case]:
     """Cases with at most 64 tokens: padding, ties, several groups, one expert, no token at all."""
     return st.builds(
@@ -30,6 +31,7 @@ def cases(
         padded=st.booleans(),
         training=st.booleans() if training is None else st.just(training),
         ties=st.booleans(),
+        device=st.just(device),
     )
 
 
