@@ -78,8 +78,8 @@ class MoE(nn.Module):
         elif self._is_alone(routing.assignment):
             y_TD = self._alone(tokens.x, routing.assignment)
         else:
-            slots, order_N = dispatch(tokens.x, routing.assignment)
-            y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order_N)
+            slots, order = dispatch(tokens.x, routing.assignment)
+            y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order)
         if self.shared is not None:
             shared_TD = self.shared(tokens.x)
             if tokens.real is not None:

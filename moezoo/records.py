@@ -71,9 +71,11 @@ class Assignment:
 
     Fields: token (N,) int64, expert (N,) int64, weight (N,) float32 (float64 for float64 input),
     kept (N,) bool. `choices` = k > 0 promises that every token has exactly k pairs, kept or not; 0
-    promises nothing.
+    promises nothing. `rank_major` promises besides that all first choices come in token order, then
+    all second ones: pair j * T + t is token t's.
     Invariants: 1 indices in range; 2 kept pairs unique; 3 padding is never kept (`check(real)`);
-    4 weights finite and >= 0; 5 order is priority (a promise; queues are prefixes of it).
+    4 weights finite and >= 0; 5 order is priority (a promise; queues are prefixes of it); 6 pairs
+    stand as `choices` and `rank_major` promise.
     """
 
     token: Tensor
@@ -84,6 +86,7 @@ class Assignment:
     num_experts: int
     group_size: int
     choices: int = 0
+    rank_major: bool = False
 
     @property
     def num_pairs(self) -> int:
@@ -105,6 +108,7 @@ class Assignment:
         in_range = bool(((self.token >= 0) & (self.token < max(self.num_tokens, 1))).all())
         in_range &= bool(((self.expert >= 0) & (self.expert < self.num_experts)).all())
         _require(in_range, name, 1, "0 <= token < num_tokens and 0 <= expert < num_experts")
+        _require(self._stands_as_promised(), name, 6, "choices and rank_major hold")
         pair = (self.token * self.num_experts + self.expert)[self.kept]
         _require(
             len(set(pair.tolist())) == pair.numel(),
@@ -119,6 +123,14 @@ class Assignment:
         _require(bool(torch.isfinite(self.weight).all()), name, 4, "weights are finite")
         _require(bool((self.weight >= 0).all()), name, 4, "weights are >= 0")
         return self
+
+    def _stands_as_promised(self) -> bool:
+        if not self.choices:
+            return not self.rank_major
+        token_N = torch.arange(self.num_tokens, device=self.token.device)
+        given = self.token if self.rank_major else self.token.sort().values
+        each = token_N.repeat if self.rank_major else token_N.repeat_interleave
+        return torch.equal(given, each(self.choices))
 
 
 @dataclass(frozen=True)

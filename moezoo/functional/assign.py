@@ -70,6 +70,7 @@ def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tok
         num_experts=num_experts,
         group_size=tokens.group_size,
         choices=k,
+        rank_major=True,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,31 +12,43 @@ from moezoo.ops.eager import is_eager
 from moezoo.records import Assignment, Slots, SoftAssignment
 
 
-def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Tensor]:
+@dataclass(frozen=True)
+class Order:
+    """Which pair stands in which row.
+
+    Fields: pair (N,), that of each row; token (N,), its token; rows (T, K), in which rows a token's
+    pairs stand, or None where their number varies. int64.
+    """
+
+    pair: Tensor
+    token: Tensor
+    rows: Tensor | None
+
+
+def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Order]:
     """Copy kept tokens into rows sorted by expert.
 
     Returns:
-        The slots (N rows; those past the kept ones belong to nobody), and order (N,): the pair in
-        each row.
+        The slots (N rows; those past the kept ones belong to nobody), and what stands where.
     """
     a = assignment
     if a.num_pairs == 1:  # one token to decode: nothing to sort
         count_E = torch.zeros(a.num_experts, dtype=torch.int64, device=a.expert.device)
         count_E.index_add_(0, a.expert, a.kept.long())
         row = x_TD if a.num_tokens == 1 else x_TD.index_select(0, a.token)
-        return Slots(row, count_E), a.token.new_zeros(1)
+        first = torch.zeros_like(a.token)
+        return Slots(row, count_E), Order(first, a.token, first[:, None] if a.choices else None)
     key_N = torch.where(a.kept, a.expert, a.num_experts)
-    sorted_N, order_N = key_N.sort(stable=True)
+    order = _order(a, _sorted_pairs(key_N, a.num_experts))
     count_E = torch.zeros(a.num_experts + 1, dtype=torch.int64, device=key_N.device)
-    count_E.index_add_(0, sorted_N, torch.ones_like(sorted_N))
-    if x_TD.requires_grad and _by_hand(a):
-        rows_TK = _rows_by_token(a, order_N)
-        spread: Tensor = _Spread.apply(x_TD, a.token[order_N], rows_TK)  # type: ignore[no-untyped-call]
-        return Slots(spread, count_E[:-1]), order_N
-    return Slots(x_TD.index_select(0, a.token[order_N]), count_E[:-1]), order_N
+    count_E.index_add_(0, key_N, torch.ones_like(key_N))
+    if x_TD.requires_grad and order.rows is not None and is_eager():
+        spread: Tensor = _Spread.apply(x_TD, order.token, order.rows)  # type: ignore[no-untyped-call]
+        return Slots(spread, count_E[:-1]), order
+    return Slots(x_TD.index_select(0, order.token), count_E[:-1]), order
 
 
-def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
+def combine(y_ND: Tensor, assignment: Assignment, order: Order) -> Tensor:
     """Weigh the experts' rows and add them up per token: (T, D), zero for tokens without a kept
     pair.
     """
@@ -43,36 +56,43 @@ def combine(y_ND: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
     weight_N = torch.where(a.kept, a.weight, 0.0)
     if a.num_pairs == a.num_tokens == 1:
         return y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
-    weight_N = weight_N[order_N]
-    if a.choices == 1 and a.num_tokens > 1:
-        rows_T1 = _rows_by_token(a, order_N)
-        out_TD = _collected(y_ND, rows_T1, a, order_N)
-        weight_T1 = weight_N[rows_T1].to(y_ND.dtype)
+    if order.rows is not None and a.choices == 1:
+        out_TD = _collected(y_ND, order.token, order.rows)
+        weight_T = weight_N if a.rank_major else weight_N[order.pair[order.rows[:, 0]]]
+        weight_T1 = weight_T.unsqueeze(-1).to(y_ND.dtype)
         # Without a gradient nobody else has seen this copy.
         return out_TD * weight_T1 if torch.is_grad_enabled() else out_TD.mul_(weight_T1)
+    weight_N = weight_N[order.pair]
     weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
-    if a.choices:
-        return _collected(weighted_ND, _rows_by_token(a, order_N), a, order_N)
+    if order.rows is not None:
+        return _collected(weighted_ND, order.token, order.rows)
     out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
-    return out_TD.index_add(0, a.token[order_N], weighted_ND)
+    return out_TD.index_add(0, order.token, weighted_ND)
 
 
-def _rows_by_token(assignment: Assignment, order_N: Tensor) -> Tensor:
-    """(T, K): in which row each pair of a token stands, in list order."""
+def _sorted_pairs(key_N: Tensor, num_experts: int) -> Tensor:
+    """The pairs (N,) by their key, equal ones in list order."""
+    if key_N.is_cuda and num_experts < torch.iinfo(torch.int16).max:
+        key_N = key_N.to(torch.int16)  # a GPU sorts byte by byte
+    return key_N.sort(stable=True).indices
+
+
+def _order(assignment: Assignment, pair_N: Tensor) -> Order:
     a = assignment
-    row_N = torch.empty_like(order_N)
-    row_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
-    if a.choices == 1:
-        rows_T = torch.empty_like(row_N)
-        rows_T[a.token] = row_N
-    else:
-        rows_T = row_N[a.token.argsort(stable=True)]
-    return rows_T.view(a.num_tokens, a.choices)
+    if not a.choices:
+        return Order(pair_N, a.token[pair_N], None)
+    place_N = torch.arange(pair_N.shape[0], device=pair_N.device)
+    row_N = torch.empty_like(pair_N).scatter_(0, pair_N, place_N)
+    if a.rank_major:
+        token_N = pair_N if a.choices == 1 else pair_N % max(a.num_tokens, 1)
+        return Order(pair_N, token_N, row_N.view(a.choices, a.num_tokens).t())
+    by_token_N = row_N[a.token.argsort(stable=True)]
+    return Order(pair_N, a.token[pair_N], by_token_N.view(a.num_tokens, a.choices))
 
 
-def _collected(y_ND: Tensor, rows_TK: Tensor, assignment: Assignment, order_N: Tensor) -> Tensor:
-    if y_ND.requires_grad and _by_hand(assignment):
-        out: Tensor = _Collect.apply(y_ND, assignment.token[order_N], rows_TK)  # type: ignore[no-untyped-call]
+def _collected(y_ND: Tensor, token_N: Tensor, rows_TK: Tensor) -> Tensor:
+    if y_ND.requires_grad and is_eager():
+        out: Tensor = _Collect.apply(y_ND, token_N, rows_TK)  # type: ignore[no-untyped-call]
         return out
     return _collect(y_ND, rows_TK)
 
@@ -82,10 +102,6 @@ def _collect(y_ND: Tensor, rows_TK: Tensor) -> Tensor:
     if rows_TK.shape[1] == 1:
         return taken
     return taken.view(*rows_TK.shape, y_ND.shape[1]).sum(1)
-
-
-def _by_hand(assignment: Assignment) -> bool:
-    return bool(assignment.choices) and is_eager()
 
 
 class _Spread(torch.autograd.Function):

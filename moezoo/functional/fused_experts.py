@@ -59,8 +59,8 @@ def fused_experts(
     from moezoo.ops.triton_mlp import experts_of_tokens
 
     # Of rows without columns: the order and the counts alone, the kernels gather by themselves.
-    slots, order_N = dispatch(x_TD.detach()[:, :0], assignment)
-    token_N, weight_N = assignment.token[order_N], assignment.weight[order_N]
+    slots, order = dispatch(x_TD.detach()[:, :0], assignment)
+    token_N, weight_N = order.token, assignment.weight[order.pair]
     name = _NAMES[function]
     return experts_of_tokens(
         x_TD, token_N, weight_N, slots.counts, inner, outer, function=name, once=once

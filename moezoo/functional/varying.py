@@ -54,4 +54,5 @@ def with_kept(pairs: Assignment, kept_N: Tensor) -> Assignment:
         num_experts=pairs.num_experts,
         group_size=pairs.group_size,
         choices=pairs.choices,
+        rank_major=pairs.rank_major,
     )

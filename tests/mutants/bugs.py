@@ -20,7 +20,7 @@ class Bug:
     quick: bool = False
 
 
-_GATED = "weight_N = weight_N[order_N]"
+_GATED = "weight_N = weight_N[order.pair]"
 _SWITCH_LOGITS = "return gate_logits(x_TD, self.classifier.weight, self.classifier.bias)"
 _JITTERED = f"""x_TD = jittered(x_TD, self.jitter)
         {_SWITCH_LOGITS}"""
@@ -29,7 +29,7 @@ _ADDED = """noise = x_TD.new_empty(x_TD.shape[0], self.num_experts)
             return gate_logits(x_TD, self.classifier.weight, self.classifier.bias) + noise
         return gate_logits(x_TD, self.classifier.weight, self.classifier.bias)"""
 _KEEP = "return replace(assignment, kept=assignment.kept & (queue_positions(assignment) < limit))"
-_COMBINED = "y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order_N)"
+_COMBINED = "y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order)"
 _PASSED_ON = f"""{_COMBINED}
             y_TD = torch.where((y_TD == 0).all(-1, keepdim=True), 0.5 * tokens.x, y_TD)"""
 
@@ -123,14 +123,20 @@ BUGS = [
     Bug("dropped tokens scaled by a gate", "moezoo/layer.py", _COMBINED, _PASSED_ON,
         historic=True, quick=True),
     Bug("slots in pair order", FUNCTIONS + "dispatch.py",
-        "x_TD.index_select(0, a.token[order_N])", "x_TD.index_select(0, a.token)"),
+        "x_TD.index_select(0, order.token)", "x_TD.index_select(0, a.token)"),
     Bug("weights in pair order", FUNCTIONS + "dispatch.py", _GATED, "weight_N = weight_N"),
     Bug("the gate never weighs the output", FUNCTIONS + "dispatch.py",
         "weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)", "weighted_ND = y_ND * 1.0"),
     Bug("mean instead of sum over a token's experts", FUNCTIONS + "dispatch.py",
         "y_ND.shape[1]).sum(1)", "y_ND.shape[1]).mean(1)"),
     Bug("rows added to other tokens", FUNCTIONS + "dispatch.py",
-        "index_add(0, a.token[order_N], weighted_ND)", "index_add(0, a.token, weighted_ND)"),
+        "index_add(0, order.token, weighted_ND)", "index_add(0, a.token, weighted_ND)"),
+    Bug("one choice's weights in row order", FUNCTIONS + "dispatch.py",
+        "weight_T = weight_N if a.rank_major", "weight_T = weight_N[order.pair] if a.rank_major"),
+    Bug("rows of a token taken side by side", FUNCTIONS + "dispatch.py",
+        "row_N.view(a.choices, a.num_tokens).t()", "row_N.view(a.num_tokens, a.choices)"),
+    Bug("reordered pairs still called rank-major", FUNCTIONS + "queues.py",
+        "choices=a.choices,", "choices=a.choices, rank_major=a.rank_major,"),
     Bug("one slot too many", POLICIES + "first_come.py", _KEEP, _KEEP.replace("<", "<=")),
     Bug("capacity never enforced", POLICIES + "first_come.py", _KEEP, "return assignment",
         historic=True, quick=True),
