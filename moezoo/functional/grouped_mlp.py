@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.functional.activations import Activation
+from moezoo.functional.device_mlp import device_mlp, fits_device_mlp
 from moezoo.functional.dropout import LEVELS, dropout, kept, relu_dropout
 from moezoo.ops.backends import Runs, runs_of
 from moezoo.ops.eager import is_eager
@@ -31,8 +32,8 @@ def grouped_mlp(
 
     On a CPU each expert runs from its rows to its result while they are in the cache; backward
     keeps the hidden units (with relu) or what they are computed from, one gradient per parameter is
-    allocated, and experts without rows cost nothing. Under `torch.compile`, `torch.export` and
-    autocast, and on other devices, the same is composed of `grouped_linear`.
+    allocated, and experts without rows cost nothing. On a GPU it is `device_mlp`. Under
+    `torch.compile`, `torch.export` and autocast on a CPU the same is composed of `grouped_linear`.
 
     Args:
         x: (N, D), rows sorted by expert. counts: (E,) int64. inner: one or two (E, F, D). outer:
@@ -43,6 +44,8 @@ def grouped_mlp(
         (N, D), zero in rows past counts.sum(). Twice differentiable.
     """
     weights = (*inner, outer)
+    if fits_device_mlp(x, counts, weights, p):
+        return device_mlp(x, counts, weights, function=function, p=p, composed=_composed_masked)
     threshold = round(p * LEVELS)
     if not _fuses(x, counts, weights) or not threshold < LEVELS:
         return _composed(x, counts, weights, function, p)
@@ -85,6 +88,16 @@ def _composed(
         hidden = hidden * grouped_linear(x, weight, counts)
     hidden = dropout(hidden, p, training=True) if mask is None else hidden * mask
     return grouped_linear(hidden, outer, counts)
+
+
+def _composed_masked(
+    x: Tensor,
+    counts: Tensor,
+    weights: Sequence[Tensor],
+    function: Activation,
+    mask: Tensor | None,
+) -> Tensor:
+    return _composed(x, counts, weights, function, 0.0, mask)
 
 
 def _inferred(x: Tensor, runs: Runs, weights: Sequence[Tensor], function: Activation) -> Tensor:

@@ -30,8 +30,10 @@ class Backend(Protocol):
     def refusal(self, x: Tensor, other: Tensor) -> str | None:
         """Why it cannot multiply x (N, K) with weights (E, M, K) or rows (N, M), or None."""
 
-    def linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """(N, K), (E, M, K), (E,) -> (N, M), zero in rows past the counts."""
+    def linear(self, x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = True) -> Tensor:
+        """(N, K), (E, M, K), (E,) -> (N, M), zero in rows past the counts; without `tail` these
+        may hold anything.
+        """
 
     def outer(self, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
         """(N, M), (N, K), (E,) -> (E, M, K): a^T b over the rows of each expert."""
@@ -53,7 +55,7 @@ class Loop:
     def refusal(self, x: Tensor, other: Tensor) -> str | None:
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = True) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[1])
         runs = runs_of(counts)
         out[runs[-1][1].stop if runs else 0 :].zero_()
@@ -93,17 +95,35 @@ class Grouped:
             return "grouped_mm needs rows"
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0)
+    def linear(self, x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = True) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)
         matrices = weight.to(x.dtype).transpose(1, 2)
-        out = F.grouped_mm(x.contiguous(), matrices, offs=ends.int())
-        nobody_N1 = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= ends[-1]
-        return out.masked_fill_(nobody_N1, 0.0)
+        out = F.grouped_mm(x.contiguous(), matrices, offs=ends)
+        return _cleared_rows(out, counts) if tail else out
 
     def outer(self, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0)
-        out = F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=ends.int())
-        return out.masked_fill_((counts == 0)[:, None, None], 0.0)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        out = F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=ends)
+        return _cleared_experts(out, counts)
+
+
+def _cleared_rows(out: Tensor, counts: Tensor) -> Tensor:
+    """out (N, M) with zeros in the rows past the counts. A mask would read and write all of it: a
+    quarter of a layer's time on a GPU, where a kernel of ours looks for what is to be cleared.
+    """
+    if out.is_cuda and _has_triton():
+        _triton_clear().clear_rows(out, counts)
+        return out
+    nobody_N1 = torch.arange(out.shape[0], device=out.device).unsqueeze(1) >= counts.sum()
+    return out.masked_fill_(nobody_N1, 0.0)
+
+
+def _cleared_experts(out: Tensor, counts: Tensor) -> Tensor:
+    """out (E, M, K) with zeros for experts without rows."""
+    if out.is_cuda and _has_triton():
+        _triton_clear().clear_experts(out, counts)
+        return out
+    return out.masked_fill_((counts == 0)[:, None, None], 0.0)
 
 
 class Padded:
@@ -112,7 +132,7 @@ class Padded:
     def refusal(self, x: Tensor, other: Tensor) -> str | None:
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = True) -> Tensor:
         place_N, capacity = _places(counts, x.shape[0])
         x_EC = _filled_up(x, place_N, counts, capacity)
         y_EC = torch.bmm(x_EC, weight.to(x.dtype).transpose(1, 2))
@@ -158,7 +178,7 @@ class Triton:
             return f"the Triton kernels run on a GPU, not on {x.device.type}"
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = True) -> Tensor:
         out: Tensor = _triton_kernels().linear(x, weight, counts)
         return out
 
@@ -176,6 +196,12 @@ def _triton_kernels() -> ModuleType:
     from moezoo.ops import triton_kernels
 
     return triton_kernels
+
+
+def _triton_clear() -> ModuleType:
+    from moezoo.ops import triton_clear
+
+    return triton_clear
 
 
 BACKENDS: dict[str, Backend] = {

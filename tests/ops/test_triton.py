@@ -42,7 +42,7 @@ def run_interpreted(*arguments: str) -> None:
 
 
 def test_the_kernels_equal_the_loop_in_the_interpreter() -> None:
-    run_interpreted("tests/ops/interpreted.py")
+    run_interpreted("tests/ops/kernels.py")
 
 
 def test_the_backend_passes_the_tests_of_every_backend() -> None:

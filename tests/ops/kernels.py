@@ -1,5 +1,6 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: run by test_triton.py in a process of
-its own, because TRITON_INTERPRET counts from the first import of Triton on.
+"""The Triton kernels, in Triton's interpreter on CPU tensors or as compiled for a GPU: run by
+test_triton.py and tests/gpu in a process of its own, because TRITON_INTERPRET counts from the first
+import of Triton on.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from moezoo.functional.fused_experts import fused_experts
 from moezoo.functional.grouped_mlp import grouped_mlp
 from moezoo.ops import grouped_linear
 from moezoo.ops.backends import BACKENDS
+from moezoo.ops.triton_clear import clear_experts, clear_rows
 from moezoo.ops.triton_kernels import INTERPRETED, TILING, linear, outer
 from moezoo.records import Assignment
 from tests.ops.rows import row_counts
 
-few = settings(max_examples=6)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+few = settings(max_examples=6 if INTERPRETED else 100)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ACTIVATIONS = ("relu", "silu", "gelu-tanh", "gated-relu", "gated-silu", "gated-gelu")
 seeds = st.integers(0, 2**31)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -41,10 +45,10 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype] * scale, rtol=0.0)
 
 
-def test_it_is_the_interpreter_that_runs() -> None:
-    assert INTERPRETED
-    assert BACKENDS["triton"].refusal(torch.zeros(2, 3), torch.zeros(1, 4, 3)) is None
-    reason = BACKENDS["triton"].refusal(torch.zeros(2, 3).double(), torch.zeros(1, 4, 3))
+def test_it_is_the_interpreter_that_runs_where_there_is_no_gpu() -> None:
+    assert INTERPRETED != torch.cuda.is_available()
+    assert BACKENDS["triton"].refusal(random(2, 3, seed=0), random(1, 4, 3, seed=0)) is None
+    reason = BACKENDS["triton"].refusal(random(2, 3, seed=0).double(), random(1, 4, 3, seed=0))
     assert reason == "the Triton kernels know no torch.float64"
 
 
@@ -53,7 +57,7 @@ def test_it_is_the_interpreter_that_runs() -> None:
 def test_the_products_equal_those_of_the_loop(
     rows: tuple[Tensor, int], k: int, m: int, dtype: torch.dtype, seed: int
 ) -> None:
-    counts, num_rows = rows
+    counts, num_rows = rows[0].to(DEVICE), rows[1]
     x = random(num_rows, k, seed=seed, dtype=dtype)
     weight = random(counts.shape[0], m, k, seed=seed + 1, dtype=dtype)
     y, loop = linear(x, weight, counts), BACKENDS["loop"]
@@ -71,7 +75,7 @@ def test_the_products_equal_those_of_the_loop(
     [[40, 0, 17, 3], [0, 0, 0, 0], [60, 0, 0, 0], [0, 0, 0, 60], [16, 16, 16, 12], [1] * 15],
 )
 def test_every_row_finds_its_expert_over_several_tiles(counts: list[int]) -> None:
-    counts_E = torch.tensor(counts)
+    counts_E = torch.tensor(counts, device=DEVICE)
     x, weight = random(60, 20, seed=0), random(len(counts), 35, 20, seed=1)
     loop = BACKENDS["loop"]
     y = linear(x, weight, counts_E)
@@ -86,18 +90,34 @@ def test_the_grid_has_a_program_for_every_tile(counts: list[int], nobody: int) -
 
 
 def test_transposed_weights_and_rows_need_no_copy() -> None:
-    counts = torch.tensor([3, 0, 4])
+    counts = torch.tensor([3, 0, 4], device=DEVICE)
     x, weight = random(8, 20, seed=0), random(3, 18, 20, seed=1)
     expected = linear(x, weight, counts)
     turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(linear(x.t().contiguous().t(), turned, counts), expected)
     assert torch.equal(linear(x, weight[:1].expand(3, -1, -1), counts)[:3], expected[:3])
-    grad = torch.ones(()).expand(8, 18)
+    grad = torch.ones((), device=DEVICE).expand(8, 18)
     assert torch.equal(outer(grad, x, counts), outer(grad.contiguous(), x, counts))
 
 
+@given(row_counts(), st.integers(1, 40))
+def test_rows_of_nobody_and_experts_without_rows_are_cleared_and_nothing_else(
+    rows: tuple[Tensor, int], width: int
+) -> None:
+    counts, num_rows = rows[0].to(DEVICE), rows[1]
+    out = random(num_rows, width, seed=0) + 100.0
+    expected = out.clone()
+    expected[int(counts.sum()) :] = 0.0
+    clear_rows(out, counts)
+    assert torch.equal(out, expected)
+    matrices = random(counts.shape[0], width, 9, seed=1) + 100.0
+    wanted = matrices.masked_fill((counts == 0)[:, None, None], 0.0)
+    clear_experts(matrices, counts)
+    assert torch.equal(matrices, wanted)
+
+
 def test_the_operator_has_the_gradients_of_the_loop() -> None:
-    counts = torch.tensor([5, 0, 17, 2])
+    counts = torch.tensor([5, 0, 17, 2], device=DEVICE)
     leaves = [random(26, 9, seed=0), random(4, 7, 9, seed=1)]
     found: dict[str, list[Tensor]] = {}
     for backend in ("loop", "triton"):
@@ -123,9 +143,8 @@ def assignments(draw: st.DrawFn) -> Assignment:
     order = torch.randperm(token.shape[0], generator=generator)
     weight = torch.rand(token.shape[0], generator=generator)
     kept = torch.rand(token.shape[0], generator=generator) < draw(st.sampled_from([0.0, 0.7, 1.1]))
-    return Assignment(
-        token[order], expert[order], weight, kept, tokens, experts, tokens, choices
-    ).check()
+    parts = [part.to(DEVICE) for part in (token[order], expert[order], weight, kept)]
+    return Assignment(*parts, tokens, experts, tokens, choices).check()
 
 
 def operands(
@@ -156,7 +175,7 @@ def composed(
 
 
 def gradients(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    grad = torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view_as(y)
     return torch.autograd.grad(y, inputs, grad)
 
 
@@ -184,8 +203,8 @@ def test_the_fused_experts_equal_dispatch_experts_and_combine(
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_and_layout_of_weights_is_the_one_of_the_layer(name: str) -> None:
-    token = torch.arange(12)
-    gate, kept = torch.linspace(0.2, 1.0, 12), token != 4
+    token = torch.arange(12, device=DEVICE)
+    gate, kept = torch.linspace(0.2, 1.0, 12, device=DEVICE), token != 4
     assignment = Assignment(token, token % 2, gate, kept, 12, 3, 12, choices=1)
     x, gate, first, *others = operands(assignment, name)
     turned = first.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -196,9 +215,9 @@ def test_every_activation_and_layout_of_weights_is_the_one_of_the_layer(name: st
 def test_the_fused_experts_hold_in_bfloat16_and_with_float32_weights(
     name: str, choices: int
 ) -> None:
-    token = torch.arange(20).repeat_interleave(choices)
-    expert = (token * 7 + torch.arange(token.shape[0])) % 3
-    gate, kept = torch.linspace(0.2, 1.0, token.shape[0]), token != 4
+    token = torch.arange(20, device=DEVICE).repeat_interleave(choices)
+    expert = (token * 7 + torch.arange(token.shape[0], device=DEVICE)) % 3
+    gate, kept = torch.linspace(0.2, 1.0, token.shape[0], device=DEVICE), token != 4
     assignment = Assignment(token, expert, gate, kept, 20, 3, 20, choices)
     narrow = operands(assignment, name, torch.bfloat16)
     wide = [t.detach().float().requires_grad_() for t in narrow]
@@ -220,25 +239,24 @@ def test_the_host_never_reads_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise AssertionError("a read waits for the device, and a CUDA graph cannot hold it")
 
-    token = torch.arange(20)
-    assignment = Assignment(token, token % 3, torch.ones(20), token != 4, 20, 3, 20, choices=1)
+    token = torch.arange(20, device=DEVICE)
+    ones = torch.ones(20, device=DEVICE)
+    assignment = Assignment(token, token % 3, ones, token != 4, 20, 3, 20, choices=1)
     inputs = operands(assignment, "gated-silu")
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "__float__", "nonzero"):
         monkeypatch.setattr(Tensor, name, read)
     for choices in (1, 0):
         y = fused(replace(assignment, choices=choices), "gated-silu", *inputs)
         gradients(y, inputs)
-    counts = torch.tensor([7, 0, 13])
+    counts = torch.tensor([7, 0, 13], device=DEVICE)
     grouped_linear(inputs[0], inputs[2], counts, backend="triton").sum().backward()
     with pytest.raises(AssertionError, match="waits"):
         grouped_linear(inputs[0], inputs[2], counts, backend="loop")
 
 
 def test_what_the_fused_experts_cannot_do_they_say() -> None:
-    pair = torch.zeros(2, dtype=torch.int64)
-    assignment = Assignment(
-        torch.arange(2), pair, torch.ones(2), torch.ones(2).bool(), 2, 1, 2, choices=0
-    )
+    pair = torch.arange(2, device=DEVICE)
+    assignment = Assignment(pair, pair * 0, pair + 1.0, pair >= 0, 2, 1, 2, choices=0)
     inputs = operands(assignment, "relu")
     with pytest.raises(ConfigError, match="know no torch.float64.*grouped_mlp"):
         fused(assignment, "relu", inputs[0].double(), *inputs[1:])
