@@ -10,8 +10,11 @@ from torch import Tensor
 from moezoo.config import SwitchConfig
 from moezoo.models.beam import beam_search
 from moezoo.models.cache import DecoderCache
+from moezoo.models.graph_step import GraphStep, may_be_a_graph
 from moezoo.models.sampling import GenerationOptions, adjusted, sampled
 from moezoo.models.step import DecoderStep, steps_apart
+
+_WORTH_A_GRAPH = 8  # tokens: recording one takes as long as a few of them
 
 if TYPE_CHECKING:
     from moezoo.models.switch import SwitchForConditionalGeneration
@@ -74,14 +77,18 @@ def generate(
     )
     memory, real, _ = self._encode(input_ids, attention_mask, inputs_embeds)
     copies = options.num_beams if options.num_beams > 1 else options.num_return_sequences
-    stepper = Stepper(self, memory, real, copies=copies, use_cache=use_cache)
+    stepper = Stepper(
+        self, memory, real, copies=copies, use_cache=use_cache, tokens=options.max_new_tokens
+    )
     if options.num_beams > 1:
         return beam_search(stepper, options, self.config)
     return _one_by_one(stepper, options, self.config)
 
 
 class Stepper:
-    """Scores of the next token for a batch of prefixes, `copies` side by side per source."""
+    """Scores of the next token for a batch of prefixes, `copies` side by side per source; `tokens`
+    are to be expected.
+    """
 
     def __init__(
         self,
@@ -91,13 +98,16 @@ class Stepper:
         *,
         copies: int,
         use_cache: bool,
+        tokens: int = 0,
     ) -> None:
         self.model, self.memory, self.real = model, memory, real
         self.rows = memory.shape[0] * copies
         self.cache = DecoderCache() if use_cache else None
-        self.step = None
-        if use_cache and steps_apart(model.decoder, memory):
+        self.step: DecoderStep | GraphStep | None = None
+        if use_cache and self.rows and steps_apart(model.decoder, memory):
             self.step = DecoderStep(model.decoder, memory, real, rows=self.rows)
+        elif use_cache and self.rows and tokens >= _WORTH_A_GRAPH:
+            self.step = self._graph()
 
     def start(self) -> Tensor:
         """The first decoder column (B * copies, 1)."""
@@ -107,8 +117,10 @@ class Stepper:
     def scores(self, ids: Tensor) -> Tensor:
         """float32 logits (B * copies, V) of the token after ids (B * copies, L)."""
         model = self.model
+        newest = ids[:, -1:]
+        if isinstance(self.step, GraphStep):
+            return self.step(newest)
         if self.step is not None:
-            newest = ids[:, -1:]
             return model.head(self.step(model.shared(newest[:, 0]), newest)).float()
         new = ids if self.cache is None else ids[:, self.cache.length :]
         hidden, _ = model.decoder(
@@ -119,6 +131,15 @@ class Stepper:
             cache=self.cache,
         )
         return model.head(hidden[:, -1]).float()
+
+    def _graph(self) -> GraphStep | None:
+        model, memory = self.model, self.memory
+        if not may_be_a_graph(model, memory):
+            return None
+        try:
+            return GraphStep(model, memory, self.real, rows=self.rows)
+        except RuntimeError:  # a router that asks the device: it decodes eagerly
+            return None
 
     def reorder(self, rows: Tensor) -> None:
         """Continue from the given rows of the batch."""
