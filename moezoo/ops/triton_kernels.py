@@ -22,11 +22,15 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Tiling:
-    """One program makes (rows, cols) of a product, `depth` summands at a time."""
+    """One program makes (rows, cols) of a product, `depth` summands at a time, in so many warps and
+    with the summands of so many steps on their way from memory.
+    """
 
     rows: int = 64
     cols: int = 128
     depth: int = 32
+    warps: int = 4
+    stages: int = 3
 
     def programs(self, num_rows: int, num_experts: int) -> int:
         """Tiles of rows that any counts of `num_rows` rows fit into, rows of nobody among them."""
@@ -48,6 +52,8 @@ def constants(num_experts: int) -> dict[str, Any]:
         "DEPTH": TILING.depth,
         "PRECISION": "ieee" if exact else "tf32",
         "UPCAST": INTERPRETED,
+        "num_warps": TILING.warps,
+        "num_stages": TILING.stages,
         "enable_fp_fusion": True,  # as Triton does by itself up to 3.9, with a warning since
     }
 

@@ -53,7 +53,7 @@ def compiled(name: str, dtype: str, capability: int) -> Any:
     """A kernel as it is compiled for contiguous operands of widths that 16 divides."""
     kernel, flags = KERNELS[name]
     values = {**triton_kernels.constants(128), **flags}
-    options = {"enable_fp_fusion": values.pop("enable_fp_fusion")}
+    options = {n: values.pop(n) for n in ("enable_fp_fusion", "num_warps", "num_stages")}
     values |= {name: 1 for name in kernel.arg_names if name in STRIDES_OF_ONE}
     kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(values, "constexpr")
     pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
