@@ -77,6 +77,8 @@ class MoE(nn.Module):
             y_TD = soft_combine(self.experts(slots.x, slots.counts), routing.assignment)
         elif self._is_alone(routing.assignment):
             y_TD = self._alone(tokens.x, routing.assignment)
+        elif (fused_TD := self._fused(tokens.x, routing.assignment)) is not None:
+            y_TD = fused_TD
         else:
             slots, order = dispatch(tokens.x, routing.assignment)
             y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order)
@@ -86,7 +88,9 @@ class MoE(nn.Module):
                 shared_TD = torch.where(tokens.real[:, None], shared_TD, shared_TD.new_zeros(()))
             y_TD = y_TD + shared_TD
         num_tokens = x.numel() // x.shape[-1]
-        return y_TD[:num_tokens].reshape(x.shape).to(x.dtype), routing
+        if y_TD.shape[0] != num_tokens:  # a slice of everything would still be copied by backward
+            y_TD = y_TD[:num_tokens]
+        return y_TD.reshape(x.shape).to(x.dtype), routing
 
     def route(self, tokens: Tokens) -> Routing:
         """The router's proposal, admitted by the capacity policy: the seam for replaying a
@@ -109,8 +113,18 @@ class MoE(nn.Module):
             return False
         if assignment.num_pairs != 1 or assignment.num_tokens != 1:
             return False
-        hooked = self.experts._forward_hooks or self.experts._forward_pre_hooks
-        return not hooked and type(assignment.expert) is Tensor and assignment.expert.is_cpu
+        plain = type(assignment.expert) is Tensor and assignment.expert.is_cpu
+        return plain and not self._watched()
+
+    def _watched(self) -> bool:
+        """Whether somebody has to see the experts being called."""
+        return bool(self.experts._forward_hooks or self.experts._forward_pre_hooks)
+
+    def _fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
+        """What a container makes of tokens without rows sorted by expert, if it can."""
+        if torch.is_grad_enabled() or not is_eager() or self._watched():
+            return None
+        return self.experts.fused(x_TD, assignment)
 
     def _alone(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
         """`dispatch`, experts and `combine` of one token to decode: nothing to sort."""

@@ -9,8 +9,10 @@ from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
 from moezoo.functional.dropout import Dropout
+from moezoo.functional.fused_experts import fused_experts, worth_fusing
 from moezoo.functional.grouped_mlp import grouped_mlp, lone_mlp
 from moezoo.functional.truncated_normal import truncated_normal_
+from moezoo.records import Assignment
 
 
 @registry.register("stacked")
@@ -69,6 +71,15 @@ class StackedExperts(Experts):
         if type(self).forward is not StackedExperts.forward or drops or not plain:
             return super().alone(row, expert)
         return lone_mlp(row, expert, self._inner(), self.wo, function=self.function)
+
+    def fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
+        drops = self.dropout.training and self.dropout.p > 0.0
+        if type(self).forward is not StackedExperts.forward or drops:
+            return None
+        inner, function = self._inner(), self.function
+        if not worth_fusing(x_TD, assignment, (*inner, self.wo), function):
+            return None
+        return fused_experts(x_TD, assignment, inner, self.wo, function=function)
 
     def _inner(self) -> tuple[Tensor, ...]:
         return (self.wi_0, self.wi_1) if self.gated else (self.wi,)

@@ -22,6 +22,22 @@ _NAMES: dict[Activation, str] = {
 }
 
 
+def worth_fusing(
+    x_TD: Tensor, assignment: Assignment, weights: Sequence[Tensor], function: Activation
+) -> bool:
+    """Whether `fused_experts` is the fastest and as good: one choice per token, so that sums have
+    one order, in half precision on a GPU and outside autocast (benchmarks/gpu.md).
+    """
+    if not x_TD.is_cuda or x_TD.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    tensors = (x_TD, *weights)
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cuda for t in tensors)
+    if not plain or any(w.dtype != x_TD.dtype for w in weights) or assignment.choices != 1:
+        return False
+    known = function in _NAMES and not torch.is_autocast_enabled("cuda")
+    return known and BACKENDS["triton"].refusal(x_TD, weights[-1]) is None
+
+
 def fused_experts(
     x_TD: Tensor,
     assignment: Assignment,
@@ -32,9 +48,8 @@ def fused_experts(
 ) -> Tensor:
     """combine(grouped_mlp(dispatch(x))) without the rows sorted by expert, by Triton kernels.
 
-    The layer does not use it: it waits for a measurement on a GPU next to `F.grouped_mm`. No
-    dropout, one derivative; the hidden units are rounded to the dtype of x once, after the
-    activation.
+    A layer takes it where `worth_fusing`. No dropout, one derivative; the hidden units are rounded
+    to the dtype of x once, after the activation.
 
     Args:
         x_TD: (T, D) float32, bfloat16 or float16, on a GPU (or in Triton's interpreter).

@@ -215,22 +215,49 @@ BACKENDS: dict[str, Backend] = {
 @dataclass(frozen=True)
 class Choice:
     """`backend` for tensors on `device` (None: any) of one of `dtypes` (None: any), from
-    `rows` rows per expert on.
+    `rows` rows per expert, `total` rows in all and compute capability `capability` of a GPU on;
+    `rounded`: where torch may round the operands of products of float32.
     """
 
     backend: str
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     rows: int = 0
+    total: int = 0
+    capability: int = 0
+    rounded: bool = False
+
+    def fits(self, x: Tensor, rows: int) -> bool:
+        """Whether this line is meant for x and so many rows per expert."""
+        if self.device not in (None, x.device.type) or rows < self.rows:
+            return False
+        if x.shape[0] < self.total:
+            return False
+        if self.rounded and torch.get_float32_matmul_precision() == "highest":
+            return False
+        if self.dtypes is not None and x.dtype not in self.dtypes:
+            return False
+        return not self.capability or _capability(x.device) >= self.capability
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 # The first line that fits and does not refuse. For a CPU as measured in benchmarks/layer.md
-# ("Backends"): the loop was ahead or level for every dtype from 1 to 1,024 rows per expert. On a
-# GPU the loop waits for the device once per call and `grouped` never does; not measured.
-# `triton` has no line until it is measured on a GPU: it runs for whoever asks for it by name.
+# ("Backends"): the loop was ahead or level for every dtype from 1 to 1,024 rows per expert. For a
+# GPU as in benchmarks/gpu.md: torch has a grouped kernel for bfloat16 from Hopper on, which is the
+# fastest for many rows; of few the host is the limit, and the Triton kernels are less work for it.
+# For other dtypes and cards `grouped_mm` waits for the device and loops, and so the Triton kernels
+# are ahead, but for exact products of float32.
+_HALVES = (torch.bfloat16, torch.float16)
 TABLE = (
     Choice("loop", device="cpu"),
-    Choice("grouped", device="cuda", dtypes=(torch.bfloat16, torch.float16, torch.float32)),
+    Choice("grouped", device="cuda", dtypes=(torch.bfloat16,), capability=9, total=1 << 15),
+    Choice("triton", device="cuda", dtypes=_HALVES),
+    Choice("triton", device="cuda", dtypes=(torch.float32,), rounded=True),
+    Choice("grouped", device="cuda", dtypes=(*_HALVES, torch.float32)),
     Choice("loop"),
 )
 
@@ -244,10 +271,9 @@ def choose(name: str, x: Tensor, other: Tensor, counts: Tensor) -> Backend:
         return _named(name, x, other)
     per_expert = x.shape[0] // max(counts.shape[0], 1)
     for choice in TABLE:
-        fits = choice.device in (None, x.device.type) and per_expert >= choice.rows
-        fits = fits and (choice.dtypes is None or x.dtype in choice.dtypes)
-        if fits and BACKENDS[choice.backend].refusal(x, other) is None:
-            return BACKENDS[choice.backend]
+        backend = BACKENDS[choice.backend]
+        if choice.fits(x, per_expert) and backend.refusal(x, other) is None:
+            return backend
     raise AssertionError("the last line of the table takes everything")
 
 

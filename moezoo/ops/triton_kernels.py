@@ -2,13 +2,14 @@
 
 The host looks at shapes alone and the kernels read the counts on the device, so a launch never
 waits for it and a CUDA graph of one holds for any counts. The grid has as many programs as the
-worst counts need; a program that finds no rows ends at once. Sums are float32. Nothing here was
-measured on a GPU, and the sizes of the tiles are not tuned.
+worst counts need; a program that finds no rows ends at once. Sums are float32. Tiles have the sizes
+that were fastest on an H200 (benchmarks/gpu.md), where they fit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ class Tiling:
     with the summands of so many steps on their way from memory.
     """
 
-    rows: int = 64
+    rows: int = 128
     cols: int = 128
-    depth: int = 32
-    warps: int = 4
+    depth: int = 64
+    warps: int = 8
     stages: int = 3
 
     def programs(self, num_rows: int, num_experts: int) -> int:
@@ -39,21 +40,43 @@ class Tiling:
 
 
 # The interpreter is slow and tests are small: small tiles bring every border into them.
-TILING = Tiling(16, 16, 16) if INTERPRETED else Tiling()
+_INTERPRETED = Tiling(16, 16, 16)
 
 
-def constants(num_experts: int) -> dict[str, Any]:
+def tiling(*operands: Tensor) -> Tiling:
+    """The tiles for products of these operands on their device."""
+    if INTERPRETED:
+        return _INTERPRETED
+    size = max(operand.element_size() for operand in operands)
+    return fitting_tiling(_shared_memory(operands[0].device.index), size)
+
+
+def fitting_tiling(shared_memory: int, element_size: int) -> Tiling:
+    """The tiles for so many bytes of shared memory per block, and per number."""
+    depth = 128 // element_size
+    wide = Tiling(cols=256, depth=depth)
+    needed = wide.stages * (wide.rows + wide.cols) * depth * element_size
+    return wide if needed <= shared_memory else Tiling(depth=depth)
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return found
+
+
+def constants(tile: Tiling, num_experts: int) -> dict[str, Any]:
     """What every kernel is specialised for, and how it is compiled."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "EXPERTS": triton.next_power_of_2(num_experts + 1),
-        "ROWS": TILING.rows,
-        "COLS": TILING.cols,
-        "DEPTH": TILING.depth,
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "DEPTH": tile.depth,
         "PRECISION": "ieee" if exact else "tf32",
         "UPCAST": INTERPRETED,
-        "num_warps": TILING.warps,
-        "num_stages": TILING.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
         "enable_fp_fusion": True,  # as Triton does by itself up to 3.9, with a warning since
     }
 
@@ -243,7 +266,8 @@ def linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     (num_rows, depth), (num_experts, num_cols, _) = x.shape, weight.shape
     out = x.new_empty(num_rows, num_cols)
     if out.numel():
-        grid = (TILING.programs(num_rows, num_experts), triton.cdiv(num_cols, TILING.cols))
+        tile = tiling(x, weight)
+        grid = (tile.programs(num_rows, num_experts), triton.cdiv(num_cols, tile.cols))
         sizes = (num_rows, num_experts, num_cols, depth)
         with torch.cuda.device_of(x):
             linear_kernel[grid](
@@ -254,7 +278,7 @@ def linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
                 *sizes,
                 *x.stride(),
                 *weight.stride(),
-                **constants(num_experts),
+                **constants(tile, num_experts),
             )
     return out
 
@@ -279,7 +303,8 @@ def outer(
     num_experts, width_a, width_b = counts.shape[0], a.shape[1], b.shape[1]
     out = a.new_empty(num_experts, width_a, width_b, dtype=dtype or a.dtype)
     if out.numel():
-        grid = (triton.cdiv(width_a, TILING.rows), triton.cdiv(width_b, TILING.cols), num_experts)
+        tile = tiling(a, b)
+        grid = (triton.cdiv(width_a, tile.rows), triton.cdiv(width_b, tile.cols), num_experts)
         sizes = (num_rows, num_experts, width_a, width_b)
         with torch.cuda.device_of(a):
             outer_kernel[grid](
@@ -294,6 +319,6 @@ def outer(
                 *b.stride(),
                 GATHER_A=a_rows is not None,
                 GATHER_B=b_rows is not None,
-                **constants(num_experts),
+                **constants(tile, num_experts),
             )
     return out

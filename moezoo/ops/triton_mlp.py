@@ -2,13 +2,13 @@
 scatter.
 
 Between tokens and tokens only the hidden units (N, F) are written; the rows sorted by expert exist
-in neither direction. As in `triton_kernels` the host never waits, and nothing here was measured on
-a GPU.
+in neither direction. As in `triton_kernels` the host never waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moezoo.ops.triton_kernels import TILING, constants, find_tile, multiply, outer
+from moezoo.ops.triton_kernels import Tiling, constants, find_tile, multiply, outer, tiling
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -156,6 +156,11 @@ def scatter_kernel(
         tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def for_two_products(tile: Tiling) -> Tiling:
+    """The tiles of a kernel that holds two results at a time."""
+    return replace(tile, cols=min(tile.cols, 128))
+
+
 def hidden_units(
     x: Tensor,
     token: Tensor,
@@ -179,13 +184,16 @@ def hidden_units(
     products = [torch.empty_like(hidden) for _ in weights] if keep else []
     kept = products or [hidden]
     if hidden.numel():
-        grid = (TILING.programs(num_rows, num_experts), triton.cdiv(num_cols, TILING.cols))
+        tile = tiling(x, *weights)
+        tile = for_two_products(tile) if len(weights) == 2 else tile
+        grid = (tile.programs(num_rows, num_experts), triton.cdiv(num_cols, tile.cols))
         with torch.cuda.device_of(x):
             hidden_kernel[grid](
                 x, token, weights[0], weights[-1], counts, hidden, kept[0], kept[-1],
                 num_rows, num_experts, num_cols, depth,
                 *x.stride(), *weights[0].stride(), *weights[-1].stride(),
-                FUNCTION=function, GATED=len(weights) == 2, KEPT=keep, **constants(num_experts),
+                FUNCTION=function, GATED=len(weights) == 2, KEPT=keep,
+                **constants(tile, num_experts),
             )  # fmt: skip
     return hidden, products
 
@@ -211,12 +219,13 @@ def scattered(
     shape = (num_tokens, num_cols)
     out = x.new_empty(shape) if once else x.new_zeros(shape, dtype=torch.float32)
     if out.numel() and num_rows:
-        grid = (TILING.programs(num_rows, num_experts), triton.cdiv(num_cols, TILING.cols))
+        tile = tiling(x, weight)
+        grid = (tile.programs(num_rows, num_experts), triton.cdiv(num_cols, tile.cols))
         with torch.cuda.device_of(x):
             scatter_kernel[grid](
                 x, token, x if gate is None else gate, weight, counts, out,
                 num_rows, num_experts, num_cols, depth, *x.stride(), *weight.stride(),
-                GATE=gate is not None, ADDED=not once, **constants(num_experts),
+                GATE=gate is not None, ADDED=not once, **constants(tile, num_experts),
             )  # fmt: skip
     return out.to(x.dtype)
 

@@ -112,7 +112,10 @@ class _Checks:
         dirty = torch.where(mask[:, :, None], x, float("nan"))
         clean, _ = self.run(case, layer, x, mask, ids)
         found, _ = self.run(case, layer, dirty, mask, ids)
-        same([found], [clean], "NaN in padding changed y")
+        if x.is_cpu:
+            same([found], [clean], "NaN in padding changed y")
+        else:  # where sums may have any order
+            close(found, clean, "NaN in padding changed y", atol=1e-8)
         zero = found[~mask]
         same([zero], [torch.zeros_like(zero)], "padding in y")
 

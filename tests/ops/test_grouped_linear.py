@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -192,3 +194,32 @@ def test_the_table_passes_over_a_backend_that_refuses(monkeypatch: pytest.Monkey
     few, many = operands(rows=8)[:2], operands(rows=12)[:2]
     assert backends.choose("auto", *few, COUNTS) is BACKENDS["loop"]
     assert backends.choose("auto", *many, COUNTS) is BACKENDS["padded"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "capability", "precision", "expected"),
+    [
+        ("cpu", torch.bfloat16, 1 << 20, 0, "highest", "loop"),
+        ("cuda", torch.bfloat16, 1 << 20, 9, "highest", "grouped"),
+        ("cuda", torch.bfloat16, 1 << 10, 9, "highest", "triton"),
+        ("cuda", torch.bfloat16, 1 << 20, 8, "highest", "triton"),
+        ("cuda", torch.float16, 1 << 20, 9, "highest", "triton"),
+        ("cuda", torch.float32, 1 << 20, 9, "highest", "grouped"),
+        ("cuda", torch.float32, 1 << 20, 9, "high", "triton"),
+        ("cuda", torch.float64, 1 << 20, 9, "highest", "loop"),
+    ],
+)
+def test_the_table_suits_the_device(
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    capability: int,
+    precision: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(rows, 8))
+    monkeypatch.setattr(backends, "_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    fitting = [line.backend for line in TABLE if line.fits(x, rows // 8)]
+    assert fitting[0] == expected
