@@ -182,7 +182,7 @@ class GraphStep:
         """Record the graph; the logits that it will write. What it computes on the way is written
         where the next token will write it again.
         """
-        aside = torch.cuda.Stream(self.memory.device)
+        aside = torch.cuda.Stream(self.memory.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._compute()  # allocates, compiles, looks up keys and values of the memory

@@ -61,8 +61,9 @@ def fitting_tiling(shared_memory: int, element_size: int) -> Tiling:
 
 @cache
 def _shared_memory(device: int) -> int:
-    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return found
+    found = torch.cuda.get_device_properties(device)
+    most: int = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    return most
 
 
 def constants(tile: Tiling, num_experts: int) -> dict[str, Any]:

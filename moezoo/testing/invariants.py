@@ -111,7 +111,8 @@ def seeded(seed: int) -> Iterator[None]:
     of a case's time.
     """
     state = torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_gpu = torch.cuda.get_rng_state() if used else None
     torch.default_generator.manual_seed(seed)
     if on_gpu is not None:
         torch.cuda.manual_seed(seed)

@@ -95,7 +95,7 @@ def test_a_cuda_graph_of_a_layer_holds_for_other_tokens(name: str) -> None:
         torch.testing.assert_close(out, expected, atol=rounding, rtol=rounding)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 @pytest.mark.parametrize("name", ["switch", "top_k"])
 def test_compiled_layers_are_those_of_eager(name: str) -> None:
     torch._dynamo.reset()

@@ -39,7 +39,7 @@ def test_the_command_trains_and_goes_on_from_a_checkpoint(tmp_path: Path) -> Non
         torch.testing.assert_close(tensor, first[name], atol=5e-3, rtol=1e-2, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 def test_a_compiled_model_computes_what_eager_code_does() -> None:
     torch._dynamo.reset()
     model = small_model(dropout_rate=0.0).cuda()
