@@ -1,10 +1,10 @@
-"""The linear map of the models: no bias, fast for the few rows of a decoding step."""
+"""The linear map of the models as a module: no bias."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moezoo.ops.few_rows import few_rows_linear
+from moezoo.ops.linear import linear
 from moezoo.ops.products import Prepared
 
 
@@ -19,7 +19,7 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return few_rows_linear(x, self.weight)
+        return linear(x, self.weight)
 
     def prepared(self, rows: int) -> Prepared:
         """The map for `rows` rows, without a gradient, to be called many times."""

@@ -29,7 +29,7 @@ from moezoo.models.linear import Linear
 from moezoo.models.losses import ModelLosses
 from moezoo.models.output import SwitchOutput
 from moezoo.models.stack import Stack
-from moezoo.ops.few_rows import few_rows_linear
+from moezoo.ops.linear import linear
 
 
 class SwitchEncoderModel(nn.Module):
@@ -256,11 +256,7 @@ class SwitchForConditionalGeneration(SwitchModel):
         """Logits (..., V) of hidden states (..., D)."""
         if self.config.scales_logits:
             hidden = hidden * self.config.d_model**-0.5
-        return (
-            few_rows_linear(hidden, self.shared.weight)
-            if self.lm_head is None
-            else self.lm_head(hidden)
-        )
+        return linear(hidden, self.shared.weight) if self.lm_head is None else self.lm_head(hidden)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

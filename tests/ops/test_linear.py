@@ -1,4 +1,4 @@
-"""The product of a few rows equals `F.linear` in every layout and mode."""
+"""The linear map of the models equals `F.linear` in every layout and mode."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moezoo.ops import few_rows, products
-from moezoo.ops.few_rows import few_rows_linear
+from moezoo.ops import linear as module
+from moezoo.ops import products
+from moezoo.ops.linear import linear
 from moezoo.ops.products import LIMITS
 
 
@@ -22,10 +23,10 @@ def test_it_equals_a_linear_map(rows: int, sizes: tuple[int, int]) -> None:
     weight = torch.randn(sizes[1], sizes[0], generator=generator)
     expected = F.linear(x, weight)
     with torch.no_grad():
-        torch.testing.assert_close(few_rows_linear(x, weight), expected)
+        torch.testing.assert_close(linear(x, weight), expected)
         strided = torch.stack([x, x], dim=-1)[..., 0]
-        torch.testing.assert_close(few_rows_linear(strided, weight), expected)
-        found = few_rows_linear(x[:, None], weight)
+        torch.testing.assert_close(linear(strided, weight), expected)
+        found = linear(x[:, None], weight)
     assert found.shape == (rows, 1, sizes[1])
     assert found.is_contiguous()
 
@@ -36,21 +37,21 @@ def test_it_equals_a_linear_map(rows: int, sizes: tuple[int, int]) -> None:
 def test_gradients_of_both_orders_are_those_of_a_linear_map(
     vendor: str, shape: tuple[int, ...], width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (products, few_rows):
-        monkeypatch.setattr(module, "limits", lambda: LIMITS[vendor])
+    for changed in (products, module):
+        monkeypatch.setattr(changed, "limits", lambda: LIMITS[vendor])
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(width, shape[-1]) / shape[-1]
-    found, expected = (_gradients(linear, x, weight) for linear in (few_rows_linear, F.linear))
+    found, expected = (_gradients(compute, x, weight) for compute in (linear, F.linear))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("vendor", LIMITS)
 def test_the_result_may_be_changed_in_place(vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (products, few_rows):
-        monkeypatch.setattr(module, "limits", lambda: LIMITS[vendor])
+    for changed in (products, module):
+        monkeypatch.setattr(changed, "limits", lambda: LIMITS[vendor])
     x, weight = torch.randn(2, 33, 16), torch.randn(24, 16, requires_grad=True)
-    y = few_rows_linear(x, weight)
+    y = linear(x, weight)
     y[0, 0] = 0.0
     y.mul_(2.0).sum().backward()
     assert weight.grad is not None
@@ -75,6 +76,6 @@ def _gradients(
 def test_autocast_and_other_dtypes_keep_their_meaning() -> None:
     x, weight = torch.randn(1, 5), torch.randn(3, 5)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert few_rows_linear(x, weight).dtype == torch.bfloat16
+        assert linear(x, weight).dtype == torch.bfloat16
     with torch.no_grad():
-        assert few_rows_linear(x.double(), weight.double()).dtype == torch.float64
+        assert linear(x.double(), weight.double()).dtype == torch.float64

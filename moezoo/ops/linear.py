@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from moezoo.ops.products import fast_products, limits, product
 
 
-def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) times weight (N, K) transposed: `F.linear` without a bias.
 
     A CPU computes it with the fastest product for its number of rows (`moezoo.ops.products`);
