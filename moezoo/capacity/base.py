@@ -31,6 +31,13 @@ class CapacityPolicy(nn.Module):
     moves: bool = False
     required_group: str | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `forward`, in the current mode, makes the host wait for a GPU: no CUDA graph can
+        hold it then.
+        """
+        return False
+
     def limit(self, routing: Routing) -> int | None:
         """Slots per (group, expert) for this routing in the current mode; None: no limit."""
         raise NotImplementedError

@@ -44,6 +44,10 @@ class RandomOrder(CapacityPolicy):
             raise ConfigError("seed is a whole number >= 0", field="seed", found=repr(seed))
         self.seed = seed
 
+    @property
+    def waits(self) -> bool:
+        return self.seed is not None  # for numbers drawn on the CPU
+
     def limit(self, routing: Routing) -> int:
         return self._limit.slots(routing, training=self.training)
 
@@ -62,7 +66,8 @@ class RandomOrder(CapacityPolicy):
         if self.seed is not None:
             source = torch.Generator("cpu").manual_seed(self.seed)
             return torch.rand(count, generator=source, device="cpu").to(device)
-        return torch.rand(count, device=device) if self.training else torch.zeros(count).to(device)
+        made = torch.rand if self.training else torch.zeros
+        return made(count, device=device)
 
     def extra_repr(self) -> str:
         return f"{self._limit}, seed={self.seed}"

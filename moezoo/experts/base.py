@@ -20,6 +20,13 @@ class Experts(nn.Module):
     d_model: int
     row_wise: bool = True
 
+    @property
+    def waits(self) -> bool:
+        """Whether `forward` makes the host wait for a GPU whatever the dtype (for some dtypes every
+        container does, `moezoo.ops.backends.never_waits`); a CUDA graph cannot hold it then.
+        """
+        return False
+
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         """Apply each expert to its rows.
 

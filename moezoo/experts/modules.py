@@ -60,6 +60,10 @@ class ModuleExperts(Experts):
         """The module of one expert."""
         return self.each[index]
 
+    @property
+    def waits(self) -> bool:
+        return True  # for the sizes of the parts
+
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         sizes = counts.tolist()
         parts = torch.split(slots, [*sizes, slots.shape[0] - sum(sizes)])

@@ -63,6 +63,10 @@ class ZeroExperts(Experts):
             nn.init.normal_(self.value, std=d_model**-0.5)
             nn.init.normal_(self.mixer, std=d_model**-0.5)
 
+    @property
+    def waits(self) -> bool:
+        return self.experts.waits
+
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         out_ND: Tensor = self.experts(slots, counts[: self.real])  # zero past the real rows
         end_E = counts.cumsum(0)

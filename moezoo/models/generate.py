@@ -136,10 +136,7 @@ class Stepper:
         model, memory = self.model, self.memory
         if not may_be_a_graph(model, memory):
             return None
-        try:
-            return GraphStep(model, memory, self.real, rows=self.rows)
-        except RuntimeError:  # a router that asks the device: it decodes eagerly
-            return None
+        return GraphStep(model, memory, self.real, rows=self.rows)
 
     def reorder(self, rows: Tensor) -> None:
         """Continue from the given rows of the batch."""

@@ -6,20 +6,20 @@ take the GPU. A graph launches them at once.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from moezoo.layer import MoE
 from moezoo.models.attention import key_mask
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
 from moezoo.models.position import PositionBias
 from moezoo.models.stack import Stack
+from moezoo.ops.backends import never_waits
 from moezoo.ops.eager import is_eager
 
 if TYPE_CHECKING:
@@ -43,7 +43,17 @@ def may_be_a_graph(model: nn.Module, memory: Tensor) -> bool:
     parts = [part for name, part in model.named_children() if name != "encoder"]
     if any(p.device != memory.device for part in parts for p in part.parameters()):
         return False
-    return all(_is_plain(module) for part in parts for module in part.modules())
+    modules = [module for part in parts for module in part.modules()]
+    return all(map(_is_plain, modules)) and not _waits(modules, memory)
+
+
+def _waits(modules: Sequence[nn.Module], memory: Tensor) -> bool:
+    """Whether some sparse layer may make the host wait for the device. It is not for the recording
+    to find out: one that fails leaves the random numbers of the device unusable.
+    """
+    layers = [module for module in modules if isinstance(module, MoE)]
+    parts = (part for m in layers for part in (m.router, m.capacity, m.experts))
+    return bool(layers) and (any(part.waits for part in parts) or not never_waits(memory))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -86,8 +96,6 @@ class GraphStep:
         memory, memory_mask: the encoder's output and its real tokens, as in `Stack.forward`; `rows`
             is a multiple of memory's.
         graph: replay CUDA graphs; without, the same runs eagerly.
-
-    Raises RuntimeError where a module makes the host wait for the device, which no graph can hold.
     """
 
     def __init__(
@@ -185,23 +193,10 @@ class GraphStep:
         aside = torch.cuda.Stream(self.memory.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            self._compute()  # allocates, compiles, looks up keys and values of the memory
-            with host_never_waits():
+            for _ in range(2):  # allocates, compiles, looks up keys and values of the memory
                 self._compute()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads may go on allocating and waiting.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             return self._compute()
-
-
-@contextmanager
-def host_never_waits() -> Iterator[None]:
-    """What makes the host wait for the device raises RuntimeError in here."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch does not see every wait
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

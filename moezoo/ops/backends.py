@@ -262,6 +262,14 @@ TABLE = (
 )
 
 
+def never_waits(x: Tensor) -> bool:
+    """Whether no product of rows like x that "auto" may choose makes the host wait for a GPU."""
+    if not (x.is_cuda and _has_triton()):
+        return False
+    rounded = torch.get_float32_matmul_precision() != "highest"
+    return x.dtype in _HALVES or (x.dtype == torch.float32 and rounded)
+
+
 def choose(name: str, x: Tensor, other: Tensor, counts: Tensor) -> Backend:
     """The backend of that name, or for "auto" the one of the table.
 

@@ -50,6 +50,13 @@ class Router(nn.Module):
         """Pairs per token, or 0 when the number varies."""
         return 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether `forward`, in the current mode, makes the host wait for a GPU: no CUDA graph can
+        hold it then.
+        """
+        return False
+
     def forward(self, tokens: Tokens) -> Routing:
         """Propose an assignment for `tokens`; never changes them."""
         raise NotImplementedError

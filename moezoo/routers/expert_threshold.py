@@ -69,6 +69,10 @@ class ExpertThresholdRouter(Router):
     def choices(self) -> int:
         return self.max_choices or 0
 
+    @property
+    def waits(self) -> bool:
+        return self.max_choices is None  # how many pairs there are
+
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
         probs_TE = logits_TE.softmax(dim=-1)

@@ -77,6 +77,10 @@ class ReLURouter(Router):
         """The share of zero gates aimed at."""
         return 1.0 - self.k / self.num_experts
 
+    @property
+    def waits(self) -> bool:
+        return self.max_choices is None  # how many pairs there are
+
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
         gate_TE = logits_TE.relu()

@@ -68,6 +68,32 @@ def test_few_tokens_are_not_worth_a_graph(monkeypatch: pytest.MonkeyPatch) -> No
     model.generate(source(), max_new_tokens=8, use_cache=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({}, False),
+        ({"num_experts": 0}, False),
+        ({"router": "relu"}, True),
+        ({"router": {"name": "relu", "max_choices": 2}}, False),
+        ({"router": "base", "allow_noncausal": True}, False),  # in evaluation
+        ({"capacity": {"name": "random_order", "seed": 1}, "allow_noncausal": True}, True),
+        ({"experts": "modules"}, True),
+        ({"experts": {"name": "zero", "experts": "modules"}}, True),
+    ],
+)
+def test_what_makes_the_host_wait_is_known_beforehand(
+    options: dict[str, Any], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_step, "never_waits", lambda _: True)
+    modules = list(tiny(**options).eval().modules())
+    assert graph_step._waits(modules, torch.zeros(1)) is waits
+
+
+def test_exact_products_of_float32_make_the_host_wait() -> None:
+    assert graph_step._waits(list(tiny().modules()), torch.zeros(1))
+    assert not graph_step._waits(list(tiny(num_experts=0).modules()), torch.zeros(1))
+
+
 @torch.no_grad()
 def test_a_cpu_has_no_graphs() -> None:
     assert not may_be_a_graph(tiny().eval(), torch.zeros(1, 1, 16))
