@@ -7,22 +7,26 @@ direct writes (and `MOEZOO_DIRECT_IO=0`) get ordinary ones. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from moezoo.adapters.workers import Workers
+
 PAGE = 4096  # what positions, lengths and addresses of direct writes are multiples of
 LARGEST = 2 << 20  # bytes of one write; smaller ones wait more for the disk and the interpreter
 _AT_ONCE = 4  # writes under way: each waits for the disk, then for its turn in the interpreter
-_BUFFERS = 8
+_BUFFERS = 4
+LENT = 1 << 20  # bytes of memory that is lent at a time
+_LENT_AT_ONCE = 8
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -91,26 +95,78 @@ class DirectFile:
 Places = Sequence[tuple[DirectFile, int]]
 
 
+class Pages:
+    """LENT bytes of memory that begin on a page, lent until the last of its holders lets go."""
+
+    def __init__(self, home: SimpleQueue[Pages | None]) -> None:
+        self.memory = mmap.mmap(-1, LENT)
+        self._home, self._holders, self._lock = home, 0, threading.Lock()
+
+    def hold(self, times: int = 1) -> None:
+        """One holder more, or some."""
+        with self._lock:
+            self._holders += times
+
+    def release(self) -> None:
+        """One holder less; memory that nobody holds is lent again."""
+        with self._lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        self._home.put(self)
+
+
 class DirectWriter:
     """Writes stretches of files directly, some of them at once, from buffers of its own.
 
-    Stretches that continue one another are gathered. A context manager; an error of the disk is
-    raised by a later `write` or by `finish`.
+    Stretches that continue one another are gathered; who can fill whole pages fills those that
+    `lend` gives, and nothing is copied. A context manager; an error of the disk is raised by a
+    later write or by `finish`.
     """
 
     def __init__(self) -> None:
-        self._workers = ThreadPoolExecutor(_AT_ONCE)
+        self._workers = Workers(_AT_ONCE)
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for _ in range(_BUFFERS):
             self._free.put(memoryview(mmap.mmap(-1, LARGEST + PAGE)))
-        self._running: deque[Future[None]] = deque()
+        # Apart from the others: who lends may be far ahead of who writes, who must not wait for it.
+        self._to_lend: SimpleQueue[Pages | None] = SimpleQueue()
+        for _ in range(_LENT_AT_ONCE):
+            self._to_lend.put(Pages(self._to_lend))
         self._gathered: _Stretch | None = None
 
     def __enter__(self) -> DirectWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._workers.shutdown(cancel_futures=True)
+        self._workers.stop()
+
+    @contextlib.contextmanager
+    def lending(self) -> Iterator[None]:
+        """After the block, `lend` raises RuntimeError, so that no thread waits there for good."""
+        try:
+            yield
+        finally:
+            self._to_lend.put(None)
+
+    def lend(self) -> Pages:
+        """Memory to fill and to pass to `write_pages`, held once; waits until there is some."""
+        pages = self._to_lend.get()
+        if pages is None:
+            self._to_lend.put(None)
+            raise RuntimeError("nobody writes any more")
+        pages.hold()
+        return pages
+
+    def write_pages(self, places: Places, pages: Pages, size: int) -> None:
+        """Write the first `size` bytes of lent memory to every (file, position), all of them
+        multiples of PAGE, and let go of it.
+        """
+        self._workers.check()
+        pages.hold(len(places))
+        for file, position in places:
+            self._workers.submit(_write_pages, file, position, pages, size)
+        pages.release()
 
     def write(self, places: Places, content: bytes | memoryview) -> None:
         """Write `content` to every (file, position). It may change as soon as this returns."""
@@ -123,8 +179,7 @@ class DirectWriter:
     def finish(self) -> None:
         """Wait until everything is written."""
         self._send()
-        while self._running:
-            self._running.popleft().result()
+        self._workers.finish()
 
     def _gather(self, shift: int, places: Places, content: memoryview) -> None:
         """Write to places whose positions have the same remainder by PAGE."""
@@ -138,10 +193,9 @@ class DirectWriter:
             content, places = content[size:], [(file, at + size) for file, at in places]
 
     def _send(self) -> None:
-        while self._running and self._running[0].done():
-            self._running.popleft().result()
+        self._workers.check()
         if self._gathered is not None:
-            self._running.append(self._workers.submit(self._write, self._gathered))
+            self._workers.submit(self._write, self._gathered)
             self._gathered = None
 
     def _write(self, stretch: _Stretch) -> None:
@@ -151,6 +205,13 @@ class DirectWriter:
                 file.write(content, position)
         finally:
             self._free.put(stretch.buffer)
+
+
+def _write_pages(file: DirectFile, position: int, pages: Pages, size: int) -> None:
+    try:
+        file.write(memoryview(pages.memory)[:size], position)
+    finally:
+        pages.release()
 
 
 @dataclass

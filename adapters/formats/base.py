@@ -154,6 +154,15 @@ class Source(abc.ABC):
                 chunk = bytes(whole)
             yield chunk
 
+    def fill(self, buffer: memoryview, name: str, start: int) -> None:
+        """Fill a buffer with the tensor's bytes from `start` on. Only for tensors with a `path`.
+
+        Raises CorruptFile when the file ends before.
+        """
+        info = self.info(name)
+        assert info.path is not None
+        read_exactly(self._descriptor(info.path), buffer, info.offset + start, info.path)
+
     def close(self) -> None:
         """Let go of the files. Tensors given out before stay valid."""
         for descriptor in self._descriptors.values():

@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
+from moezoo.adapters.direct import Pages
 from moezoo.adapters.formats import Source
 from moezoo.adapters.tensor_files import TensorFile
+from moezoo.adapters.workers import Workers
 
 _CHUNK = 1 << 18
 _FLUSH_EVERY = 32 << 20
-_AT_ONCE = 4  # chunks handed from thread to thread: each time costs as much as hashing 50 kB
+# Bytes handed from thread to thread at a time: each time costs as much as hashing 50 kB.
+HANDED = 1 << 20
 _WAITING = 4  # hand-overs
 T = TypeVar("T")
+_Hashed = tuple["hashlib._Hash", bytes | memoryview, Pages | None]
 
 
 def ahead(
-    items: Iterator[T], waiting: int = _WAITING, at_once: int = _AT_ONCE
+    items: Iterator[T],
+    waiting: int = _WAITING,
+    at_once: int = 4,
+    size: Callable[[T], int] = lambda _: 1,
 ) -> Generator[T, None, None]:
-    """Give `items` in order while another thread makes up to `waiting` times `at_once` more.
+    """Give `items` in order while another thread makes up to `waiting` batches more, each of as
+    many as have a `size` of `at_once` together.
 
     An error of theirs is raised where the item would have come. Close it to stop the thread early.
     """
-    end: list[T] = []
-    batches, worker = _batches(items, at_once), ThreadPoolExecutor(1)
+    batches, worker = _batches(items, at_once, size), Workers(1)
+    coming: SimpleQueue[list[T] | None] = SimpleQueue()
+
+    def make() -> None:
+        batch = None
+        try:
+            batch = next(batches, None)
+        finally:
+            coming.put(batch)
+
     try:
-        coming = deque(worker.submit(next, batches, end) for _ in range(waiting))
-        while batch := coming.popleft().result():
-            coming.append(worker.submit(next, batches, end))
+        for _ in range(waiting):
+            worker.submit(make)
+        while batch := coming.get():
+            worker.submit(make)
             yield from batch
+        worker.finish()
     finally:
-        worker.shutdown(cancel_futures=True)
+        worker.stop()
 
 
-def _batches(items: Iterator[T], size: int) -> Generator[list[T], None, None]:
-    """Lists of `size` items; an error comes after what was made before it."""
+def _batches(
+    items: Iterator[T], at_once: int, size: Callable[[T], int]
+) -> Generator[list[T], None, None]:
+    """Lists of items of the size together; an error comes after what was made before it."""
     batch: list[T] = []
+    filled = 0
     try:
         for item in items:
             batch.append(item)
-            if len(batch) == size:
-                full, batch = batch, []
+            filled += size(item)
+            if filled >= at_once:
+                full, batch, filled = batch, [], 0
                 yield full
     finally:
         if batch:
@@ -59,10 +81,11 @@ class FileHashes:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._worker = ThreadPoolExecutor(1)  # the reader has enough to do
-        self._coming: deque[Future[None]] = deque()
+        self._worker = Workers(1)  # the reader has enough to do
+        self._room = threading.Semaphore(_WAITING)
         self._digests: dict[Path, hashlib._Hash] = {}
-        self._chunks: list[tuple[hashlib._Hash, bytes | memoryview]] = []
+        self._chunks: list[_Hashed] = []
+        self._size = 0
         if source.kind == "safetensors":
             first: dict[Path, int] = {}
             for info in source.tensors.values():
@@ -76,37 +99,42 @@ class FileHashes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        self._worker.stop()
 
-    def update(self, path: Path | None, chunk: bytes | memoryview) -> None:
-        """Take the next bytes of a file."""
+    def update(
+        self, path: Path | None, chunk: bytes | memoryview, pages: Pages | None = None
+    ) -> None:
+        """Take the next bytes of a file; `pages` are held while those in them are needed."""
         if path not in self._digests:
             return
-        self._chunks.append((self._digests[path], chunk))
-        if len(self._chunks) == _AT_ONCE:
+        if pages is not None:
+            pages.hold()
+        self._chunks.append((self._digests[path], chunk, pages))
+        self._size += len(chunk) if pages is None else HANDED  # lent memory is not hoarded
+        if self._size >= HANDED:
             self._submit()
 
     def _submit(self) -> None:
-        self._coming.append(self._worker.submit(_digest, self._chunks))
-        self._chunks = []
-        if len(self._coming) > _WAITING:
-            self._coming.popleft().result()
+        self._room.acquire()
+        self._worker.submit(self._digest, self._chunks)
+        self._chunks, self._size = [], 0
+
+    def _digest(self, chunks: list[_Hashed]) -> None:
+        for digest, chunk, pages in chunks:
+            digest.update(chunk)
+            if pages is not None:
+                pages.release()
+        self._room.release()
 
     def finished(self) -> dict[str, str]:
         """The hash of every file by its name."""
         self._submit()
-        while self._coming:
-            self._coming.popleft().result()
+        self._worker.finish()
         hashes: dict[str, str] = {}
         for file in self._source.files:
             digest = self._digests.get(file)
             hashes[file.name] = file_hash(file) if digest is None else digest.hexdigest()
         return hashes
-
-
-def _digest(chunks: list[tuple[hashlib._Hash, bytes | memoryview]]) -> None:
-    for digest, chunk in chunks:
-        digest.update(chunk)
 
 
 class Flusher:
@@ -116,27 +144,32 @@ class Flusher:
     """
 
     def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
+        self._worker = Workers(1)
+        self._idle = threading.Event()
+        self._idle.set()
         self._pending: dict[TensorFile, int] = {}
 
     def __enter__(self) -> Flusher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        self._worker.stop()
 
     def wrote(self, file: TensorFile, count: int) -> None:
         """Note that `count` bytes of `file` were written."""
         self._pending[file] = self._pending.get(file, 0) + count
-        if self._pending[file] < _FLUSH_EVERY:
+        if self._pending[file] < _FLUSH_EVERY or not self._idle.is_set():
             return
-        if self._running is not None:
-            if not self._running.done():
-                return
-            self._running.result()
+        self._worker.check()
         self._pending[file] = 0
-        self._running = self._worker.submit(file.flush)
+        self._idle.clear()
+        self._worker.submit(self._flush, file)
+
+    def _flush(self, file: TensorFile) -> None:
+        try:
+            file.flush()
+        finally:
+            self._idle.set()
 
 
 def file_hash(path: Path) -> str:

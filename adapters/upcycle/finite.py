@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 
@@ -17,10 +18,13 @@ _LIMIT = {"F16": (0x7C00, "<H"), "BF16": (0x7F80, "<H"), "F32": (0x7F800000, "<I
 _LIMIT["F64"] = (0x7FF0000000000000, "<Q")
 
 
-def check_finite(content: bytes | memoryview, dtype: str, name: str, path: object) -> None:
+def check_finite(
+    content: bytes | memoryview | mmap.mmap, dtype: str, name: str, path: object
+) -> None:
     """Raise NonFiniteWeights when a chunk of floats holds NaN or infinity."""
     size, suspects = _SUSPECT[dtype]
-    highest = bytes(content)[size - 1 :: size]
+    # Views alone have no quick way to give every fourth byte.
+    highest = (bytes(content) if isinstance(content, memoryview) else content)[size - 1 :: size]
     if not any(suspect in highest for suspect in suspects):
         return
     field, kind = _LIMIT[dtype]

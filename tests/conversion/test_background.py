@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 
 from moezoo.adapters.upcycle.background import ahead
+from moezoo.adapters.workers import Workers
 
 
 def failing(count: int) -> Iterator[int]:
@@ -41,3 +42,47 @@ def test_what_is_left_unread_is_closed_quietly(recwarn: pytest.WarningsRecorder)
         assert [next(items) for _ in range(4)] == [0, 1, 2, 3]
     gc.collect()
     assert not [str(warning.message) for warning in recwarn]
+
+
+def test_a_batch_is_handed_on_when_its_items_are_large_enough_together() -> None:
+    made = itertools.count()
+    with closing(ahead(made, 1, 10, lambda item: 10 if item % 2 else 1)) as items:
+        assert [next(items) for _ in range(3)] == [0, 1, 2]
+    assert next(made) <= 2 * (1 + 1 + 1)
+
+
+def test_jobs_begin_in_order_and_the_first_error_waits_for_who_asks() -> None:
+    workers, done = Workers(1), list[int]()
+
+    def job(number: int) -> None:
+        done.append(number)
+        if number in (3, 5):
+            raise OSError(number, "the disk")
+
+    for number in range(8):
+        workers.submit(job, number)
+    with pytest.raises(OSError, match="3"):
+        workers.finish()
+    assert done == list(range(8))
+    with pytest.raises(OSError, match="3"):
+        workers.check()
+
+
+def test_stopping_drops_what_has_not_begun_and_leaves_no_thread() -> None:
+    threads, begun, go_on = threading.active_count(), threading.Event(), threading.Event()
+    workers, done = Workers(2), list[int]()
+
+    def slow() -> None:
+        begun.set()
+        go_on.wait()
+        done.append(0)
+
+    workers.submit(slow)
+    begun.wait()
+    workers.submit(slow)
+    for number in range(1, 100):
+        workers.submit(done.append, number)
+    threading.Timer(0.1, go_on.set).start()
+    workers.stop()
+    assert 1 <= done.count(0) <= 2 and len(done) <= 2
+    assert threading.active_count() <= threads + 1  # the timer may be ending

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from safetensors import safe_open
 
 import moezoo
 from moezoo.adapters import direct
-from moezoo.adapters.direct import LARGEST, PAGE, DirectFile, DirectWriter, open_direct
+from moezoo.adapters.direct import LARGEST, LENT, PAGE, DirectFile, DirectWriter, open_direct
+from moezoo.adapters.formats.safetensors import read_header
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan
-from moezoo.errors import SaveError
+from moezoo.errors import NonFiniteWeights, SaveError
 from tests.conversion.dense import dense_t5
 
 _SIZES = st.sampled_from(
@@ -121,6 +124,59 @@ def test_an_error_of_the_disk_comes_out_and_stops_nothing_else(
             writer.finish()
 
 
+@pytest.mark.parametrize("good", [0, 1, 5, 30])
+def test_an_error_amid_lent_memory_leaves_nothing_and_no_thread(
+    good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = itertools.count()
+
+    def filling(file: DirectFile, content: memoryview, position: int) -> None:
+        if next(writes) >= good:
+            raise OSError(errno.ENOSPC, "full")
+
+    source = dense_t5(tmp_path / "dense", d_model=64, d_ff=20 * LENT // 64 // 4)
+    monkeypatch.setattr(DirectFile, "write", filling)
+    threads = threading.active_count()
+    with pytest.raises(SaveError, match="the disk is full"):
+        moezoo.upcycle(source, tmp_path / "out", num_experts=3)
+    assert threading.active_count() == threads
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_infinity_in_lent_memory_is_found(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "dense", d_model=64, d_ff=5120)
+    file = source / "model.safetensors"
+    tensors, _ = read_header(file)
+    info = next(info for name, info in tensors.items() if name.endswith("DenseReluDense.wo.weight"))
+    for place in (0, LENT - 4, LENT, info.nbytes - 4):
+        with file.open("r+b") as opened:
+            opened.seek(info.offset + place)
+            before = opened.read(4)
+            opened.seek(info.offset + place)
+            opened.write(b"\0\0\x80\xff")
+        with pytest.raises(NonFiniteWeights, match="wo.weight"):
+            moezoo.upcycle(source, tmp_path / "out", num_experts=3)
+        with file.open("r+b") as opened:
+            opened.seek(info.offset + place)
+            opened.write(before)
+    moezoo.upcycle(source, tmp_path / "out", num_experts=3)
+
+
+def test_who_waits_for_memory_is_told_when_nobody_writes_any_more() -> None:
+    with DirectWriter() as writer:
+        with writer.lending():
+            first = writer.lend()
+            first.hold()
+            first.release()
+            others = {id(writer.lend()) for _ in range(7)}
+            assert id(first) not in others and len(others) == 7
+            first.release()
+            assert writer.lend() is first
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="nobody writes"):
+                writer.lend()
+
+
 def test_tensors_begin_at_multiples_of_what_their_sizes_are_multiples_of(tmp_path: Path) -> None:
     plans = [
         TensorPlan("norm", "F32", (3,)),
@@ -143,10 +199,12 @@ def test_tensors_begin_at_multiples_of_what_their_sizes_are_multiples_of(tmp_pat
             assert found.get_tensor(name).numpy().tobytes() == content
 
 
-@pytest.mark.parametrize("d_ff", [256, 24 * 7])  # matrices of whole pages, and of others
+@pytest.mark.parametrize("worth_lending", [PAGE, 1 << 40])
+@pytest.mark.parametrize("d_ff", [256, 24 * 7, 5120])  # of whole pages, of others, beyond LENT
 def test_both_ways_write_the_same_bytes(
-    d_ff: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    d_ff: int, worth_lending: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moezoo.adapters.upcycle.stream._WORTH_LENDING", worth_lending)
     source = dense_t5(tmp_path / "dense", d_model=64, d_ff=d_ff)
     for way in ("1", "0"):
         monkeypatch.setenv("MOEZOO_DIRECT_IO", way)
