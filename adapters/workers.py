@@ -58,9 +58,21 @@ class Workers:
         while (entry := self._jobs.get()) is not None:
             if not self._stopped:
                 job, arguments = entry
-                try:
+                with _Kept(self._errors):
                     job(*arguments)
-                except BaseException as error:  # noqa: BLE001  # raised where it is asked for
-                    self._errors.append(error)
                 del job, arguments  # an idle thread holds no memory of its last job
             del entry
+
+
+class _Kept:
+    """Keeps an error of the block for `check`, which raises it in the thread that asks."""
+
+    def __init__(self, errors: list[BaseException]) -> None:
+        self._errors = errors
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None:
+            self._errors.append(error)
+        return True
