@@ -89,6 +89,7 @@ class Source(abc.ABC):
         directory: where its config and tokenizer files lie.
         kind: "safetensors", "torch", "flax", "t5x", "orbax" or "gguf".
         files: every weight file, in a fixed order.
+        folders: directories of further weight files, in a fixed order.
         tensors: every tensor by its name in the container, ordered by file and offset.
         metadata: the container's own string metadata.
     """
@@ -99,6 +100,7 @@ class Source(abc.ABC):
         self.path = path
         self.directory = path if path.is_dir() else path.parent
         self.files = files
+        self.folders: tuple[Path, ...] = ()
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._descriptors: dict[Path, int] = {}

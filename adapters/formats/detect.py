@@ -1,4 +1,7 @@
-"""Which container a path holds: by file name in a directory, by first bytes for a file."""
+"""Which container a path holds: by file name in a directory, by first bytes for a file.
+
+A container's reader is imported when one is found: all of them would take longer than the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,43 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from moezoo.adapters.formats.array_store import DATABASE
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.formats.files import read_start, refuse_pointer, regular_file
-from moezoo.adapters.formats.flax import FlaxSource
-from moezoo.adapters.formats.gguf import GgufSource
-from moezoo.adapters.formats.orbax import OLD_TREE, TREE, OrbaxSource, orbax_item
-from moezoo.adapters.formats.safetensors import SafetensorsSource
-from moezoo.adapters.formats.t5x import T5xSource
-from moezoo.adapters.formats.torch_bin import TorchSource
 from moezoo.errors import CheckpointError, CorruptFile
+
+
+def _safetensors(path: Path, **found: Path) -> Source:
+    from moezoo.adapters.formats.safetensors import SafetensorsSource
+
+    return SafetensorsSource(path, **found)
+
+
+def _torch(path: Path, **found: Path) -> Source:
+    from moezoo.adapters.formats.torch_bin import TorchSource
+
+    return TorchSource(path, **found)
+
+
+def _flax(path: Path, **found: Path) -> Source:
+    from moezoo.adapters.formats.flax import FlaxSource
+
+    return FlaxSource(path, **found)
+
+
+def _gguf(path: Path, **found: Path) -> Source:
+    from moezoo.adapters.formats.gguf import GgufSource
+
+    return GgufSource(path, **found)
+
 
 # In the order in which transformers looks for them.
 _IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
-    ("model.safetensors", lambda path, file: SafetensorsSource(path, file=file)),
-    ("model.safetensors.index.json", lambda path, file: SafetensorsSource(path, index=file)),
-    ("pytorch_model.bin", lambda path, file: TorchSource(path, file=file)),
-    ("pytorch_model.bin.index.json", lambda path, file: TorchSource(path, index=file)),
-    ("flax_model.msgpack", lambda path, file: FlaxSource(path, file=file)),
-    ("flax_model.msgpack.index.json", lambda path, file: FlaxSource(path, index=file)),
+    ("model.safetensors", lambda path, file: _safetensors(path, file=file)),
+    ("model.safetensors.index.json", lambda path, file: _safetensors(path, index=file)),
+    ("pytorch_model.bin", lambda path, file: _torch(path, file=file)),
+    ("pytorch_model.bin.index.json", lambda path, file: _torch(path, index=file)),
+    ("flax_model.msgpack", lambda path, file: _flax(path, file=file)),
+    ("flax_model.msgpack.index.json", lambda path, file: _flax(path, index=file)),
 )
 _TO_SAFETENSORS = "save_pretrained(OUT) of transformers 4.x writes safetensors: "
 _FOREIGN = (
@@ -64,6 +85,9 @@ def _open_directory(path: Path) -> Source:
         file = path / name
         if file.exists() or file.is_symlink():
             return open_it(path, file)
+    from moezoo.adapters.formats.orbax import OLD_TREE, TREE, OrbaxSource, orbax_item
+    from moezoo.adapters.formats.t5x import T5xSource
+
     item = orbax_item(path)
     if item is not None:
         return OrbaxSource(path, item=item)
@@ -76,8 +100,8 @@ def _open_directory(path: Path) -> Source:
     except OSError as error:
         raise CheckpointError(f"cannot be opened: {error.strerror}", path=path) from None
     if len(single) == 1:
-        kind = GgufSource if single[0].suffix == ".gguf" else SafetensorsSource
-        return kind(path, file=single[0])
+        reader = _gguf if single[0].suffix == ".gguf" else _safetensors
+        return reader(path, file=single[0])
     wanted = ", ".join([*(name for name, _ in _IN_DIRECTORY), OLD_TREE, TREE])
     if single:
         raise CheckpointError(
@@ -103,24 +127,30 @@ def _open_file(path: Path) -> Source:
     refuse_pointer(path, start)
     if path.name.endswith(".index.json"):
         if ".msgpack." in path.name:
-            return FlaxSource(path, index=path)
-        kind = TorchSource if ".bin." in path.name else SafetensorsSource
-        return kind(path, index=path)
+            return _flax(path, index=path)
+        reader = _torch if ".bin." in path.name else _safetensors
+        return reader(path, index=path)
     if path.suffix == ".h5" or start.startswith(b"\x89HDF"):
         _, what, hint = _FOREIGN[0]
         raise CheckpointError(f"this is {what}, which moezoo does not read", path=path, hint=hint)
     if start.startswith(b"GGUF") or path.suffix == ".gguf":
-        return GgufSource(path)
+        return _gguf(path)
     if path.suffix == ".msgpack":
-        return FlaxSource(path)
+        return _flax(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    from moezoo.adapters.formats.array_store import DATABASE
+    from moezoo.adapters.formats.orbax import OLD_TREE, TREE, OrbaxSource, orbax_item
+    from moezoo.adapters.formats.t5x import T5xSource
+
     if path.name in (TREE, OLD_TREE, DATABASE) and orbax_item(path.parent) == path.parent:
         return OrbaxSource(path, item=path.parent)
     if path.name == OLD_TREE:
         return T5xSource(path, file=path)
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return SafetensorsSource(path)
+    if start[8:9] == b"{":
+        return _safetensors(path)
     if path.suffix in (".bin", ".pt", ".pth") or start.startswith(b"PK\x03\x04"):
-        return TorchSource(path)
+        return _torch(path)
     raise CorruptFile(
         "not a checkpoint container that moezoo knows",
         path=path,

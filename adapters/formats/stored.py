@@ -64,13 +64,11 @@ class Array:
 class StoredSource(Source):
     """A source whose tensors come from arrays, each transposed and sliced as its name demands.
 
-    Only one tensor is in memory at a time. `folders` are directories of further weight files (the
-    arrays of t5x), in a fixed order.
+    Only one tensor is in memory at a time.
     """
 
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         super().__init__(path, files)
-        self.folders: tuple[Path, ...] = ()
         self._arrays: dict[str, tuple[Array, int | None, bool]] = {}
 
     def add(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moezoo.adapters.formats import Source
-from moezoo.adapters.formats.stored import StoredSource
 from moezoo.adapters.upcycle.background import file_hash
 from moezoo.errors import CheckpointError
 
@@ -52,5 +51,5 @@ def folder_hashes(source: Source) -> dict[str, str]:
 
 
 def _inside(source: Source) -> Iterator[Path]:
-    for folder in source.folders if isinstance(source, StoredSource) else ():
+    for folder in source.folders:
         yield from sorted(file for file in folder.rglob("*") if file.is_file())
