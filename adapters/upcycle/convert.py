@@ -79,36 +79,55 @@ def convert(
 
     Raises CheckpointError, ConfigError or SaveError; the target is then what it was.
     """
-    started = time.monotonic()
     with open_checkpoint(source_path) as checkpoint:
-        plan = make_plan(checkpoint, recipe, layout=layout)
-        needed = plan.bytes_written
-        final = checked_target(
+        return carry_out(
+            make_plan(checkpoint, recipe, layout=layout),
+            checkpoint,
             target,
             overwrite=overwrite,
-            sources=source_places(checkpoint.source),
-            bytes_needed=needed,
+            allow_nonfinite=allow_nonfinite,
+            calibration=calibration,
+            verifier=verifier,
+            progress=progress,
         )
-        before = stamps(checkpoint.source)
-        digest = _digest(plan, before)
-        with partial_directory(
-            final, plan_digest=digest, overwrite=overwrite, bytes_needed=needed
-        ) as partial:
-            hashes = _fill(
-                plan,
-                checkpoint,
-                partial.path,
-                partial.resumed,
-                allow_nonfinite,
-                calibration,
-                progress,
-            )
-            refuse_change(checkpoint.source, before)
-            provenance = unhashed(plan, checkpoint.source, calibration).with_hashes(hashes)
-            write_description(partial.path, plan, checkpoint, provenance, None)
-            verdict = None if verifier is None else verifier(partial.path)
-            if verdict is not None:
-                write_description(partial.path, plan, checkpoint, provenance, verdict)
+
+
+def carry_out(
+    plan: Plan,
+    checkpoint: CheckpointSource,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    calibration: Calibration | None = None,
+    verifier: Verifier | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write what was planned for a checkpoint into the directory `target`; see `convert`."""
+    started = time.monotonic()
+    needed = plan.bytes_written
+    places = source_places(checkpoint.source)
+    final = checked_target(target, overwrite=overwrite, sources=places, bytes_needed=needed)
+    before = stamps(checkpoint.source)
+    digest = _digest(plan, before)
+    with partial_directory(
+        final, plan_digest=digest, overwrite=overwrite, bytes_needed=needed
+    ) as partial:
+        hashes = _fill(
+            plan,
+            checkpoint,
+            partial.path,
+            partial.resumed,
+            allow_nonfinite,
+            calibration,
+            progress,
+        )
+        refuse_change(checkpoint.source, before)
+        provenance = unhashed(plan, checkpoint.source, calibration).with_hashes(hashes)
+        write_description(partial.path, plan, checkpoint, provenance, None)
+        verdict = None if verifier is None else verifier(partial.path)
+        if verdict is not None:
+            write_description(partial.path, plan, checkpoint, provenance, verdict)
     seconds = time.monotonic() - started
     return ConversionReport(final, plan, seconds, partial.resumed, hashes, verdict)
 

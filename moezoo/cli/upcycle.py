@@ -31,29 +31,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress bar; leaves nothing behind when it fails or is stopped."""
     from moezoo.adapters.checkpoint_source import open_checkpoint
     from moezoo.adapters.plan import make_plan
-    from moezoo.adapters.upcycle.convert import convert
+    from moezoo.adapters.upcycle.convert import carry_out
     from moezoo.cli.signals import orderly_termination
     from moezoo.cli.terminal import Progress, duration, quantity
 
     recipe = recipe_from(arguments)
     with open_checkpoint(arguments.source) as checkpoint:
-        total = make_plan(checkpoint, recipe, layout=arguments.layout).bytes_written
-    with orderly_termination(), Progress(total, "upcycle", unit="B") as progress:
-        report = convert(
-            arguments.source,
-            arguments.target,
-            recipe,
-            layout=arguments.layout,
-            overwrite=arguments.overwrite,
-            allow_nonfinite=arguments.allow_nonfinite,
-            calibration=calibration(arguments.source, arguments.calibration),
-            verifier=_verifier(arguments) if arguments.verify else None,
-            progress=progress.advance,
-        )
+        plan = make_plan(checkpoint, recipe, layout=arguments.layout)
+        total = plan.bytes_written
+        with orderly_termination(), Progress(total, "upcycle", unit="B") as progress:
+            report = carry_out(
+                plan,
+                checkpoint,
+                arguments.target,
+                overwrite=arguments.overwrite,
+                allow_nonfinite=arguments.allow_nonfinite,
+                calibration=calibration(arguments.source, arguments.calibration),
+                verifier=_verifier(arguments) if arguments.verify else None,
+                progress=progress.advance,
+            )
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0
-    plan = report.plan
     print(f"{report.target}: {plan.parameters:,} parameters, {quantity(plan.bytes_written)}B, "
           f"{duration(report.seconds)}, layout {plan.layout}")  # fmt: skip
     if report.verification:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import moezoo
+from moezoo.adapters import plan as adapters_plan
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import tensor_bytes
+from moezoo.adapters.plan import Plan, make_plan
+from moezoo.adapters.upcycle import convert
 from moezoo.cli import main
 from tests.conversion.dense import SIZES, dense_t5, ids, own_head, relative
 from tests.conversion.test_containers import (
@@ -241,6 +246,40 @@ def test_a_hub_cache_of_symlinks_is_converted_with_its_tokenizer(tmp_path: Path)
     assert tokenizer.read_bytes() == (plain / "spiece.model").read_bytes()
     moezoo.downcycle(tmp_path / "up", tmp_path / "same", overwrite=True)
     assert stored(tmp_path / "same") == stored(plain)
+
+
+_IMPORTED = """
+import sys
+from moezoo.cli import main
+assert main(sys.argv[1:]) == 0
+print(*sorted(sys.modules))
+"""
+
+
+def test_an_upcycling_imports_no_reader_but_its_own(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "dense")
+    words = ["upcycle", str(source), str(tmp_path / "up"), "--experts", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORTED, *words], capture_output=True, text=True, check=True
+    )
+    modules = set(done.stdout.splitlines()[-1].split())
+    inside = "moezoo.adapters.formats."
+    readers = {name.removeprefix(inside) for name in modules if name.startswith(inside)}
+    assert readers == {"base", "detect", "files", "index", "safetensors"}
+    assert not modules & {"torch", "numpy", "concurrent.futures", "logging", "importlib.metadata"}
+
+
+def test_an_upcycling_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def counted(*given: Any, **options: Any) -> Plan:
+        plans.append(make_plan(*given, **options))
+        return plans[-1]
+
+    for module in (adapters_plan, convert):
+        monkeypatch.setattr(module, "make_plan", counted)
+    assert run("upcycle", dense_t5(tmp_path / "dense"), tmp_path / "up", "--experts", 4) == 0
+    assert len(plans) == 1
 
 
 def test_a_single_file_of_a_larger_model_becomes_an_encoder(tmp_path: Path) -> None:
