@@ -233,6 +233,8 @@ def _options(component: type) -> dict[str, inspect.Parameter]:
     """The constructor's named parameters; `*args, **kwargs` inherited from a base are not
     options.
     """
+    if component.__init__ is object.__init__:  # type: ignore[misc]
+        return {}  # what inspect would find out, by parsing a text
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(component).parameters
     return {name: p for name, p in parameters.items() if p.kind not in variadic}
