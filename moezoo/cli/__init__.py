@@ -14,8 +14,10 @@ SIGINT and SIGTERM unwind the verb, so that its `with` blocks tidy up, and give 
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -75,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moezoo: unknown verb {verb!r}.{hint} See `moezoo --help`.", file=sys.stderr)
         return 2
     words.remove(verb)
+    atexit.register(_leave_garbage)
     module = importlib.import_module(f"moezoo.cli.{verb}")
     parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb], allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -87,6 +90,15 @@ def available() -> Sequence[str]:
     """The verbs whose module is there, in the order of `VERBS`."""
     here = os.path.dirname(__file__)
     return [verb for verb in VERBS if os.path.isfile(os.path.join(here, f"{verb}.py"))]
+
+
+def _leave_garbage() -> None:
+    """Let a process end without a search for garbage, which takes as long as many a verb.
+
+    Not after torch: what its extensions hold complains when it is not collected.
+    """
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def _without_verb(words: Sequence[str]) -> int:
