@@ -11,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +111,7 @@ def commit_directory(stage: Path, final: Path, *, overwrite: bool) -> None:
             flush(Path(folder, name))
         flush(Path(folder))
     if overwrite and final.exists():
-        exchange(stage, final, aside=final.parent / f"{_prefix(final)}{secrets.token_hex(4)}.old")
+        exchange(stage, final, aside=final.parent / f"{_prefix(final)}{os.urandom(4).hex()}.old")
     else:
         _rename_or_refuse(stage, final)
     flush(final.parent)
@@ -165,7 +164,7 @@ def locked(path: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def _staging(final: Path, *, directory: bool) -> Iterator[tuple[Path, None]]:
     """A fresh, locked directory or file beside `final`, removed when the block leaves it behind."""
-    stage = final.parent / f"{_prefix(final)}{secrets.token_hex(8)}.tmp"
+    stage = final.parent / f"{_prefix(final)}{os.urandom(8).hex()}.tmp"
     try:
         if directory:
             stage.mkdir()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
@@ -16,7 +16,6 @@ from moezoo.adapters.direct import DirectWriter
 from moezoo.adapters.plan import Plan, make_plan
 from moezoo.adapters.tensor_files import TensorFile, shard, shard_index
 from moezoo.adapters.upcycle.background import Flusher
-from moezoo.adapters.upcycle.calibration import Calibration, layer_inputs
 from moezoo.adapters.upcycle.carried import carry_files, dtype_word, source_places, write_text
 from moezoo.adapters.upcycle.partial import partial_directory
 from moezoo.adapters.upcycle.provenance import Provenance, model_card, unhashed
@@ -24,6 +23,9 @@ from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.stream import Progress, Sink, transfer
 from moezoo.adapters.upcycle.watch import Stamps, folder_hashes, refuse_change, stamps
 from moezoo.adapters.writer import checked_target
+
+if TYPE_CHECKING:
+    from moezoo.adapters.upcycle.calibration import Calibration
 
 Verifier = Callable[[Path], str]
 
@@ -160,6 +162,8 @@ def _fill(
 ) -> dict[str, str]:
     inputs = None
     if plan.router_init.needs_inputs:
+        from moezoo.adapters.upcycle.calibration import layer_inputs
+
         inputs = layer_inputs(checkpoint.path, calibration, list(plan.routers))
     provenance = unhashed(plan, checkpoint.source, calibration)
     shards = shard(plan.outputs(), plan.recipe.max_shard_size)

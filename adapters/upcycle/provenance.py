@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Plan, layout_words
-from moezoo.adapters.upcycle.calibration import Calibration
 from moezoo.adapters.upcycle.watch import hash_names
 from moezoo.config import SwitchConfig
+
+if TYPE_CHECKING:
+    from moezoo.adapters.upcycle.calibration import Calibration
 
 _UNKNOWN = "0" * 64
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moezoo.adapters.direct import LENT, PAGE, DirectWriter, Pages
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.adapters.upcycle.background import HANDED, FileHashes, Flusher, ahead
-from moezoo.adapters.upcycle.calibration import LayerInputs
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.finite import check_finite
 from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
+
+if TYPE_CHECKING:
+    from moezoo.adapters.upcycle.calibration import LayerInputs
 
 CHUNK = 1 << 18  # small enough to stay in the processor's cache while every expert is written
 _SCALED = 1 << 16  # of more, the C library gives the memory back to the system each time
