@@ -120,11 +120,13 @@ class FileHashes:
         self._chunks, self._size = [], 0
 
     def _digest(self, chunks: list[_Hashed]) -> None:
-        for digest, chunk, pages in chunks:
-            digest.update(chunk)
-            if pages is not None:
-                pages.release()
-        self._room.release()
+        try:
+            for digest, chunk, pages in chunks:
+                digest.update(chunk)
+                if pages is not None:
+                    pages.release()
+        finally:
+            self._room.release()
 
     def finished(self) -> dict[str, str]:
         """The hash of every file by its name."""

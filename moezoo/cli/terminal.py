@@ -69,9 +69,10 @@ class Progress:
         """Add to what is done; redraws at most ten times a second."""
         self.done += amount
         now = time.monotonic()
-        if now - self.shown >= 0.1 and self.stream.isatty():
+        if now - self.shown >= 0.1:
             self.shown = now
-            self._draw(note)
+            if self.stream.isatty():  # asks the system, so not at every call
+                self._draw(note)
 
     def _draw(self, note: str) -> None:
         share = min(self.done / self.total, 1.0)
