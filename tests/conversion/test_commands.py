@@ -282,6 +282,12 @@ def test_an_upcycling_is_planned_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(plans) == 1
 
 
+def test_an_upcycling_leaves_the_turns_of_threads_as_they_were(tmp_path: Path) -> None:
+    before = sys.getswitchinterval()
+    assert run("upcycle", dense_t5(tmp_path / "dense"), tmp_path / "up", "--experts", 4) == 0
+    assert sys.getswitchinterval() == before
+
+
 def test_a_single_file_of_a_larger_model_becomes_an_encoder(tmp_path: Path) -> None:
     dense = dense_t5(tmp_path / "dense")
     start = "text_encoders.t5xxl.transformer."
