@@ -86,3 +86,15 @@ def test_capacity_is_kept_in_training_and_outside(name: str, training: bool) -> 
     layer = SparseMLP(8, 16, 4, capacity={"name": name, "factor": 1.0}).train(training)
     tokens = Tokens(torch.ones(16, 8))  # all of them want the same expert
     assert int(layer.moe.route(tokens).assignment.kept.sum()) == 4
+
+
+@pytest.mark.parametrize(
+    ("training", "eval_factor", "kept"), [(True, None, 4), (False, None, 16), (False, 1.0, 4)]
+)
+def test_switch_capacity_drops_in_training_and_if_asked_outside(
+    training: bool, eval_factor: float | None, kept: int
+) -> None:
+    capacity = {"name": "switch", "factor": 1.0, "eval_factor": eval_factor}
+    layer = SparseMLP(8, 16, 4, capacity=capacity).train(training)
+    tokens = Tokens(torch.ones(16, 8))  # all of them want the same expert
+    assert int(layer.moe.route(tokens).assignment.kept.sum()) == kept
