@@ -6,6 +6,7 @@ take the GPU. A graph launches them at once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FIRST_SIZE = 64
 _KNOWN = ("moezoo.", "torch.nn.modules.")
+_RECORDING = threading.Lock()  # a process may record one graph at a time
 
 
 def may_be_a_graph(model: nn.Module, memory: Tensor) -> bool:
@@ -190,13 +192,17 @@ class GraphStep:
         """Record the graph; the logits that it will write. What it computes on the way is written
         where the next token will write it again.
         """
-        aside = torch.cuda.Stream(self.memory.device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # allocates, compiles, looks up keys and values of the memory
-                self._compute()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating and waiting.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            return self._compute()
+        device = self.memory.device  # which need not be the current one
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        with _RECORDING, torch.cuda.device(device):
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):  # allocates, compiles, looks up keys and values of the memory
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(aside)
+            # Other threads may go on allocating and waiting.
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                logits = self._compute()
+        self.graph = graph
+        return logits
