@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from moezoo.adapters.upcycle.calibration import Calibration
     from moezoo.adapters.upcycle.convert import ConversionReport
+    from moezoo.adapters.upcycle.recipe import Recipe
 
 
 @overload
@@ -121,17 +122,21 @@ def upcycle(
             allow_nonfinite=allow_nonfinite,
             calibration=calibration,
         )
-    from moezoo.adapters.upcycle.live import upcycle_model
-
     if out is not None:
         hint = "Save the result with moezoo.save."
         raise ConfigError("a live model is not written", field="out", hint=hint)
-    made = upcycle_model(model_or_path, recipe, calibration=calibration)
-    if dtype is not None:
-        import torch
+    return _live(model_or_path, recipe, calibration)
 
-        made = made.to(getattr(torch, dtype))
-    return made
+
+def _live(model: nn.Module, recipe: Recipe, calibration: Calibration | None) -> nn.Module:
+    from moezoo.adapters.upcycle.live import upcycle_model
+
+    made = upcycle_model(model, recipe, calibration=calibration)
+    if recipe.dtype is None:
+        return made
+    import torch
+
+    return made.to(getattr(torch, recipe.dtype))
 
 
 def downcycle(

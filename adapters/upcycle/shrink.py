@@ -17,6 +17,7 @@ from moezoo.adapters.shapes import matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.downcycling import scaled_further
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
+from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.records import Assignment
 from moezoo.registry import Spec
@@ -55,15 +56,7 @@ def shrink(
         raise ConfigError("prune needs a routing trace", field="trace", hint="Record one first.")
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
-        layers = [f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse]
-        layers += [f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse]
-        if not layers or not 1 <= num_experts < config.num_experts:
-            raise ConfigError(
-                "num_experts must be fewer than the model has",
-                field="num_experts",
-                expected=f"1 to {config.num_experts - 1}",
-                found=num_experts,
-            )
+        layers = _sparse_layers(config, num_experts)
         use = {layer: _use(trace, layer, config.num_experts) for layer in layers}
         groups = {
             layer: _merged(checkpoint, layer, num_experts, use[layer])
@@ -90,6 +83,20 @@ def shrink(
             operation=operation,
             overwrite=overwrite,
         )
+
+
+def _sparse_layers(config: SwitchConfig, num_experts: int) -> list[str]:
+    """Their names. Raises ConfigError where there is nothing to reduce to `num_experts`."""
+    layers = [f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse]
+    layers += [f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse]
+    if not layers or not 1 <= num_experts < config.num_experts:
+        raise ConfigError(
+            "num_experts must be fewer than the model has",
+            field="num_experts",
+            expected=f"1 to {config.num_experts - 1}",
+            found=num_experts,
+        )
+    return layers
 
 
 def _scale(checkpoint: CheckpointSource, groups: Groups, *, shared: bool) -> dict[str, float]:

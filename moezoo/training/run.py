@@ -89,21 +89,21 @@ def run_training(
     watch = Watch(steps=steps, every=table_every, num_experts=sparse)
     losses: dict[int, float] = {}
 
+    def measure(state: TrainingState) -> None:
+        due = state.step == steps or state.step % evaluate_every == 0
+        if held_out is not None and due:
+            found = evaluate(model, held_out, count=held_out_batches)
+            losses[state.step] = found["cross_entropy"]
+            metrics.write({"step": state.step, "held_out": found["cross_entropy"]})
+
     with stopping() as stop:
 
         def after(state: TrainingState, record: StepRecord) -> bool:
-            metrics.write(json_row(record))
-            warnings = watch(record)
-            if warnings:
-                metrics.write({"step": record.step, "warnings": warnings})
+            _report(record, metrics, watch)
             if on_step is not None:
                 on_step(record)
-            last = state.step == steps
-            if held_out is not None and (last or state.step % evaluate_every == 0):
-                found = evaluate(model, held_out, count=held_out_batches)
-                losses[state.step] = found["cross_entropy"]
-                metrics.write({"step": state.step, "held_out": found["cross_entropy"]})
-            if last or stop() or state.step % save_every == 0:
+            measure(state)
+            if state.step == steps or stop() or state.step % save_every == 0:
                 save_checkpoint(state, root / "checkpoints", everything)
             return stop()
 
@@ -120,6 +120,13 @@ def run_training(
         finally:
             metrics.close()
         return RunResult(state, losses, stop())
+
+
+def _report(record: StepRecord, metrics: Metrics, watch: Watch) -> None:
+    metrics.write(json_row(record))
+    warnings = watch(record)
+    if warnings:
+        metrics.write({"step": record.step, "warnings": warnings})
 
 
 def _go_on(
