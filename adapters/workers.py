@@ -29,8 +29,8 @@ class Workers:
         if len(self._threads) < self._count:
             # A daemon: who interrupts the program twice does not wait for it.
             thread = threading.Thread(target=self._work, daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def check(self) -> None:
         """Raise the first error of a job, if there was one."""

@@ -154,8 +154,11 @@ class Flusher:
     def __enter__(self) -> Flusher:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._worker.stop()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._worker.finish()  # an error of the last flush comes here or never
+        else:
+            self._worker.stop()
 
     def wrote(self, file: TensorFile, count: int) -> None:
         """Note that `count` bytes of `file` were written."""

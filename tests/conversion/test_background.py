@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from moezoo.adapters.upcycle.background import ahead
+from moezoo.adapters.upcycle.background import Flusher, ahead
 from moezoo.adapters.workers import Workers
 
 
@@ -86,3 +86,18 @@ def test_stopping_drops_what_has_not_begun_and_leaves_no_thread() -> None:
     workers.stop()
     assert 1 <= done.count(0) <= 2 and len(done) <= 2
     assert threading.active_count() <= threads + 1  # the timer may be ending
+
+
+class Full:
+    """A file whose disk reports an error when it is asked to keep what was written."""
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+def test_an_error_of_the_last_flush_is_raised() -> None:
+    with pytest.raises(OSError, match="Input/output"), Flusher() as flusher:
+        flusher.wrote(Full(), 64 << 20)  # type: ignore[arg-type]
+    with pytest.raises(KeyError), Flusher() as flusher:  # an error of the block comes first
+        flusher.wrote(Full(), 64 << 20)  # type: ignore[arg-type]
+        raise KeyError
