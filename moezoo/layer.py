@@ -117,8 +117,11 @@ class MoE(nn.Module):
         return plain and not self._watched()
 
     def _watched(self) -> bool:
-        """Whether somebody has to see the experts being called."""
-        return bool(self.experts._forward_hooks or self.experts._forward_pre_hooks)
+        """Whether somebody has to see the experts being called, or calls them in its own way."""
+        experts = self.experts
+        if not isinstance(experts, Experts) or "forward" in vars(experts):
+            return True
+        return bool(experts._forward_hooks or experts._forward_pre_hooks)
 
     def _fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
         """What a container makes of tokens without rows sorted by expert, if it can."""
@@ -175,12 +178,18 @@ class MoE(nn.Module):
         own = self.experts._parameters.values()
         parameter = next(iter(own), None)
         parameter = next(self.parameters(), None) if parameter is None else parameter
-        if parameter is not None and parameter.device.type != x.device.type:
+        # Who calls the experts in its own way may move their rows: the kind of device has to fit.
+        exact = "forward" not in vars(self.experts)
+        if parameter is not None and _elsewhere(parameter.device, x.device, exact):
             where = f"x on {x.device}, weights on {parameter.device}"
             raise ConfigError("x and the layer are on different devices", field="x", found=where)
         if self.router.needs_token_ids and token_ids is None:
             name = type(self.router).__name__
             raise ConfigError(f"{name} routes by token: it needs token_ids", field="token_ids")
+
+
+def _elsewhere(one: torch.device, other: torch.device, exact: bool) -> bool:
+    return one != other if exact else one.type != other.type
 
 
 def check_group(group: str | int) -> None:

@@ -94,6 +94,10 @@ class Int8Experts(Experts):
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scale", scale[..., 0])
 
+    @property
+    def waits(self) -> bool:
+        return True  # for the counts
+
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         _refuse_training(slots)
         out = slots.new_zeros(slots.shape)

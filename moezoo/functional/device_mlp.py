@@ -106,6 +106,7 @@ def _backend(x: Tensor, other: Tensor, counts: Tensor) -> Backend:
 
 
 def _linear(x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = False) -> Tensor:
+    tail = tail or torch.is_anomaly_enabled()  # which looks at rows of nobody too
     return _backend(x, weight, counts).linear(x, weight, counts, tail=tail)
 
 

@@ -31,11 +31,12 @@ def worth_fusing(
     if not x_TD.is_cuda or x_TD.dtype not in (torch.bfloat16, torch.float16):
         return False
     tensors = (x_TD, *weights)
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cuda for t in tensors)
+    known = (Tensor, torch.nn.Parameter)
+    plain = all(type(t) in known and t.device == x_TD.device for t in tensors)
     if not plain or any(w.dtype != x_TD.dtype for w in weights) or assignment.choices != 1:
         return False
-    known = function in _NAMES and not torch.is_autocast_enabled("cuda")
-    return known and BACKENDS["triton"].refusal(x_TD, weights[-1]) is None
+    apart = torch.is_autocast_enabled("cuda") or function not in _NAMES
+    return not apart and BACKENDS["triton"].refusal(x_TD, weights[-1]) is None
 
 
 def fused_experts(

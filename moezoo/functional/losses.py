@@ -104,7 +104,8 @@ def _filled_up_load_balance(
     missing = -probs_TE.shape[0] % size
     if real is None:
         real = torch.ones(probs_TE.shape[0], dtype=torch.bool, device=probs_TE.device)
-    longer = replace(assignment, num_tokens=assignment.num_tokens + missing)
+    count = assignment.num_tokens + missing  # of which the last have no pair
+    longer = replace(assignment, num_tokens=count, choices=0, rank_major=False)
     probs_TE = torch.cat([probs_TE, probs_TE.new_zeros(missing, probs_TE.shape[1])])
     real = torch.cat([real, real.new_zeros(missing)])
     return load_balance(probs_TE, longer, real, group_size=size)

@@ -136,7 +136,10 @@ class Stepper:
         model, memory = self.model, self.memory
         if not may_be_a_graph(model, memory):
             return None
-        return GraphStep(model, memory, self.real, rows=self.rows)
+        try:
+            return GraphStep(model, memory, self.real, rows=self.rows)
+        except torch.OutOfMemoryError:  # a graph keeps memory of its own
+            return None
 
     def reorder(self, rows: Tensor) -> None:
         """Continue from the given rows of the batch."""

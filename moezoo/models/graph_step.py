@@ -42,6 +42,10 @@ def may_be_a_graph(model: nn.Module, memory: Tensor) -> bool:
     globally = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     if any(globally) or type(model.decoder) is not Stack:
         return False
+    from moezoo.models.switch import SwitchForConditionalGeneration as Known
+
+    if getattr(type(model), "head", None) is not Known.head or "head" in vars(model):
+        return False
     parts = [part for name, part in model.named_children() if name != "encoder"]
     if any(p.device != memory.device for part in parts for p in part.parameters()):
         return False
@@ -186,6 +190,7 @@ class GraphStep:
         self.cache.position.fill_(self.length)
         self.biases = self._last_rows()
         if self.graphed:
+            self.graph = None  # its memory is there for the next
             self.logits = self._recorded()
 
     def _recorded(self) -> Tensor:

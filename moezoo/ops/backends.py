@@ -176,6 +176,8 @@ class Triton:
             return "triton is not installed"
         if not x.is_cuda and not (x.is_cpu and _triton_kernels().INTERPRETED):
             return f"the Triton kernels run on a GPU, not on {x.device.type}"
+        if other.device != x.device:
+            return f"rows are on {x.device}, weights on {other.device}"
         return None
 
     def linear(self, x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = True) -> Tensor:
@@ -215,8 +217,8 @@ BACKENDS: dict[str, Backend] = {
 @dataclass(frozen=True)
 class Choice:
     """`backend` for tensors on `device` (None: any) of one of `dtypes` (None: any), from
-    `rows` rows per expert, `total` rows in all and compute capability `capability` of a GPU on;
-    `rounded`: where torch may round the operands of products of float32.
+    `rows` rows per expert and `total` rows in all on, on GPUs of one of the compute capabilities
+    `majors` (None: any); `rounded`: where torch may round the operands of products of float32.
     """
 
     backend: str
@@ -224,7 +226,7 @@ class Choice:
     dtypes: tuple[torch.dtype, ...] | None = None
     rows: int = 0
     total: int = 0
-    capability: int = 0
+    majors: tuple[int, ...] | None = None
     rounded: bool = False
 
     def fits(self, x: Tensor, rows: int) -> bool:
@@ -233,28 +235,38 @@ class Choice:
             return False
         if x.shape[0] < self.total:
             return False
-        if self.rounded and torch.get_float32_matmul_precision() == "highest":
+        if self.rounded and not rounds_float32():
             return False
         if self.dtypes is not None and x.dtype not in self.dtypes:
             return False
-        return not self.capability or _capability(x.device) >= self.capability
+        return self.majors is None or _major(x.device) in self.majors
 
 
 @cache
-def _capability(device: torch.device) -> int:
+def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def rounds_float32() -> bool:
+    """Whether torch may round the operands of products of float32 on a GPU to TF32.
+
+    `torch.get_float32_matmul_precision` would say it too, but raises for whom the newer settings
+    of `torch.backends` were used.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    return bool(setting == "tf32")
 
 
 # The first line that fits and does not refuse. For a CPU as measured in benchmarks/layer.md
 # ("Backends"): the loop was ahead or level for every dtype from 1 to 1,024 rows per expert. For a
-# GPU as in benchmarks/gpu.md: torch has a grouped kernel for bfloat16 from Hopper on, which is the
-# fastest for many rows; of few the host is the limit, and the Triton kernels are less work for it.
-# For other dtypes and cards `grouped_mm` waits for the device and loops, and so the Triton kernels
-# are ahead, but for exact products of float32.
+# GPU as in benchmarks/gpu.md: torch has a grouped kernel for bfloat16 on Hopper and on Blackwell of
+# data centres (10.x), which is the fastest for many rows; of few the host is the limit, and the
+# Triton kernels are less work for it. For other dtypes and cards `grouped_mm` waits for the device
+# and loops, and so the Triton kernels are ahead, but for exact products of float32.
 _HALVES = (torch.bfloat16, torch.float16)
 TABLE = (
     Choice("loop", device="cpu"),
-    Choice("grouped", device="cuda", dtypes=(torch.bfloat16,), capability=9, total=1 << 15),
+    Choice("grouped", device="cuda", dtypes=(torch.bfloat16,), majors=(9, 10), total=1 << 15),
     Choice("triton", device="cuda", dtypes=_HALVES),
     Choice("triton", device="cuda", dtypes=(torch.float32,), rounded=True),
     Choice("grouped", device="cuda", dtypes=(*_HALVES, torch.float32)),
@@ -266,8 +278,7 @@ def never_waits(x: Tensor) -> bool:
     """Whether no product of rows like x that "auto" may choose makes the host wait for a GPU."""
     if not (x.is_cuda and _has_triton()):
         return False
-    rounded = torch.get_float32_matmul_precision() != "highest"
-    return x.dtype in _HALVES or (x.dtype == torch.float32 and rounded)
+    return x.dtype in _HALVES or (x.dtype == torch.float32 and rounds_float32())
 
 
 def choose(name: str, x: Tensor, other: Tensor, counts: Tensor) -> Backend:

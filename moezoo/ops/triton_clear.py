@@ -65,7 +65,7 @@ def clear_rows(out: Tensor, counts: Tensor) -> None:
         experts = counts.shape[0]
         with torch.cuda.device_of(out):
             clear_rows_kernel[(triton.cdiv(num_rows, _ROWS),)](
-                out, counts, num_rows, experts, num_cols,
+                out, counts.contiguous(), num_rows, experts, num_cols,
                 EXPERTS=triton.next_power_of_2(experts + 1), ROWS=_ROWS, COLS=_COLS,
             )  # fmt: skip
 
@@ -76,5 +76,5 @@ def clear_experts(out: Tensor, counts: Tensor) -> None:
     if out.numel():
         with torch.cuda.device_of(out):
             clear_experts_kernel[(triton.cdiv(size, _SPAN), experts)](
-                out, counts, size, SPAN=_SPAN, COLS=_COLS
+                out, counts.contiguous(), size, SPAN=_SPAN, COLS=_COLS
             )

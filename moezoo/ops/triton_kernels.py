@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moezoo.ops.backends import rounds_float32
+
 # What TRITON_INTERPRET=1 said when this module was imported: the kernels below run on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -54,9 +56,11 @@ def tiling(*operands: Tensor) -> Tiling:
 def fitting_tiling(shared_memory: int, element_size: int) -> Tiling:
     """The tiles for so many bytes of shared memory per block, and per number."""
     depth = 128 // element_size
-    wide = Tiling(cols=256, depth=depth)
-    needed = wide.stages * (wide.rows + wide.cols) * depth * element_size
-    return wide if needed <= shared_memory else Tiling(depth=depth)
+    for cols, stages in ((256, 3), (128, 3), (128, 2)):
+        tile = Tiling(cols=cols, depth=depth, stages=stages)
+        if stages * (tile.rows + cols) * depth * element_size <= shared_memory:
+            return tile
+    return Tiling(rows=64, cols=64, depth=depth, warps=4, stages=2)
 
 
 @cache
@@ -68,13 +72,12 @@ def _shared_memory(device: int) -> int:
 
 def constants(tile: Tiling, num_experts: int) -> dict[str, Any]:
     """What every kernel is specialised for, and how it is compiled."""
-    exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "EXPERTS": triton.next_power_of_2(num_experts + 1),
         "ROWS": tile.rows,
         "COLS": tile.cols,
         "DEPTH": tile.depth,
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": "tf32" if rounds_float32() else "ieee",
         "UPCAST": INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -61,6 +63,10 @@ def test_rows_that_hold_anything_reach_no_result(
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found.sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autograd.detect_anomaly():  # which looks at every row
+            torch.autograd.grad(launched(name, counts, *inputs).sum(), inputs)
 
 
 @every_activation

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import moezoo
+from moezoo.records import Routing
 
 D_MODEL, D_FF, EXPERTS = 64, 128, 8
 BOUNDED = {"relu": {"max_choices": 2}, "expert_threshold": {"max_choices": 2}}
@@ -146,3 +149,48 @@ def test_dropout_draws_on_the_device() -> None:
     torch.manual_seed(3)
     assert torch.equal(made(x), first)
     assert not torch.equal(made(x), first)
+
+
+@pytest.mark.parametrize("router", ["switch", {"name": "top_k", "k": 2}], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
+@pytest.mark.parametrize("tokens", [512, 40_000])
+def test_reduced_precision_is_near_float64_with_dropped_tokens_and_padding(
+    router: str | dict[str, object], activation: str, tokens: int
+) -> None:
+    capacity = {"name": "first_come", "factor": 0.7}
+    exact = layer(router, activation=activation, capacity=capacity).double()
+    narrow = copy.deepcopy(exact).bfloat16()
+    for parameter, wide in zip(narrow.parameters(), exact.parameters(), strict=True):
+        wide.data.copy_(parameter.data)
+    torch.manual_seed(2)
+    x = torch.randn(1, tokens, D_MODEL, device="cuda", dtype=torch.bfloat16)
+    mask = torch.rand(1, tokens, device="cuda") < 0.9
+    torch.full((tokens, 4 * D_FF), float("nan"), device="cuda")  # what memory is given out with
+    found = narrow.moe(x.requires_grad_(), mask=mask)
+    routing = exact.moe.route
+    # In float64 a token near a tie would go elsewhere: both take the same way.
+    exact.moe.route = lambda tokens: as_float64(found[1])  # type: ignore[method-assign]
+    there = x.detach().double().requires_grad_()
+    expected, _ = exact.moe(there, mask=mask)
+    exact.moe.route = routing  # type: ignore[method-assign]
+    near(found[0], expected)
+    grad = torch.randn_like(expected)
+    found[0].backward(grad.to(x.dtype))
+    expected.backward(grad)
+    for name in ("wi", "wo") if activation == "relu" else ("wi_0", "wi_1", "wo"):
+        near(*(m.moe.experts.get_parameter(name).grad for m in (narrow, exact)))
+    with torch.no_grad():
+        near(narrow.moe(x, mask=mask)[0], expected)
+
+
+def as_float64(routing: Routing) -> Routing:
+    return replace(routing, assignment=replace(routing.assignment, weight=detached(routing)))
+
+
+def detached(routing: Routing) -> Tensor:
+    return routing.assignment.weight.detach().double()
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    assert bool(torch.isfinite(found).all())
+    assert (found.double() - expected).norm() < 0.02 * expected.norm()

@@ -115,6 +115,12 @@ def test_rows_of_nobody_and_experts_without_rows_are_cleared_and_nothing_else(
     wanted = matrices.masked_fill((counts == 0)[:, None, None], 0.0)
     clear_experts(matrices, counts)
     assert torch.equal(matrices, wanted)
+    strided = torch.stack([counts, counts + 9], 1)[:, 0]
+    out += 100.0
+    expected = out.clone()
+    expected[int(counts.sum()) :] = 0.0
+    clear_rows(out, strided)
+    assert torch.equal(out, expected)
 
 
 def test_the_operator_has_the_gradients_of_the_loop() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from moezoo.errors import ConfigError
 from moezoo.ops import backends, grouped_linear
 from moezoo.ops.backends import BACKENDS, TABLE
+from tests.imports import ROOT
 from tests.ops.rows import cpu_backends, looped, row_counts
 
 every_backend = pytest.mark.parametrize("backend", [*cpu_backends(), "auto"])
@@ -203,6 +206,7 @@ def test_the_table_passes_over_a_backend_that_refuses(monkeypatch: pytest.Monkey
         ("cuda", torch.bfloat16, 1 << 20, 9, "highest", "grouped"),
         ("cuda", torch.bfloat16, 1 << 10, 9, "highest", "triton"),
         ("cuda", torch.bfloat16, 1 << 20, 8, "highest", "triton"),
+        ("cuda", torch.bfloat16, 1 << 20, 12, "highest", "triton"),
         ("cuda", torch.float16, 1 << 20, 9, "highest", "triton"),
         ("cuda", torch.float32, 1 << 20, 9, "highest", "grouped"),
         ("cuda", torch.float32, 1 << 20, 9, "high", "triton"),
@@ -219,7 +223,28 @@ def test_the_table_suits_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(rows, 8))
-    monkeypatch.setattr(backends, "_capability", lambda _: capability)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(backends, "_major", lambda _: capability)
+    monkeypatch.setattr(backends, "rounds_float32", lambda: precision == "high")
     fitting = [line.backend for line in TABLE if line.fits(x, rows // 8)]
     assert fitting[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "rounds"),
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.set_float32_matmul_precision('highest')", False),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+    ],
+)
+def test_old_and_new_settings_of_rounding_are_understood(setting: str, rounds: bool) -> None:
+    code = f"""
+import torch
+from moezoo.ops.backends import rounds_float32
+{setting}
+assert rounds_float32() is {rounds}
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
