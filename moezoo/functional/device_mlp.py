@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.functional.activations import Activation
+from moezoo.functional.composed_mlp import composed_gradients
 from moezoo.ops.backends import Backend, choose
 from moezoo.ops.eager import is_eager
-
-# (x, counts, weights, function, mask of the hidden units) -> y, as a function that autograd follows
-Composed = Callable[[Tensor, Tensor, Sequence[Tensor], Activation, Tensor | None], Tensor]
 
 
 def fits_device_mlp(x: Tensor, counts: Tensor, weights: Sequence[Tensor], p: float) -> bool:
@@ -32,7 +30,6 @@ def device_mlp(
     *,
     function: Activation,
     p: float,
-    composed: Composed,
 ) -> Tensor:
     """`grouped_mlp` as one step of autograd on whichever backend suits the device.
 
@@ -43,28 +40,21 @@ def device_mlp(
     Args:
         weights: one or two (E, F, D), then (E, D, F); cast to the dtype of x, or to autocast's,
             where they are used.
-        composed: differentiates a second time.
     """
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    out: Tensor = _DeviceMLP.apply(function, p, composed, x, counts, *weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _DeviceMLP.apply(function, p, x, counts, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
 class _DeviceMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        function: Activation,
-        p: float,
-        composed: Composed,
-        x: Tensor,
-        counts: Tensor,
-        *weights: Tensor,
+        ctx: Any, function: Activation, p: float, x: Tensor, counts: Tensor, *weights: Tensor
     ) -> Tensor:
         *inner, outer = weights
-        ctx.function, ctx.composed, ctx.p = function, composed, p
+        ctx.function, ctx.p = function, p
         ctx.relu = len(inner) == 1 and function is F.relu
         parts = [_linear(x, weight, counts) for weight in inner]
         hidden, mask = _activated(ctx, parts)
@@ -81,7 +71,7 @@ class _DeviceMLP(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _second(ctx, grad, x, counts, weights, kept)
         *inner, outer = weights
-        wants_x, (*wants_inner, wants_outer) = ctx.needs_input_grad[3], ctx.needs_input_grad[5:]
+        wants_x, (*wants_inner, wants_outer) = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
         grad = grad.contiguous()
         hidden, grad_parts = _activation_backward(
             ctx, kept, _linear(grad, outer.transpose(1, 2), counts)
@@ -98,7 +88,7 @@ class _DeviceMLP(torch.autograd.Function):
                 for part, weight in zip(grad_parts, inner, strict=True)
             ]
             grad_x = back[0] if len(back) == 1 else back[0] + back[1]
-        return None, None, None, grad_x, None, *grads, grad_outer
+        return None, None, grad_x, None, *grads, grad_outer
 
 
 def _backend(x: Tensor, other: Tensor, counts: Tensor) -> Backend:
@@ -156,9 +146,6 @@ def _second(
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a function that autograd can follow, with the same units dropped."""
     mask = (kept[-1] != 0).to(x.dtype) / (1.0 - ctx.p) if ctx.p else None
-    out = ctx.composed(x, counts, weights, ctx.function, mask)
-    wanted = [ctx.needs_input_grad[3], *ctx.needs_input_grad[5:]]
-    chosen = [t for t, want in zip((x, *weights), wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
-    grad_x, *grads = [next(found) if want else None for want in wanted]
-    return None, None, None, grad_x, None, *grads
+    wants = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
+    grad_x, *grads = composed_gradients(x, counts, weights, ctx.function, mask, grad, wants)
+    return None, None, grad_x, None, *grads

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.functional.activations import Activation
+from moezoo.functional.composed_mlp import composed_gradients, composed_mlp
 from moezoo.functional.device_mlp import device_mlp, fits_device_mlp
-from moezoo.functional.dropout import LEVELS, dropout, kept, relu_dropout
+from moezoo.functional.dropout import LEVELS, kept
 from moezoo.ops.backends import Runs, runs_of
 from moezoo.ops.eager import is_eager
-from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import stacked_gradient
 from moezoo.ops.products import outer_product, product
 
@@ -45,10 +45,10 @@ def grouped_mlp(
     """
     weights = (*inner, outer)
     if fits_device_mlp(x, counts, weights, p):
-        return device_mlp(x, counts, weights, function=function, p=p, composed=_composed_masked)
+        return device_mlp(x, counts, weights, function=function, p=p)
     threshold = round(p * LEVELS)
     if not _fuses(x, counts, weights) or not threshold < LEVELS:
-        return _composed(x, counts, weights, function, p)
+        return composed_mlp(x, counts, weights, function, p)
     wants = any(tensor.requires_grad for tensor in (x, *weights))
     if threshold or (wants and torch.is_grad_enabled()):
         out: Tensor = _FusedMLP.apply(function, threshold, x, counts, *weights)  # type: ignore[no-untyped-call]
@@ -69,35 +69,6 @@ def _fuses(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> bool:
         return False
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (x, counts, *weights))
     return plain and x.is_cpu and all(w.is_cpu and w.dtype == x.dtype for w in weights)
-
-
-def _composed(
-    x: Tensor,
-    counts: Tensor,
-    weights: Sequence[Tensor],
-    function: Activation,
-    p: float,
-    mask: Tensor | None = None,
-) -> Tensor:
-    *inner, outer = weights
-    first = grouped_linear(x, inner[0], counts)
-    if mask is None and len(inner) == 1 and function is F.relu:
-        return grouped_linear(relu_dropout(first, p, training=True), outer, counts)
-    hidden = function(first)
-    for weight in inner[1:]:
-        hidden = hidden * grouped_linear(x, weight, counts)
-    hidden = dropout(hidden, p, training=True) if mask is None else hidden * mask
-    return grouped_linear(hidden, outer, counts)
-
-
-def _composed_masked(
-    x: Tensor,
-    counts: Tensor,
-    weights: Sequence[Tensor],
-    function: Activation,
-    mask: Tensor | None,
-) -> Tensor:
-    return _composed(x, counts, weights, function, 0.0, mask)
 
 
 def _inferred(x: Tensor, runs: Runs, weights: Sequence[Tensor], function: Activation) -> Tensor:
@@ -242,10 +213,6 @@ def _composed_backward(
         mask = x.new_zeros(x.shape[0], weights[0].shape[1])
         for (_, rows), parts in zip(ctx.runs, by_run, strict=True):
             mask[rows] = (parts[-1] != 0).to(x.dtype) * ctx.scale
-    out = _composed(x, counts, weights, ctx.function, 0.0, mask)
-    inputs = (x, *weights)
-    wanted = [ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]]
-    chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
-    grad_x, *grads = [next(found) if want else None for want in wanted]
+    wants = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
+    grad_x, *grads = composed_gradients(x, counts, weights, ctx.function, mask, grad, wants)
     return None, None, grad_x, None, *grads

@@ -14,10 +14,10 @@ from moezoo.models.graph_step import GraphStep, may_be_a_graph
 from moezoo.models.sampling import GenerationOptions, adjusted, sampled
 from moezoo.models.step import DecoderStep, steps_apart
 
-_WORTH_A_GRAPH = 8  # tokens: recording one takes as long as a few of them
-
 if TYPE_CHECKING:
     from moezoo.models.switch import SwitchForConditionalGeneration
+
+_WORTH_A_GRAPH = 8  # tokens: recording one takes as long as a few of them
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moezoo.functional.activations import activation
 from moezoo.functional.device_mlp import device_mlp, fits_device_mlp
-from moezoo.functional.grouped_mlp import _composed_masked
 from moezoo.ops import backends
 from moezoo.ops.backends import BACKENDS, Choice
 from tests.functional.test_grouped_mlp import COUNTS, every_activation, fused, operands
@@ -21,7 +20,7 @@ from tests.ops.rows import row_counts
 
 def launched(name: str, counts: Tensor, x: Tensor, *weights: Tensor, p: float = 0.0) -> Tensor:
     function = activation(name)[0]
-    return device_mlp(x, counts, weights, function=function, p=p, composed=_composed_masked)
+    return device_mlp(x, counts, weights, function=function, p=p)
 
 
 @every_activation

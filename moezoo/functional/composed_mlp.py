@@ -1,0 +1,53 @@
+"""E feed-forward networks over rows sorted by expert, of operators that everyone sees through:
+`torch.compile`, `torch.export`, and autograd when it differentiates a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moezoo.functional.activations import Activation
+from moezoo.functional.dropout import dropout, relu_dropout
+from moezoo.ops.grouped_linear import grouped_linear
+
+
+def composed_mlp(
+    x: Tensor,
+    counts: Tensor,
+    weights: Sequence[Tensor],
+    function: Activation,
+    p: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`grouped_mlp` composed of `grouped_linear`; a mask (N, F) takes the place of dropout."""
+    *inner, outer = weights
+    first = grouped_linear(x, inner[0], counts)
+    if mask is None and len(inner) == 1 and function is F.relu:
+        return grouped_linear(relu_dropout(first, p, training=True), outer, counts)
+    hidden = function(first)
+    for weight in inner[1:]:
+        hidden = hidden * grouped_linear(x, weight, counts)
+    hidden = dropout(hidden, p, training=True) if mask is None else hidden * mask
+    return grouped_linear(hidden, outer, counts)
+
+
+def composed_gradients(
+    x: Tensor,
+    counts: Tensor,
+    weights: Sequence[Tensor],
+    function: Activation,
+    mask: Tensor | None,
+    grad: Tensor,
+    wants: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of `composed_mlp` for x and the weights that are wanted, as a function that
+    autograd can follow.
+    """
+    out = composed_mlp(x, counts, weights, function, 0.0, mask)
+    chosen = [tensor for tensor, want in zip((x, *weights), wants, strict=True) if want]
+    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
+    return [next(found) if want else None for want in wants]
