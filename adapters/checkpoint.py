@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moezoo.adapters.checkpoint_source import task_of
 from moezoo.adapters.description import Description, describe
 from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
-from moezoo.adapters.names import disk_names
+from moezoo.adapters.names import HEAD, SHARED, disk_names
 from moezoo.adapters.tensor_files import TensorPlan, write_tensors
 from moezoo.adapters.writer import replacing_directory
 from moezoo.building import TASKS, build, usable_device
@@ -32,6 +34,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_nonfinite: bool = False,
+    drop_heads: bool = False,
     **overrides: Any,
 ) -> nn.Module:
     """Load a T5-family or Switch checkpoint, dense or sparse, in evaluation mode.
@@ -45,6 +48,8 @@ def load(
         task: "conditional_generation", "model" or "encoder"; None: what the checkpoint holds.
         device, dtype: where to and in which precision; None: CPU, as stored.
         allow_nonfinite: accept NaN and infinity in weights.
+        drop_heads: leave out heads that moezoo's models do not have, such as a classifier's; they
+            are refused otherwise.
         overrides: fields of SwitchConfig that change no shape, such as `capacity="transformers"`.
 
     Raises CheckpointError (CorruptFile, IndexFileError, TensorMismatch, NonFiniteWeights,
@@ -52,7 +57,7 @@ def load(
     """
     device = None if device is None else usable_device(device)
     with open_source(path) as source:
-        description = describe(source)
+        description = describe(source, drop_heads=drop_heads)
         config = description.config.replace(**overrides)
         chosen = _task(task, description)
         model = build(config, task=chosen, device="meta")
@@ -100,6 +105,9 @@ def save(
         plan.name: (plan, tensor_bytes(tensor))
         for plan, tensor in _disk_tensors(model, family.mlp, config.num_experts)
     }
+    for name in family.copies(config, task):
+        plan, content = tensors[SHARED]
+        tensors[name] = dataclasses.replace(plan, name=name), content
     total = sum(plan.nbytes for plan, _ in tensors.values())
     with replacing_directory(path, overwrite=overwrite, bytes_needed=total) as stage:
         values = {**family.write(config, task), "dtype": _dtype_word(model)}
@@ -243,14 +251,14 @@ def _missing(
 
 def _belongs_elsewhere(name: str, task: str, description: Description) -> bool:
     """Whether a tensor is rightly unused: of a stack or head that the task has not."""
-    if name == "lm_head.weight":
-        return task != "conditional_generation" or not description.own_head
+    if name == HEAD:
+        return task != "conditional_generation"
     return task == "encoder" and name.startswith("decoder.")
 
 
 def _task(task: str | None, description: Description) -> str:
     if task is None:
-        return "conditional_generation" if description.has_decoder else "encoder"
+        return task_of(description)
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}", field="task", hint=did_you_mean(task, TASKS))
     return task

@@ -10,7 +10,7 @@ from moezoo.adapters.description import Description, describe
 from moezoo.adapters.formats import Source, TensorInfo, open_source
 from moezoo.adapters.formats.base import FLOAT_DTYPES
 from moezoo.adapters.formats.files import quoted
-from moezoo.adapters.names import disk_names, is_ignored
+from moezoo.adapters.names import HEAD, SHARED, disk_names, is_stray
 from moezoo.adapters.shapes import check_shapes, parameter_shapes
 from moezoo.config import SwitchConfig
 from moezoo.errors import TensorMismatch
@@ -26,7 +26,7 @@ class CheckpointSource:
 
     Attributes:
         tensors: by parameter name in memory; one tensor, or one per expert for a stack.
-        ignored: tensors that repeat others or never meant anything, by name on disk.
+        left_out: tensors that no conversion takes along, by name on disk, and why.
         task: "conditional_generation", "model" or "encoder".
     """
 
@@ -34,7 +34,7 @@ class CheckpointSource:
     description: Description
     task: str
     tensors: Mapping[str, tuple[TensorInfo, ...]] = field(repr=False)
-    ignored: tuple[str, ...]
+    left_out: Mapping[str, str]
 
     @property
     def path(self) -> Path:
@@ -44,6 +44,16 @@ class CheckpointSource:
     def config(self) -> SwitchConfig:
         return self.description.config
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names in the file under which a written one has no tensor, and what it has instead."""
+        places, found = self.description.places, dict[str, str]()
+        for name, first in self.description.aliases.items():
+            written = SHARED if first == SHARED else HEAD
+            found |= {n: written for n in (name, first) if n != written}
+        table = places[SHARED][None]  # which stands in where there is no shared.weight
+        return found if table == SHARED else {**found, table: SHARED}
+
     def __enter__(self) -> CheckpointSource:
         return self
 
@@ -51,14 +61,17 @@ class CheckpointSource:
         self.source.close()
 
 
-def open_checkpoint(path: str | Path) -> CheckpointSource:
+def open_checkpoint(path: str | Path, *, drop_heads: bool = False) -> CheckpointSource:
     """Open a checkpoint directory or file and check names, shapes and dtypes against its config.
+
+    Args:
+        drop_heads: leave out heads that moezoo's models do not have, such as a classifier's.
 
     Raises CheckpointError or ConfigError naming the file, key or field; weights are not read.
     """
     source = open_source(path)
     try:
-        description = describe(source)
+        description = describe(source, drop_heads=drop_heads)
         try:
             return _checked(source, description)
         except TensorMismatch as error:
@@ -91,8 +104,6 @@ def _checked(source: Source, description: Description) -> CheckpointSource:
     _refuse_depth(description, task, source)
     tensors: dict[str, tuple[TensorInfo, ...]] = {}
     for name, places in description.places.items():
-        if name == "lm_head.weight" and not description.own_head:
-            continue
         experts = sorted(places, key=lambda expert: -1 if expert is None else expert)
         found = tuple(source.info(description.prefix + places[expert]) for expert in experts)
         _check_dtypes(source, found)
@@ -102,14 +113,17 @@ def _checked(source: Source, description: Description) -> CheckpointSource:
     names = {name: _on_disk(name, description) for name in expected}
     names |= {name: parts[0].name for name, parts in tensors.items()}
     check_shapes(expected, shapes, path=source.path, names=names)
-    used = {part.name for parts in tensors.values() for part in parts}
+    return CheckpointSource(source, description, task, tensors, _left_out(source, description))
+
+
+def _left_out(source: Source, description: Description) -> dict[str, str]:
+    """What is no parameter of the model, and why."""
     start = description.prefix
-    ignored = tuple(
-        name
-        for name in source.tensors
-        if name not in used and (name.startswith(start) or is_ignored(name))
-    )
-    return CheckpointSource(source, description, task, tensors, ignored)
+    reasons = {start + name: f"repeats {first}" for name, first in description.aliases.items()}
+    reasons |= dict.fromkeys(description.dropped, "of a head that was dropped")
+    reasons |= dict.fromkeys(description.outside, "of the larger model around it")
+    strays = [name for name in source.tensors if is_stray(name.removeprefix(start))]
+    return reasons | dict.fromkeys(strays, "never meant anything")
 
 
 def _refuse_depth(description: Description, task: str, source: Source) -> None:
@@ -167,5 +181,7 @@ def task_of(description: Description) -> str:
         return "encoder"
     architectures = description.values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
-    headless = isinstance(name, str) and name.endswith("Model") and not description.own_head
+    # What transformers called a model with a tied head until 2020 ends in "Model" too.
+    named = isinstance(name, str) and name.endswith("Model") and not name.endswith("LMHeadModel")
+    headless = (named or bool(description.dropped)) and not description.own_head
     return "model" if headless else "conditional_generation"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,18 @@ from moezoo.adapters.families import (
     long_t5_refusal,
 )
 from moezoo.adapters.formats.base import Source
-from moezoo.adapters.formats.files import read_json
-from moezoo.adapters.names import MemoryName, common_prefix, is_ignored, memory_name
+from moezoo.adapters.formats.files import quoted, read_json
+from moezoo.adapters.names import (
+    HEAD,
+    MAY_REPEAT,
+    SHARED,
+    TABLES,
+    MemoryName,
+    common_prefix,
+    is_head,
+    is_stray,
+    memory_name,
+)
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
 
@@ -30,41 +39,68 @@ class Description:
     """A checkpoint as its headers tell it.
 
     family, config; prefix: what stands before every name in the file; places: for each parameter
-    in memory its tensor on disk (without prefix) by expert, None for a whole tensor; own_head: an
-    lm_head that is not the embedding; values: config.json as it is.
+    in memory its tensor on disk (without prefix) by expert, None for a whole tensor; aliases:
+    tensors on disk (without prefix) that repeat another, by its name there; dropped: tensors of a
+    head that was left out; outside: those of a larger model around this one; values: config.json
+    as it is.
     """
 
     family: Family
     config: SwitchConfig
     prefix: str
     places: Mapping[str, dict[int | None, str]]
-    own_head: bool
+    aliases: Mapping[str, str]
+    dropped: tuple[str, ...]
+    outside: tuple[str, ...]
     has_decoder: bool
     values: Mapping[str, Any]
 
+    @property
+    def own_head(self) -> bool:
+        """Whether there is an lm_head that is not the embedding."""
+        return HEAD in self.places
 
-def describe(source: Source) -> Description:
+
+def describe(source: Source, *, drop_heads: bool = False) -> Description:
     """Read config.json (or infer it from shapes) and place every tensor.
+
+    Args:
+        drop_heads: leave out heads that moezoo's models do not have, such as a classifier's.
 
     Raises ConfigError naming the field, or TensorMismatch for a tensor that is not of the family.
     """
     prefix = common_prefix(source.tensors)
-    names = [n.removeprefix(prefix) for n in source.tensors if n.startswith(prefix)]
+    path = source.directory / "config.json"
+    inside_another = bool(prefix) and source.path.is_file()
+    configured = path.is_file() and not inside_another
+    dropped = _heads(source, prefix, drop=drop_heads)
+    outside = tuple(n for n in source.tensors if not n.startswith(prefix) and n not in dropped)
+    if outside and configured:
+        raise _unexpected(source, outside[0])
+    names = [n.removeprefix(prefix) for n in source.tensors if n not in (*dropped, *outside)]
     for kind in ("Local", "TransientGlobal"):
         if any(f".{kind}SelfAttention." in name for name in names):
             raise long_t5_refusal(kind, source.path)
-    places = _places(names, source)
-    own_head = _has_own_head(source, prefix, places)
-    weights = Weights(frozenset(names), own_head)
-    path = source.directory / "config.json"
+    places, aliases = _places(names, source, prefix)
+    own = [n for n in MAY_REPEAT if n in places and not _repeats(source, prefix, places, n)]
+    weights = Weights(
+        frozenset(names),
+        own_head=HEAD in own,
+        own_embeddings=tuple(stack for stack, table in TABLES.items() if table in own),
+    )
     values: Mapping[str, Any] = {}
-    if path.is_file() and not (prefix and source.path.is_file()):
+    if configured:
         values = read_json(path, most=_MAX_CONFIG_BYTES)
         family = _named(path, family_of, values)
         config = _named(path, family.read, values, weights)
     else:
         family, config = inferred(source, prefix, weights)
-    return Description(family, config, prefix, places, own_head, weights.has_decoder, values)
+    for name in _wanted_by_none(config, own):
+        if name in places:
+            aliases[places.pop(name)[None]] = SHARED
+    return Description(
+        family, config, prefix, places, aliases, dropped, outside, weights.has_decoder, values
+    )
 
 
 def inferred(source: Source, prefix: str, weights: Weights) -> tuple[Family, SwitchConfig]:
@@ -75,9 +111,7 @@ def inferred(source: Source, prefix: str, weights: Weights) -> tuple[Family, Swi
     shapes = {n: source.tensors[prefix + n].shape for n in weights.names}
     table_name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     query_name = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    embedding = next(
-        (shapes[n] for n in ("shared.weight", "encoder.embed_tokens.weight") if n in shapes), None
-    )
+    embedding = next((shapes[n] for n in (SHARED, *TABLES.values()) if n in shapes), None)
     if embedding is None or table_name not in shapes or query_name not in shapes:
         hint = "Put the model's config.json beside the weights."
         raise ConfigError(
@@ -101,6 +135,7 @@ def inferred(source: Source, prefix: str, weights: Weights) -> tuple[Family, Swi
         feed_forward_proj="gated-gelu" if gated else "relu",
         relative_attention_num_buckets=shapes[table_name][0],
         tie_word_embeddings=not weights.own_head,
+        own_embeddings=weights.own_embeddings,
         position_bias_every_layer=every,
         scale_decoder_outputs=True if every else not weights.own_head,
     )
@@ -113,21 +148,75 @@ def _depth(names: frozenset[str], stack: str) -> int:
     return len(indices)
 
 
-def _places(names: list[str], source: Source) -> dict[str, dict[int | None, str]]:
+def _heads(source: Source, prefix: str, *, drop: bool) -> tuple[str, ...]:
+    """The tensors of heads that stand beside the model. Raises TensorMismatch unless they may be
+    dropped.
+    """
+    beside = prefix.rstrip(".").rpartition(".")[0]
+    beside += "." if beside else ""
+    starts = {beside, prefix}
+    heads = tuple(
+        name
+        for name in source.tensors
+        if any(name.startswith(s) and is_head(name.removeprefix(s)) for s in starts)
+    )
+    if heads and not drop:
+        raise TensorMismatch(
+            f"moezoo's models have no head such as {quoted(heads[0])} ({len(heads)} tensors)",
+            path=source.path,
+            key=heads[0],
+            hint="`moezoo export SRC OUT --drop-heads` writes the model without it "
+            "(drop_heads=True in Python).",
+        )
+    return heads
+
+
+def _unexpected(source: Source, name: str) -> TensorMismatch:
+    reason = f"unexpected tensor {quoted(name)} beside the model"
+    return TensorMismatch(reason, path=source.path, key=name[:120])
+
+
+def _places(
+    names: list[str], source: Source, prefix: str
+) -> tuple[dict[str, dict[int | None, str]], dict[str, str]]:
+    """Where each tensor goes, and those that repeat another by their names."""
     places: dict[str, dict[int | None, str]] = {}
+    aliases: dict[str, str] = {}
     for name in names:
-        if is_ignored(name):
+        if is_stray(name):
             continue
         place = _place(name, source)
         experts = places.setdefault(place.name, {})
-        if place.expert in experts and place.name != "lm_head.weight":
-            reason = f"{name!r} and {experts[place.expert]!r} are the same parameter"
+        first = experts.setdefault(place.expert, name)
+        if first == name:
+            continue
+        if place.name != HEAD or not _equal(source, prefix + first, prefix + name):
+            reason = f"{name!r} and {first!r} are the same parameter"
             raise TensorMismatch(reason, path=source.path, key=name)
-        experts[place.expert] = name
-    alias = next((n for n in names if n.endswith("embed_tokens.weight")), None)
-    if "shared.weight" not in places and alias:
-        places["shared.weight"] = {None: alias}
-    return places
+        aliases[name] = first
+    tables = [table for table in TABLES.values() if table in places]
+    if SHARED not in places and tables:
+        places[SHARED] = places.pop(tables[0])
+        if len(tables) > 1 and HEAD not in places:
+            _refuse_two_tables(source, prefix, tables)
+    return places, aliases
+
+
+def _refuse_two_tables(source: Source, prefix: str, tables: list[str]) -> None:
+    """Raise TensorMismatch where nothing says which of two tables a tied head is tied to."""
+    if not _equal(source, *(prefix + table for table in tables)):
+        raise TensorMismatch(
+            f"{tables[0]} and {tables[1]} differ, and there is neither shared.weight nor a head",
+            path=source.path,
+            key=prefix + SHARED,
+        )
+
+
+def _wanted_by_none(config: SwitchConfig, own: Sequence[str]) -> list[str]:
+    """Tables that only repeat the shared one, and that the model has no parameter for."""
+    has = {table for stack, table in TABLES.items() if stack in config.own_embeddings}
+    has |= set() if config.tie_word_embeddings else {HEAD}
+    return [name for name in MAY_REPEAT if name not in own and name not in has]
 
 
 def _place(name: str, source: Source) -> MemoryName:
@@ -139,21 +228,25 @@ def _place(name: str, source: Source) -> MemoryName:
         ) from None
 
 
-def _has_own_head(source: Source, prefix: str, places: Mapping[str, dict[int | None, str]]) -> bool:
-    """Whether there is a head whose bytes are not the embedding's."""
-    head, shared = places.get("lm_head.weight"), places.get("shared.weight")
-    if head is None or shared is None:
-        return head is not None
-    first, second = prefix + head[None], prefix + shared[None]
+def _repeats(
+    source: Source, prefix: str, places: Mapping[str, dict[int | None, str]], name: str
+) -> bool:
+    """Whether a table's bytes are those of the shared embeddings."""
+    if SHARED not in places:
+        return False
+    return _equal(source, prefix + places[name][None], prefix + places[SHARED][None])
+
+
+def _equal(source: Source, first: str, second: str) -> bool:
+    """Whether two tensors are the same bytes."""
     a, b = source.info(first), source.info(second)
     if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return True
-    if a.path is not None and (a.path, a.offset) == (b.path, b.offset):
         return False
-    # Different heads differ in the first chunk; equal ones are the rare old file with aliases.
-    size = max(1, math.prod(a.shape))
+    if a.path is not None and (a.path, a.offset) == (b.path, b.offset):
+        return True
+    # Tables that differ do so in the first chunk; equal ones are read whole.
     pairs = zip(source.chunks(first), source.chunks(second), strict=True)
-    return size > 1 and any(x != y for x, y in pairs)
+    return all(x == y for x, y in pairs)
 
 
 def _named(path: Path, read: Any, *arguments: Any) -> Any:

@@ -20,6 +20,8 @@ _ATTENTION = ("q", "k", "v", "o")
 _TEMPLATES: list[tuple[str, str]] = [
     ("shared.weight", "shared.weight"),
     ("lm_head.weight", "lm_head.weight"),
+    ("encoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
+    ("decoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
 ]
 for _stack, _mlp in (("encoder", 1), ("decoder", 2)):
     _ours, _theirs = f"{_stack}.blocks.#.", f"{_stack}.block.#.layer."
@@ -52,11 +54,15 @@ _TEMPLATES.append(
 
 _TO_DISK = dict(_TEMPLATES)
 _TO_MEMORY = {disk: memory for memory, disk in _TEMPLATES}
-_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-_HEADS = ("lm_head.weight", "decoder.lm_head.weight")
+SHARED = "shared.weight"
+HEAD = "lm_head.weight"
+TABLES = {stack: f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")}
+MAY_REPEAT = (*TABLES.values(), HEAD)  # what a file may hold as a copy of the shared embeddings
+LM_HEADS = (HEAD, "decoder.lm_head.weight")
 _STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 _BLOCK = re.compile(r"(encoder|decoder)\.block\.(\d{1,5})\.layer\.(\d)\.(.+)\Z")
 _OUR_MLP = re.compile(r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.(.+)\Z")
+_OTHER_HEAD = re.compile(r"(?!lm_head\.)(?:\w*head|classifier|qa_outputs|regressor|score)\.")
 _EXPERT = re.compile(r"experts\.expert_(\d{1,7})\.(wi|wi_0|wi_1|wo)\.weight\Z")
 _STACKED = re.compile(r"experts\.(wi|wi_0|wi_1|wo)\Z")
 _MLP_LAYER = {"encoder": "1", "decoder": "2"}
@@ -72,15 +78,22 @@ class MemoryName:
     expert: int | None = None
 
 
-def is_ignored(name: str) -> bool:
-    """Whether a tensor on disk repeats another (embedding aliases) or never meant anything."""
-    return name in _ALIASES or name == _STRAY
+def is_stray(name: str) -> bool:
+    """Whether a tensor on disk never meant anything: T5's first files hold one."""
+    return name == _STRAY
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor beside the stacks is of a head that moezoo's models do not have: a
+    classifier's, a span's (`qa_outputs`), a value's.
+    """
+    return _OTHER_HEAD.match(name) is not None
 
 
 def memory_name(name: str) -> MemoryName:
     """The place of a tensor on disk. Raises TensorMismatch for a name that is not of the family."""
-    if name in _HEADS:
-        return MemoryName("lm_head.weight")
+    if name in LM_HEADS:
+        return MemoryName(HEAD)
     block = _BLOCK.match(name)
     if block is None:
         if name in _TO_MEMORY:

@@ -6,7 +6,7 @@ The plan is the only thing that the streaming conversion executes; `moezoo plan`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from moezoo.adapters.buildable import check_buildable
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible, layout_for
 from moezoo.adapters.formats import TensorInfo
-from moezoo.adapters.names import disk_names
+from moezoo.adapters.names import SHARED, disk_names
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.inits import ExpertInit, RouterInit, expert_inits, router_inits
@@ -31,7 +31,8 @@ class Move:
     """One source tensor and what becomes of it: itself, or a matrix of every expert.
 
     `layer` names the sparse layer that it feeds, such as "encoder.blocks.1.mlp", and `matrix` is
-    its part there; both are None for a tensor that is only copied.
+    its part there; both are None for a tensor that is only copied, to every name that the layout
+    wants it under.
     """
 
     parameter: str
@@ -57,7 +58,9 @@ class Plan:
     scale: float
     moves: tuple[Move, ...] = field(repr=False)
     routers: dict[str, TensorPlan] = field(repr=False)  # by layer
-    ignored: tuple[str, ...]
+    left_out: Mapping[str, str]  # tensors of the source that are not converted, and why
+    aliases: Mapping[str, str]  # those of them that repeat another: to come back by `downcycle`
+    dropped_heads: tuple[str, ...]
 
     @property
     def streams(self) -> bool:
@@ -100,7 +103,11 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self.outputs())
+        total = sum(math.prod(router.shape) for router in self.routers.values())
+        for move in self.moves:
+            kept = move.targets if move.layer is not None else move.targets[:1]
+            total += sum(math.prod(target.shape) for target in kept)
+        return total
 
     @property
     def active_parameters(self) -> int:
@@ -108,7 +115,7 @@ class Plan:
         chosen = _choices(self.config)
         total = 0
         for move in self.moves:
-            count = len(move.targets) if move.layer is None else min(chosen, len(move.targets))
+            count = 1 if move.layer is None else min(chosen, len(move.targets))
             total += count * math.prod(move.targets[0].shape)
         return total + sum(math.prod(router.shape) for router in self.routers.values())
 
@@ -148,7 +155,9 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
         scale=scale,
         moves=moves,
         routers=dict(_routers(moves, config, family)),
-        ignored=checkpoint.ignored,
+        left_out=checkpoint.left_out,
+        aliases=checkpoint.aliases,
+        dropped_heads=checkpoint.description.dropped,
     )
 
 
@@ -197,8 +206,9 @@ def _moves(
         layer, _, rest = name.rpartition(".mlp.")
         layer, matrix = f"{layer}.mlp", rest.removesuffix(".weight")
         if layer not in layers:
-            (target,) = disk_names(name, mlp=family.mlp)
-            yield Move(name, info, (TensorPlan(target, dtype, info.shape),))
+            names = disk_names(name, mlp=family.mlp)
+            names += family.copies(config, checkpoint.task) if name == SHARED else ()
+            yield Move(name, info, tuple(TensorPlan(n, dtype, info.shape) for n in names))
             continue
         targets = disk_names(f"{layer}.experts.{matrix}", mlp=family.mlp, num_experts=count)
         width = expert_width(config)

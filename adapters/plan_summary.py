@@ -27,7 +27,7 @@ def summary(plan: Plan, checkpoint: CheckpointSource) -> dict[str, Any]:
         "container": checkpoint.source.kind,
         "recipe": plan.recipe.to_dict(),
         "groups": _groups(plan),
-        "ignored": list(plan.ignored),
+        "left_out": dict(plan.left_out),
         "carried": carried_files(checkpoint.source.directory),
         "parameters": plan.parameters,
         "active_parameters": plan.active_parameters,

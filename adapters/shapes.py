@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from moezoo.adapters.formats.files import quoted
+from moezoo.adapters.names import HEAD, SHARED, TABLES
 from moezoo.config import SwitchConfig
 from moezoo.errors import TensorMismatch, did_you_mean
 from moezoo.registry import Spec
@@ -22,11 +23,13 @@ def parameter_shapes(config: SwitchConfig, task: str) -> dict[str, Shape]:
         task: "conditional_generation", "model" or "encoder".
     """
     width = config.d_model
-    shapes: dict[str, Shape] = {"shared.weight": (config.vocab_size, width)}
+    shapes: dict[str, Shape] = {SHARED: (config.vocab_size, width)}
     stacks = [("encoder", config.num_layers, config.encoder_sparse)]
     if task != "encoder":
         stacks.append(("decoder", config.decoder_layers, config.decoder_sparse))
     for stack, layers, sparse in stacks:
+        if stack in config.own_embeddings:
+            shapes[TABLES[stack]] = (config.vocab_size, width)
         for index in range(layers):
             start = f"{stack}.blocks.{index}"
             shapes.update(_attention(config, f"{start}.attention"))
@@ -41,7 +44,7 @@ def parameter_shapes(config: SwitchConfig, task: str) -> dict[str, Shape]:
             shapes.update(_mlp(config, f"{start}.mlp", sparse=index in sparse))
         shapes[f"{stack}.final_norm.weight"] = (width,)
     if task == "conditional_generation" and not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, width)
+        shapes[HEAD] = (config.vocab_size, width)
     return shapes
 
 

@@ -9,15 +9,27 @@ from torch import Tensor, nn
 
 from moezoo.adapters.families import family_of, layout_for
 from moezoo.adapters.families.base import TASK_SUFFIX, Weights
-from moezoo.adapters.names import disk_names, is_ignored, memory_name
+from moezoo.adapters.names import (
+    HEAD,
+    MAY_REPEAT,
+    SHARED,
+    TABLES,
+    disk_names,
+    is_head,
+    is_stray,
+    memory_name,
+)
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
 
 
 @torch.no_grad()
-def from_transformers(model: nn.Module) -> nn.Module:
+def from_transformers(model: nn.Module, *, drop_heads: bool = False) -> nn.Module:
     """A moezoo model that computes what a transformers T5 or Switch computes; weights are copied.
+
+    Args:
+        drop_heads: leave out a head that moezoo's models do not have, such as a classifier's.
 
     Raises ConfigError for a model that is not of the family.
     """
@@ -25,14 +37,19 @@ def from_transformers(model: nn.Module) -> nn.Module:
     if not hasattr(config, "to_dict"):
         found = type(model).__name__
         raise ConfigError("not a transformers model", field="model", found=found)
-    state = {n: t for n, t in model.state_dict().items() if not is_ignored(n)}
-    head, shared = state.get("lm_head.weight"), state.get("shared.weight")
-    own_head = head is not None and shared is not None and head.data_ptr() != shared.data_ptr()
     values = config.to_dict()
-    family = family_of(values)
-    ours = family.read(values, Weights(frozenset(state), own_head))
-    twin = build(ours, task=_task(model), device="meta")
-    twin.load_state_dict(_stacked(state, own_head), strict=True, assign=True)
+    family, task = family_of(values), _task(model, drop_heads=drop_heads)
+    inner: nn.Module = getattr(model, "transformer", model)  # a classifier's model without it
+    state = {n: t for n, t in inner.state_dict().items() if not (is_stray(n) or is_head(n))}
+    # What is one parameter in memory is no table of its own, whatever the config says.
+    shared = state[SHARED].data_ptr()
+    for name in MAY_REPEAT:
+        if name in state and state[name].data_ptr() == shared:
+            del state[name]
+    own = tuple(stack for stack, table in TABLES.items() if table in state)
+    ours = family.read(values, Weights(frozenset(state), HEAD in state, own))
+    twin = build(ours, task=task, device="meta")
+    twin.load_state_dict(_stacked(state), strict=True, assign=True)
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
     return twin.train(model.training)
@@ -61,10 +78,13 @@ def to_transformers(model: nn.Module) -> nn.Module:
         for name, tensor in model.state_dict().items()
         for disk, part in _parts(name, tensor, family.mlp, ours.num_experts)
     }
-    if task == "conditional_generation" and "lm_head.weight" in state:
-        twin.lm_head.weight = nn.Parameter(state["lm_head.weight"])  # untied from the embeddings
+    state |= {name: state[SHARED].clone() for name in family.copies(ours, task)}
+    for name in MAY_REPEAT:
+        if name in state:  # untied from the shared embeddings
+            owner = twin.get_submodule(name.removesuffix(".weight"))
+            owner.weight = nn.Parameter(state[name])
     missing, unexpected = twin.load_state_dict(state, strict=False)
-    missing = [n for n in missing if not is_ignored(n) and n != "lm_head.weight"]
+    missing = [n for n in missing if n not in MAY_REPEAT]
     assert not missing, f"transformers wants {missing}"
     assert not unexpected, f"transformers does not know {unexpected}"
     return cast(nn.Module, twin.train(model.training))
@@ -76,13 +96,11 @@ def _parts(name: str, tensor: Tensor, mlp: str, num_experts: int) -> list[tuple[
     return list(zip(names, tensor.unbind(0) if stacked else [tensor], strict=True))
 
 
-def _stacked(state: dict[str, Tensor], own_head: bool) -> dict[str, Tensor]:
+def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
         place = memory_name(name)
-        if place.name == "lm_head.weight" and not own_head:
-            continue
         if place.expert is None:
             made[place.name] = tensor.detach().clone()
         else:
@@ -92,12 +110,15 @@ def _stacked(state: dict[str, Tensor], own_head: bool) -> dict[str, Tensor]:
     return made
 
 
-def _task(model: nn.Module) -> str:
+def _task(model: nn.Module, *, drop_heads: bool) -> str:
     name = type(model).__name__
+    if drop_heads and any(is_head(part) for part, _ in model.named_parameters()):
+        inner: nn.Module = getattr(model, "transformer", model)
+        return "model" if hasattr(inner, "decoder") else "encoder"
     task = next((task for task, suffix in TASK_SUFFIX.items() if name.endswith(suffix)), None)
     if name.endswith("EncoderModel"):
         task = "encoder"
     if task is None:
-        hint = f"Pass a model whose class ends in {' or '.join(TASK_SUFFIX.values())}."
+        hint = f"Pass drop_heads=True, or a class that ends in {' or '.join(TASK_SUFFIX.values())}."
         raise ConfigError("unknown head", field="model", found=name, hint=hint)
     return task

@@ -5,6 +5,7 @@ Levels 1 and 2 read bytes; 3 holds one layer in memory; 4 and 5 run both models.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
+from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, same_table
 from moezoo.adapters.upcycle.watch import source_hashes
 from moezoo.adapters.verification import LEVELS, LevelResult, Verification
 from moezoo.config import SwitchConfig
@@ -43,8 +45,13 @@ def verify(
         raise ConfigError(
             "unknown level of verification", field="levels", expected="1 to 5", found=unknown
         )
-    with open_checkpoint(against) as source, open_checkpoint(target) as made:
-        plan = make_plan(source, recipe_of(made), layout=_layout(made))
+    with (
+        open_checkpoint(target) as made,
+        open_checkpoint(
+            against, drop_heads=bool(_upcycling(made)[0].get("dropped_heads"))
+        ) as source,
+    ):
+        plan = _resized(make_plan(source, recipe_of(made), layout=_layout(made)), made)
         results = [_run(level, plan, source, made) for level in wanted]
     return Verification(str(target), str(against), tuple(results))
 
@@ -54,23 +61,24 @@ def recipe_of(made: CheckpointSource) -> Recipe:
 
     Raises ConfigError when there is none.
     """
-    provenance, exported = _upcycling(made)
+    provenance, exports = _upcycling(made)
     recipe = Recipe.from_dict(provenance["recipe"])
+    exported = next((export["dtype"] for export in exports if export.get("dtype")), None)
     return recipe if exported is None else replace(recipe, dtype=exported)
 
 
-def _upcycling(made: CheckpointSource) -> tuple[Mapping[str, Any], str | None]:
-    """The provenance of the upcycling, seen through exports, and the dtype of the last of them."""
+def _upcycling(made: CheckpointSource) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """The provenance of the upcycling, and that of the exports since, the last one first."""
     provenance: Any = made.description.values.get("moezoo_provenance")
     operation: Any = "something else"
-    dtype: str | None = None
+    exports: list[Mapping[str, Any]] = []
     while isinstance(provenance, Mapping):
         operation = provenance.get("operation")
         if operation == "upcycle" and isinstance(provenance.get("recipe"), Mapping):
-            return provenance, dtype
+            return provenance, exports
         if operation != "export" or provenance.get("expert") is not None:
             break
-        dtype = dtype or provenance.get("dtype")
+        exports.append(provenance)
         before = provenance.get("made_from")
         provenance = before[0].get("provenance") if isinstance(before, list) and before else None
     raise ConfigError(
@@ -79,6 +87,29 @@ def _upcycling(made: CheckpointSource) -> tuple[Mapping[str, Any], str | None]:
         path=made.source.directory / "config.json",
         hint="Verify the upcycled model that it was made from.",
     )
+
+
+def _resized(plan: Plan, made: CheckpointSource) -> Plan:
+    """The plan of a model whose tables of tokens an export gave another number of rows.
+
+    Raises ConfigError after two such exports, of which the second takes rows for the source's that
+    are not.
+    """
+    sizes = [e["vocab_size"] for e in _upcycling(made)[1] if e.get("vocab_size") is not None]
+    if len(sizes) > 1:
+        reason = "its tables were resized twice"
+        hint = "Verify the model that was resized first."
+        raise ConfigError(reason, field="vocab_size", path=made.path, found=sizes[:8], hint=hint)
+    if not sizes:
+        return plan
+    (rows,) = sizes
+    moves = [
+        replace(move, targets=tuple(replace(t, shape=(rows, *t.shape[1:])) for t in move.targets))
+        if move.parameter in ROWS_OF_TOKENS
+        else move
+        for move in plan.moves
+    ]
+    return replace(plan, config=plan.config.replace(vocab_size=rows), moves=tuple(moves))
 
 
 def _run(level: int, plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
@@ -98,21 +129,36 @@ def _run(level: int, plan: Plan, source: CheckpointSource, made: CheckpointSourc
 
 
 def _static(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
+    lost, twice = _unaccounted(plan, source)
     expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.outputs()}
     found = {name: (info.dtype, info.shape) for name, info in made.source.tensors.items()}
     missing = sorted(set(expected) - set(found))
     invented = sorted(set(found) - set(expected))
     changed = sorted(n for n in expected if n in found and expected[n] != found[n])
     same_config = _comparable(made.config) == _comparable(plan.config)
-    passed = not (missing or invented or changed) and same_config
+    problems = {"lost": lost, "taken twice": twice, "missing": missing, "invented": invented,
+                "changed": changed}  # fmt: skip
+    passed = not any(problems.values()) and same_config
     problem = next(
-        (f"{what} {names[0]}" for what, names in
-         (("missing", missing), ("invented", invented), ("changed", changed)) if names),
+        (f"{what} {names[0]}" for what, names in problems.items() if names),
         "" if same_config else "config.json disagrees with the recipe",
-    )  # fmt: skip
+    )
     summary = f"{len(found)} tensors accounted for" if passed else f"static: {problem}"
-    numbers = {"missing": missing[:20], "invented": invented[:20], "changed": changed[:20]}
-    return LevelResult(1, passed, summary, {"tensors": len(found), **numbers})
+    if passed and plan.left_out:
+        reasons = sorted(set(plan.left_out.values()))
+        summary += f" ({len(plan.left_out)} of the source left out: {', '.join(reasons)})"
+    numbers: dict[str, Any] = {what: names[:20] for what, names in problems.items()}
+    numbers |= {"tensors": len(found), "source_tensors": len(source.source.tensors)}
+    return LevelResult(1, passed, summary, {**numbers, "left_out": dict(plan.left_out)})
+
+
+def _unaccounted(plan: Plan, source: CheckpointSource) -> tuple[list[str], list[str]]:
+    """Tensors of the source file that are neither converted nor left out for a reason, and those
+    that are more than once.
+    """
+    taken = Counter([*(move.source.name for move in plan.moves), *plan.left_out])
+    lost = [name for name in source.source.tensors if name not in taken]
+    return lost, [name for name, times in taken.items() if times > 1]
 
 
 def _comparable(config: SwitchConfig) -> SwitchConfig:
@@ -143,15 +189,19 @@ class _Differs(Exception):
 
 
 def _compare(plan: Plan, move: Move, source: Source, made: Source, drawn: set[str]) -> int:
+    if move.targets[0].shape[:1] != move.source.shape[:1] and move.parameter in ROWS_OF_TOKENS:
+        for target in move.targets:
+            if not same_table(source, move.source, made, target.name):
+                raise _Differs(target.name)
+        return sum(target.nbytes for target in move.targets)
     streams = move.source.dtype == move.targets[0].dtype
     if streams and (move.layer is None or plan.init.streams):
         return _compare_streamed(plan, move, source, made)
     from moezoo.adapters.upcycle import drawing
 
     if move.layer is None:
-        expected: Iterable[tuple[str, Any]] = [
-            (move.targets[0].name, drawing.converted(source, move))
-        ]
+        content = drawing.converted(source, move)
+        expected: Iterable[tuple[str, Any]] = [(target.name, content) for target in move.targets]
     elif move.layer in drawn:
         return 0
     else:

@@ -50,18 +50,19 @@ def layers_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
 def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
     """Level 4: the whole model on random ids, and how many tokens its own capacity would drop."""
     ids = _ids(plan)
-    dense = load(source.path, dtype=torch.float32)
-    expected = _outputs(dense, ids)
+    drop_heads = bool(source.description.dropped)
+    dense = load(source.path, dtype=torch.float32, drop_heads=drop_heads)
+    expected = _outputs(dense, ids, plan)
     _disturb(dense, plan, made)
-    sensitivity = _relative(_outputs(dense, ids), expected)
+    sensitivity = _relative(_outputs(dense, ids, plan), expected)
     del dense
     model = load(made.path, dtype=torch.float32, capacity="dropless")
-    error = _relative(_outputs(model, ids), expected)
+    error = _relative(_outputs(model, ids, plan), expected)
     del model
     # As it will run: the capacity policy of the recipe may drop.
     own = load(made.path, dtype=torch.float32, capacity=plan.config.capacity)
     with record(own) as tape:
-        _outputs(own, ids)
+        _outputs(own, ids, plan)
     offered = sum(int(r.proposed.kept.sum()) for r in _routings(tape))
     kept = sum(int(r.assignment.kept.sum()) for r in _routings(tape))
     dropped = offered - kept
@@ -79,7 +80,7 @@ def routers_are_healthy(
     """
     model = load(made.path, dtype=torch.float32, capacity="dropless")
     with record(model) as tape:
-        _outputs(model, _ids(plan))
+        _outputs(model, _ids(plan), plan)
     layers: dict[str, Any] = {}
     finite = True
     for layer, routings in tape.by_layer.items():
@@ -151,14 +152,22 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _ids(plan: Plan) -> Tensor:
-    low = min(2, plan.config.vocab_size - 1)
+    size = _tokens(plan)
     generator = keyed_generator(plan.recipe.seed, "verify")
-    return torch.randint(low, plan.config.vocab_size, (_BATCH, _LENGTH), generator=generator)
+    return torch.randint(min(2, size - 1), size, (_BATCH, _LENGTH), generator=generator)
 
 
-def _outputs(model: nn.Module, ids: Tensor) -> Tensor:
+def _tokens(plan: Plan) -> int:
+    """How many tokens both models know: all, unless an export gave one another vocabulary."""
+    return min(plan.config.vocab_size, plan.source_config.vocab_size)
+
+
+def _outputs(model: nn.Module, ids: Tensor, plan: Plan) -> Tensor:
+    """Logits of the tokens that both models know, or hidden states where there is no head."""
     output = model(ids, decoder_input_ids=ids) if hasattr(model, "decoder") else model(ids)
-    values = output.last_hidden_state if output.logits is None else output.logits
+    if output.logits is not None:
+        return output.logits[..., : _tokens(plan)]  # type: ignore[no-any-return]
+    values = output.last_hidden_state
     assert isinstance(values, Tensor)
     return values
 

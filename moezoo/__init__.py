@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moezoo.errors import MoezooError
     from moezoo.layer import MoE
     from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
+    from moezoo.models.resizing import resize_embeddings
     from moezoo.presets import list_models
     from moezoo.quantization import quantize
     from moezoo.recording import record
@@ -52,6 +53,7 @@ _HOME = {
     "plug": "moezoo.adapters.plug",
     "quantize": "moezoo.quantization",
     "record": "moezoo.recording",
+    "resize_embeddings": "moezoo.models.resizing",
     "save": "moezoo.adapters.checkpoint",
     "upcycle": "moezoo.adapters.upcycle",
 }
@@ -77,6 +79,7 @@ __all__ = [
     "plug",
     "quantize",
     "record",
+    "resize_embeddings",
     "routers",
     "save",
     "upcycle",

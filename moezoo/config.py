@@ -24,6 +24,7 @@ ACTIVATIONS = (
     "gated-relu",
 )
 LAYOUTS = ("odd", "mixed", "bottom", "middle", "top", "all", "none")
+STACKS = ("encoder", "decoder")
 _MAX_SIZE = (
     1_000_000  # no published dimension comes near; beyond it a config is corrupt, not ambitious
 )
@@ -37,7 +38,9 @@ class SwitchConfig:
 
     A dense T5 is the case without sparse layers (`num_experts=0`). `encoder_sparse_layers` and
     `decoder_sparse_layers` are a layout name (odd, mixed, bottom, middle, top, all, none) or
-    explicit indices; mixed, bottom, middle and top make half of the layers sparse. `router`,
+    explicit indices; mixed, bottom, middle and top make half of the layers sparse.
+    `own_embeddings` names the stacks ("encoder", "decoder") that look tokens up in a table of their
+    own instead of the shared one, which a tied head is tied to. `router`,
     `capacity` and `experts` are component names or `{"name": ..., **options}`; `capacity=None` is
     "switch", or "dropless" for routers that bound the load themselves. `shared_expert` holds the
     options of a branch that every token takes (`{}` for the defaults). `router_losses` maps loss
@@ -63,6 +66,7 @@ class SwitchConfig:
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     tie_word_embeddings: bool = True
+    own_embeddings: tuple[str, ...] = ()
     scale_decoder_outputs: bool | None = None
     router: ComponentSpec = "switch"
     router_bias: bool = False
@@ -77,7 +81,7 @@ class SwitchConfig:
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("encoder_sparse_layers", "decoder_sparse_layers"):
+        for name in ("encoder_sparse_layers", "decoder_sparse_layers", "own_embeddings"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -206,6 +210,7 @@ class SwitchConfig:
                 field="feed_forward_proj",
                 hint=hint,
             )
+        _check_stacks(self.own_embeddings)
         _check_group(self.group)
         for name, setting in (self.router_losses or {}).items():
             coefficient = setting.get("coefficient") if isinstance(setting, dict) else setting
@@ -234,6 +239,7 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
         (bool,),
     ),
     "scale_decoder_outputs": (bool, type(None)),
+    "own_embeddings": (tuple,),
     **dict.fromkeys(("dropout_rate", "layer_norm_epsilon", "initializer_factor"), (int, float)),
     **dict.fromkeys(("router", "experts"), (str, dict)),
     "capacity": (str, dict, type(None)),
@@ -288,6 +294,16 @@ def _check_range(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
         raise ConfigError(
             f"{name} is out of range", field=name, expected=f"{low} to {high}", found=value
+        )
+
+
+def _check_stacks(stacks: tuple[str, ...]) -> None:
+    if list(stacks) != [stack for stack in STACKS if stack in stacks]:
+        raise ConfigError(
+            "own_embeddings names stacks, each once and the encoder first",
+            field="own_embeddings",
+            expected=f"some of {', '.join(STACKS)}",
+            found=repr(stacks)[:80],
         )
 
 

@@ -56,8 +56,10 @@ def cost(
     tables = layers if config.position_bias_every_layer else stacks
     biases = tables * config.relative_attention_num_buckets * config.num_heads
     embedding = config.vocab_size * config.d_model
-    heads = embedding * (2 if has_head and not config.tie_word_embeddings else 1)
-    shared = dense_matrices + norms + biases + heads + sparse * router
+    own_head = has_head and not config.tie_word_embeddings
+    own_tables = sum(stack == "encoder" or decoders > 0 for stack in config.own_embeddings)
+    tables_of_tokens = embedding * (1 + own_head + own_tables)
+    shared = dense_matrices + norms + biases + tables_of_tokens + sparse * router
     experts = sparse * config.num_experts * mlp
     matrices = dense_matrices + sparse * (choices * mlp + router)
     matrices += embedding if has_head else 0

@@ -23,10 +23,12 @@ class Weights:
     """What the tensors of a checkpoint say where its config may be silent or wrong.
 
     names: every tensor, without a prefix. own_head: an lm_head that differs from the embeddings.
+    own_embeddings: stacks whose table of embeddings differs from the shared one.
     """
 
     names: frozenset[str]
     own_head: bool
+    own_embeddings: tuple[str, ...] = ()
 
     @property
     def has_decoder(self) -> bool:
@@ -52,6 +54,10 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def refusal(self, config: SwitchConfig) -> str | None:
         """Why the layout cannot hold a model, or None when it can."""
+
+    def copies(self, config: SwitchConfig, task: str) -> tuple[str, ...]:
+        """Names under which the layout wants the shared embeddings once more: none of most."""
+        return ()
 
 
 registry: Registry[Family] = Registry(
@@ -112,6 +118,7 @@ def feed_forward(values: Mapping[str, Any]) -> str:
         "gelu_pytorch_tanh": "gelu-tanh",
         "gated-gelu_new": "gated-gelu",
     }
+    names["relu2"] = "squared-relu"
     names |= {"gated-swish": "gated-silu", "swish": "silu", "gated-gelu_pytorch_tanh": "gated-gelu"}
     if not isinstance(name, str):
         raise ConfigError(

@@ -13,24 +13,36 @@ from moezoo.adapters.families.base import (
     shared_fields,
     written_fields,
 )
-from moezoo.adapters.names import SWITCH
+from moezoo.adapters.names import HEAD, SWITCH, TABLES
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
 from moezoo.registry import Spec
 
 UNLIMITED = 1_000_000  # an expert capacity that no sequence reaches
+# What `dense_act_fn` calls them; transformers looks at nothing else.
+_ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu-tanh": "gelu_new",
+    "silu": "silu",
+    "squared-relu": "relu2",
+}
 # What transformers has no word for and need not know to compute the same in evaluation.
 _OWN = ("capacity", "group", "experts")
 
 
 @registry.register("switch_transformers")
 class SwitchFamily(Family):
-    """Switch (arXiv 2101.03961) in transformers 4 and 5: relu experts, regular placement, top-1.
+    """Switch (arXiv 2101.03961) in transformers 4 and 5: experts without a gate, regular placement,
+    top-1.
 
     `expert_capacity` there is an absolute number per sequence, in evaluation too; here the policy
     is the paper's unless you ask for `capacity="transformers"`. A model is written with a capacity
     that never binds, so that transformers computes what moezoo computes; what training needs
     besides (policy, group, expert dropout) is kept under `moezoo_config`.
+
+    `tie_word_embeddings: false` there means that outputs are not scaled, and that every table is
+    a tensor of its own, which transformers 5 draws anew where a file lacks it: `copies`.
     """
 
     model_types = ("switch_transformers",)
@@ -52,6 +64,7 @@ class SwitchFamily(Family):
                 "z": values.get("router_z_loss_coef", 0.001),
             },
             tie_word_embeddings=not weights.own_head,
+            own_embeddings=weights.own_embeddings,
             scale_decoder_outputs=bool(values.get("tie_word_embeddings", True)),
             **_own_fields(values),
         )
@@ -69,8 +82,9 @@ class SwitchFamily(Family):
             **written_fields(config, task, "SwitchTransformers"),
             **({"moezoo_config": own} if own else {}),
             "model_type": "switch_transformers",
-            "dense_act_fn": "relu",
-            "feed_forward_proj": "relu",
+            "tie_word_embeddings": config.scales_logits,
+            "dense_act_fn": _ACTIVATIONS[config.feed_forward_proj],
+            "feed_forward_proj": _ACTIVATIONS[config.feed_forward_proj],
             "num_experts": config.num_experts,
             "num_sparse_encoder_layers": len(config.encoder_sparse),
             "num_sparse_decoder_layers": len(config.decoder_sparse),
@@ -88,11 +102,19 @@ class SwitchFamily(Family):
     def refusal(self, config: SwitchConfig) -> str | None:
         if not (config.encoder_sparse or config.decoder_sparse):
             return "Switch's layout is for models with sparse layers"
-        if config.feed_forward_proj != "relu":
-            return f"Switch's layout has relu experts only, this model {config.feed_forward_proj}"
+        if config.is_gated:
+            return f"Switch's layout has no gated experts, this model {config.feed_forward_proj}"
         if config.position_bias_every_layer:
             return "Switch's layout has one position bias per stack"
         return _component_refusal(config) or _placement_refusal(config) or _head_refusal(config)
+
+    def copies(self, config: SwitchConfig, task: str) -> tuple[str, ...]:
+        if config.scales_logits:
+            return ()
+        stacks = ("encoder",) if task == "encoder" else ("encoder", "decoder")
+        tables = [TABLES[stack] for stack in stacks if stack not in config.own_embeddings]
+        tied = task == "conditional_generation" and config.tie_word_embeddings
+        return (*tables, HEAD) if tied else tuple(tables)
 
 
 def sparse_step(layers: tuple[int, ...], num_layers: int) -> int | None:
@@ -170,6 +192,6 @@ def _placement_refusal(config: SwitchConfig) -> str | None:
 
 
 def _head_refusal(config: SwitchConfig) -> str | None:
-    if config.scales_logits != config.tie_word_embeddings:
-        return "transformers' Switch scales its outputs iff the head is tied"
+    if config.scales_logits and not config.tie_word_embeddings:
+        return "transformers' Switch does not scale the outputs of a head that is not tied"
     return None

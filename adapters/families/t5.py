@@ -41,6 +41,7 @@ class T5Family(Family):
             **shared_fields(values),
             feed_forward_proj=feed_forward(values),
             tie_word_embeddings=not weights.own_head,
+            own_embeddings=weights.own_embeddings,
             scale_decoder_outputs=scaled,
         )
 
@@ -72,6 +73,7 @@ class UMT5Family(Family):
             **shared_fields(values),
             feed_forward_proj=feed_forward(values),
             tie_word_embeddings=not weights.own_head,
+            own_embeddings=weights.own_embeddings,
             scale_decoder_outputs=True,
             position_bias_every_layer=True,
         )

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from moezoo.adapters.checkpoint import load, save
 from moezoo.adapters.hf.configuration import MoezooConfig
-from moezoo.adapters.names import is_ignored, memory_name
+from moezoo.adapters.names import MAY_REPEAT, SHARED, is_stray, memory_name
 from moezoo.building import TASKS, build
 from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.models.resizing import resize_embeddings
 
 _INNER = "model."
 
@@ -134,22 +135,42 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     ) -> Any:
         """As `Module.load_state_dict`, by the names in memory or by those of a saved file."""
         if any(".block." in name for name in state_dict) or "shared.weight" in state_dict:
-            state_dict = in_memory(state_dict)
+            state_dict = self._without_repeats(in_memory(state_dict))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings."""
-        shared: nn.Module = self.model.shared
-        return shared
+        """The token embeddings that the encoder looks up: the shared ones, or its own."""
+        table: nn.Module = self.model.encoder.table(self.model.shared)
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings."""
-        self.model.shared = value
+        """Replace the token embeddings that the encoder looks up."""
+        if self.model.encoder.embed_tokens is None:
+            self.model.shared = value
+        else:
+            self.model.encoder.embed_tokens = value
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Refused: the vocabulary is a part of the config. Raises ConfigError."""
-        hint = "Build the model with the vocabulary that it is to have."
-        raise ConfigError("the vocabulary cannot be resized", field="vocab_size", hint=hint)
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Give every table of tokens and the head `new_num_tokens` rows (rounded up to a multiple
+        of `pad_to_multiple_of`); see `moezoo.resize_embeddings`.
+
+        Raises ConfigError for `mean_resizing=False`: new rows are the mean of the old ones.
+        """
+        if not mean_resizing:
+            hint = "Leave mean_resizing out, and draw the new rows afterwards."
+            raise ConfigError("new rows are means", field="mean_resizing", found=False, hint=hint)
+        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        resize_embeddings(self.model, rows)
+        self.config.vocab_size = rows
+        self.config.moezoo_config = self.model.config.to_dict()
+        return self.get_input_embeddings()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -161,6 +182,18 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """moezoo.build has drawn them."""
+
+    def _without_repeats(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors without those that repeat the shared embeddings, for which there is no place."""
+        own, shared = self.model.state_dict(), state.get(_INNER + SHARED)
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if (plain := name.removeprefix(_INNER)) not in MAY_REPEAT
+            or plain in own
+            or shared is None
+            or not torch.equal(tensor, shared)
+        }
 
     def _holding(self, state_dict: Mapping[str, Tensor]) -> nn.Module:
         """A model that holds the given weights instead of its own."""
@@ -175,7 +208,7 @@ def in_memory(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state_dict.items():
-        if is_ignored(name):
+        if is_stray(name):
             continue
         place = memory_name(name)
         if place.expert is None:

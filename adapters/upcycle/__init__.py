@@ -33,6 +33,7 @@ def upcycle(
     layout: str = ...,
     overwrite: bool = ...,
     allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
     calibration: Calibration | None = ...,
 ) -> nn.Module: ...
 
@@ -55,6 +56,7 @@ def upcycle(
     layout: str = ...,
     overwrite: bool = ...,
     allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
     calibration: Calibration | None = ...,
 ) -> ConversionReport: ...
 
@@ -76,6 +78,7 @@ def upcycle(
     layout: str = "auto",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    drop_heads: bool = False,
     calibration: Calibration | None = None,
 ) -> nn.Module | ConversionReport:
     """Turn a dense T5 into a Switch model that computes the same (Sparse Upcycling, 2212.05055).
@@ -86,6 +89,7 @@ def upcycle(
         num_experts, layers, init, preserve, router, router_init, capacity, seed, dtype,
             max_shard_size: the recipe; see `moezoo.adapters.upcycle.recipe.Recipe`.
         layout, overwrite, allow_nonfinite: of what is written; see `moezoo.save` and `moezoo.load`.
+        drop_heads: leave out heads that moezoo's models do not have.
         calibration: sample ids for router initialisations that need them.
 
     Returns:
@@ -120,18 +124,21 @@ def upcycle(
             layout=layout,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
+            drop_heads=drop_heads,
             calibration=calibration,
         )
     if out is not None:
         hint = "Save the result with moezoo.save."
         raise ConfigError("a live model is not written", field="out", hint=hint)
-    return _live(model_or_path, recipe, calibration)
+    return _live(model_or_path, recipe, calibration, drop_heads)
 
 
-def _live(model: nn.Module, recipe: Recipe, calibration: Calibration | None) -> nn.Module:
+def _live(
+    model: nn.Module, recipe: Recipe, calibration: Calibration | None, drop_heads: bool
+) -> nn.Module:
     from moezoo.adapters.upcycle.live import upcycle_model
 
-    made = upcycle_model(model, recipe, calibration=calibration)
+    made = upcycle_model(model, recipe, calibration=calibration, drop_heads=drop_heads)
     if recipe.dtype is None:
         return made
     import torch

@@ -15,6 +15,8 @@ from moezoo.errors import ConfigError, TokenizerError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from moezoo.adapters.checkpoint_source import CheckpointSource
+
     LayerInputs = Mapping[str, "LayerSample"]
 else:
     LayerInputs = Mapping
@@ -89,9 +91,9 @@ def read_calibration(file: str | Path, directory: Path) -> Calibration:
 
 
 def layer_inputs(
-    path: Path, calibration: Calibration | None, layers: Sequence[str]
+    checkpoint: CheckpointSource, calibration: Calibration | None, layers: Sequence[str]
 ) -> dict[str, LayerSample]:
-    """The inputs of the named MLPs of the dense checkpoint at `path`.
+    """The inputs of the named MLPs of a dense checkpoint.
 
     Holds the dense model in memory. Raises ConfigError without sample text.
     """
@@ -103,7 +105,8 @@ def layer_inputs(
         )
     from moezoo.adapters.checkpoint import load
 
-    return collected_inputs(load(path), calibration, layers)
+    model = load(checkpoint.path, drop_heads=bool(checkpoint.description.dropped))
+    return collected_inputs(model, calibration, layers)
 
 
 def collected_inputs(

@@ -67,6 +67,7 @@ def convert(
     layout: str = "auto",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    drop_heads: bool = False,
     calibration: Calibration | None = None,
     verifier: Verifier | None = None,
     progress: Progress | None = None,
@@ -74,6 +75,7 @@ def convert(
     """Upcycle the checkpoint at `source_path` into the directory `target`.
 
     Args:
+        drop_heads: leave out heads that moezoo's models do not have, such as a classifier's.
         calibration: sample text for router initialisations that need it.
         verifier: called with the finished directory before it is committed; returns its verdict in
             a line, raises to refuse it.
@@ -81,7 +83,7 @@ def convert(
 
     Raises CheckpointError, ConfigError or SaveError; the target is then what it was.
     """
-    with open_checkpoint(source_path) as checkpoint:
+    with open_checkpoint(source_path, drop_heads=drop_heads) as checkpoint:
         return carry_out(
             make_plan(checkpoint, recipe, layout=layout),
             checkpoint,
@@ -164,7 +166,7 @@ def _fill(
     if plan.router_init.needs_inputs:
         from moezoo.adapters.upcycle.calibration import layer_inputs
 
-        inputs = layer_inputs(checkpoint.path, calibration, list(plan.routers))
+        inputs = layer_inputs(checkpoint, calibration, list(plan.routers))
     provenance = unhashed(plan, checkpoint.source, calibration)
     shards = shard(plan.outputs(), plan.recipe.max_shard_size)
     files: dict[str, TensorFile] = {}

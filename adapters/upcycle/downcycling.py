@@ -12,12 +12,12 @@ from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.files import quoted
-from moezoo.adapters.names import disk_names
+from moezoo.adapters.names import HEAD, LM_HEADS, MAY_REPEAT, SHARED, disk_names
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.inits import expert_inits
 from moezoo.adapters.upcycle.preservation import preserving_scale
-from moezoo.adapters.upcycle.rewrite import Output, rewrite
+from moezoo.adapters.upcycle.rewrite import Output, copied, rewrite
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
 from moezoo.registry import Spec
@@ -38,7 +38,7 @@ def downcycle_checkpoint(
     with open_checkpoint(path) as checkpoint:
         config = dense_config(checkpoint)
         family = layout_for(config)
-        outputs = list(_outputs(checkpoint, family.mlp))
+        outputs = list(copied(_outputs(checkpoint, family.mlp), _known_aliases(checkpoint)))
         if out is None:
             return {o.plan.name: _tensor(checkpoint.source, o) for o in outputs}
         return rewrite(
@@ -87,6 +87,21 @@ def known_scale(checkpoint: CheckpointSource) -> float | None:
             found=repr(scale)[:80],
         )
     return float(scale)
+
+
+def _known_aliases(checkpoint: CheckpointSource) -> dict[str, str]:
+    """Names under which the dense source held a tensor once more, from the provenance."""
+    made = checkpoint.description.values.get("moezoo_provenance")
+    found = made.get("aliases", {}) if isinstance(made, Mapping) else {}
+    known = isinstance(found, Mapping) and set(found) <= {*MAY_REPEAT, *LM_HEADS}
+    if not known or not all(first in (SHARED, HEAD) for first in found.values()):
+        raise ConfigError(
+            "moezoo_provenance.aliases names no aliases of a T5",
+            field="aliases",
+            path=checkpoint.source.directory / "config.json",
+            found=repr(found)[:80],
+        )
+    return dict(found)
 
 
 def scaled_further(checkpoint: CheckpointSource, factor: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import layout_for
-from moezoo.adapters.formats import TensorInfo
+from moezoo.adapters.formats import TensorInfo, open_source
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
@@ -16,7 +16,8 @@ from moezoo.adapters.upcycle.downcycling import dense_config, scaled_further, up
 from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
-from moezoo.errors import ConfigError, did_you_mean
+from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, resized_output, same_table
+from moezoo.errors import CheckpointError, ConfigError, did_you_mean
 
 
 def export(
@@ -27,6 +28,8 @@ def export(
     dtype: str | None = None,
     expert: int | None = None,
     wo_scale: float | None = None,
+    vocab_size: int | None = None,
+    drop_heads: bool = False,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -40,11 +43,15 @@ def export(
             written, the factor of the upcycling on `wo` undone.
         wo_scale: that factor; None: from the provenance, and without one the number of experts, as
             an exact upcycling has it. 1 takes an expert as it is.
+        vocab_size: rows of every table of tokens and of the head: the first ones are kept as they
+            are, new ones are their mean, and what was written is compared before it is put in
+            place.
+        drop_heads: leave out heads that moezoo's models do not have, such as a classifier's.
 
     Raises ConfigError for a layout that cannot hold the model, or an expert that it has not.
     """
-    _check(dtype, wo_scale)
-    with open_checkpoint(path) as checkpoint:
+    _check(dtype, wo_scale, vocab_size)
+    with open_checkpoint(path, drop_heads=drop_heads) as checkpoint:
         config = checkpoint.config
         if expert is not None:
             config = dense_config(checkpoint)
@@ -55,24 +62,32 @@ def export(
                     expected=f"0 to {checkpoint.config.num_experts - 1}",
                     found=expert,
                 )
+        if vocab_size is not None:
+            config = config.replace(vocab_size=vocab_size)
         family = layout_for(config, layout)
         wanted = None if dtype is None else DTYPES[dtype]
         scale = scaled_further(checkpoint, 1.0) if expert is None else {}
         operation = {"operation": "export", "expert": expert, "dtype": dtype, **scale}
+        operation |= {} if vocab_size is None else {"vocab_size": vocab_size}
         return rewrite(
             checkpoint,
             out,
-            list(_outputs(checkpoint, family.mlp, wanted, expert, wo_scale)),
+            list(_outputs(checkpoint, family.mlp, wanted, expert, wo_scale, vocab_size)),
             config=config,
             family=family,
             operation=operation,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             max_shard_size=max_shard_size,
+            check=None if vocab_size is None else partial(_check_tables, checkpoint),
         )
 
 
-def _check(dtype: str | None, wo_scale: float | None) -> None:
+def _check(dtype: str | None, wo_scale: float | None, vocab_size: int | None) -> None:
+    if vocab_size is not None:
+        from moezoo.models.resizing import check_vocab_size
+
+        check_vocab_size(vocab_size)
     if dtype is not None and dtype not in DTYPES:
         hint = did_you_mean(dtype, DTYPES)
         raise ConfigError(f"unknown dtype {str(dtype)[:80]!r}", field="dtype", hint=hint)
@@ -86,6 +101,7 @@ def _outputs(
     dtype: str | None,
     expert: int | None,
     wo_scale: float | None,
+    vocab_size: int | None,
 ) -> Iterator[Output]:
     scale = 1.0 if expert is None else wo_scale or upcycled_scale(checkpoint)
     for name, parts in checkpoint.tensors.items():
@@ -99,8 +115,24 @@ def _outputs(
             yield _output(checkpoint, target, parts[expert], dtype, undo)
             continue
         targets = disk_names(name, mlp=mlp, num_experts=len(parts))
+        if vocab_size is not None and name in ROWS_OF_TOKENS:
+            made = dtype or parts[0].dtype
+            yield resized_output(checkpoint.source, parts[0], targets[0], made, vocab_size)
+            continue
         for target, part in zip(targets, parts, strict=True):
             yield _output(checkpoint, target, part, dtype, 1.0)
+
+
+def _check_tables(checkpoint: CheckpointSource, stage: Path) -> None:
+    """Read what was written once more. Raises CheckpointError for a table that is not as it must
+    be.
+    """
+    with open_source(stage) as made:
+        for name in ROWS_OF_TOKENS:
+            for info in checkpoint.tensors.get(name, ()):
+                if not same_table(checkpoint.source, info, made, name):
+                    reason = f"{name} does not read back as it was written"
+                    raise CheckpointError(reason, path=stage, key=name, hint="Check the disk.")
 
 
 def _output(

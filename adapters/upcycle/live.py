@@ -20,7 +20,11 @@ from moezoo.registry import Spec
 
 @torch.no_grad()
 def upcycle_model(
-    model: nn.Module, recipe: Recipe, *, calibration: Calibration | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | None = None,
+    drop_heads: bool = False,
 ) -> nn.Module:
     """A new sparse model from a live dense one, which is left as it was.
 
@@ -28,10 +32,11 @@ def upcycle_model(
         model: a moezoo model without sparse layers, or a transformers T5.
         recipe: see `Recipe`.
         calibration: sample ids, for router initialisations that need them.
+        drop_heads: leave out a transformers model's head that moezoo's models do not have.
 
     Raises ConfigError for a model that is sparse already or not of the family.
     """
-    model = as_moezoo(model)
+    model = as_moezoo(model, drop_heads=drop_heads)
     source, task = model_config(model), model_task(model)
     if source.encoder_sparse or source.decoder_sparse:
         hint = "Use `moezoo grow` for more experts."
@@ -112,12 +117,12 @@ def model_task(model: nn.Module) -> str:
     )
 
 
-def as_moezoo(model: nn.Module) -> nn.Module:
+def as_moezoo(model: nn.Module, *, drop_heads: bool = False) -> nn.Module:
     """The model itself, or a moezoo twin of a transformers model."""
     if type(model).__module__.startswith("transformers."):
         from moezoo.adapters.transformers import from_transformers
 
-        return from_transformers(model)
+        return from_transformers(model, drop_heads=drop_heads)
     return model
 
 

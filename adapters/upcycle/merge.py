@@ -29,6 +29,7 @@ def merge(
     *,
     layout: str = "auto",
     overwrite: bool = False,
+    drop_heads: bool = False,
     calibration: Calibration | None = None,
 ) -> Path:
     """Make the feed-forward networks of several models the experts of one (Branch-Train-MiX).
@@ -37,6 +38,7 @@ def merge(
     `upcycle` gives for one.
 
     Args:
+        drop_heads: leave out heads that moezoo's models do not have, such as a classifier's.
         calibration: sample text for routers fitted to it; the first model reads it.
 
     Raises ConfigError for fewer than two models, models of different shape, or an `init` other than
@@ -50,13 +52,15 @@ def merge(
             hint="Leave init out.",
         )  # fmt: skip
     with ExitStack() as stack:
-        branches = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        branches = [
+            stack.enter_context(open_checkpoint(path, drop_heads=drop_heads)) for path in paths
+        ]
         _check_alike(branches)
         plan = make_plan(branches[0], recipe, layout=layout)
         operation = {"operation": "merge", "recipe": recipe.to_dict(), "wo_scale": plan.scale}
         inputs: LayerInputs = {}
         if plan.router_init.needs_inputs:
-            inputs = layer_inputs(branches[0].path, calibration, list(plan.routers))
+            inputs = layer_inputs(branches[0], calibration, list(plan.routers))
             operation["calibration_sha256"] = calibration.sha256() if calibration else None
         return rewrite(
             branches[0],
@@ -89,7 +93,8 @@ def _outputs(
         yield Output(router, make=partial(router_bytes, plan, layer, router, inputs.get(layer)))
     for move in plan.moves:
         if move.layer is None:
-            yield Output(move.targets[0], make=partial(_average, move, branches))
+            for target in move.targets:
+                yield Output(target, make=partial(_average, move, branches))
             continue
         for index, target in enumerate(move.targets):
             branch = branches[index % len(branches)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import moezoo
@@ -32,6 +32,8 @@ class Provenance:
     files: Mapping[str, str]
     recipe: Mapping[str, Any]
     scale: float
+    aliases: Mapping[str, str] = field(default_factory=dict)  # of the source, and what they repeat
+    dropped_heads: tuple[str, ...] = ()
     operation: str = "upcycle"
     calibration: str | None = None  # sha256 of the sample text's ids
 
@@ -39,6 +41,7 @@ class Provenance:
         sampled = {} if self.calibration is None else {"calibration_sha256": self.calibration}
         return {
             **sampled,
+            **left_behind(self.aliases, self.dropped_heads),
             "moezoo_version": moezoo.__version__,
             "operation": self.operation,
             "recipe": dict(self.recipe),
@@ -63,8 +66,16 @@ def unhashed(plan: Plan, source: Source, calibration: Calibration | None = None)
         files=dict.fromkeys(hash_names(source), _UNKNOWN),
         recipe=plan.recipe.to_dict(),
         scale=plan.scale,
+        aliases=plan.aliases,
+        dropped_heads=plan.dropped_heads,
         calibration=calibration.sha256() if fitted and calibration else None,
     )
+
+
+def left_behind(aliases: Mapping[str, str], dropped_heads: Sequence[str]) -> dict[str, Any]:
+    """What provenance says of tensors that were not converted: nothing where there are none."""
+    found: dict[str, Any] = {"aliases": dict(sorted(aliases.items()))} if aliases else {}
+    return {**found, "dropped_heads": sorted(dropped_heads)} if dropped_heads else found
 
 
 def rewritten(
@@ -87,7 +98,15 @@ def rewritten(
         if isinstance(before, Mapping):
             entry["provenance"] = dict(before)
         made_from.append(entry)
-    return {"moezoo_version": moezoo.__version__, **operation, "made_from": made_from}
+    first = sources[0]
+    behind = left_behind(first.aliases, first.description.dropped)
+    before = first.description.values.get("moezoo_provenance")
+    if isinstance(before, Mapping):
+        behind = {
+            key: before[key] for key in ("aliases", "dropped_heads") if key in before
+        } | behind
+    version = {"moezoo_version": moezoo.__version__}
+    return {**version, **operation, **behind, "made_from": made_from}
 
 
 def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> str:

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family
 from moezoo.adapters.formats import Source, TensorInfo
+from moezoo.adapters.names import SHARED
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
 from moezoo.adapters.upcycle.carried import carry_files, dtype_word, source_places, write_text
 from moezoo.adapters.upcycle.finite import check_finite
@@ -29,12 +30,15 @@ CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to be written: the bytes of a source tensor, scaled, or what `make` returns."""
+    """A tensor to be written: the bytes of a source tensor, scaled, or what `make` returns. Of a
+    source tensor that is longer the beginning is written; after a shorter one, what `tail` returns.
+    """
 
     plan: TensorPlan
     info: TensorInfo | None = None
     scale: float = 1.0
     make: Callable[[], bytes | memoryview] | None = None
+    tail: Callable[[], bytes | memoryview] | None = None
 
 
 def rewrite(
@@ -49,11 +53,17 @@ def rewrite(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     max_shard_size: int | str = "5GB",
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `outputs` with the config, the tokenizer files of `checkpoint` and what was done.
 
+    Args:
+        check: called with the finished directory before it is put in place; raises to refuse it.
+
     Raises CheckpointError, ConfigError or SaveError; the target is then what it was.
     """
+    wanted = dict.fromkeys(family.copies(config, checkpoint.task), SHARED)
+    outputs = list(copied(outputs, wanted))
     needed = sum(output.plan.nbytes for output in outputs)
     checkpoints = (checkpoint, *others)
     places = tuple(place for c in checkpoints for place in source_places(c.source))
@@ -84,10 +94,27 @@ def rewrite(
             refuse_change(c.source, stamped)
         values = family.write(config, checkpoint.task)
         values["dtype"] = dtype_word(output.plan for output in outputs)
-        parameters = sum(math.prod(output.plan.shape) for output in outputs)
+        parameters = sum(
+            math.prod(output.plan.shape) for output in outputs if output.plan.name not in wanted
+        )
         _describe(stage, values, made, rewritten_card(config, family, parameters, made))
         carry_files(checkpoint.source.directory, stage)
+        if check is not None:
+            check(stage)
     return final
+
+
+def copied(outputs: Iterable[Output], names: Mapping[str, str]) -> Iterator[Output]:
+    """Some outputs, and copies of them under other names.
+
+    Args:
+        names: each new name, and that of the output that it repeats; one that is there is kept.
+    """
+    made = {output.plan.name: output for output in outputs}
+    yield from made.values()
+    for name, first in names.items():
+        if name not in made and first in made:
+            yield replace(made[first], plan=replace(made[first].plan, name=name))
 
 
 def _describe(stage: Path, values: dict[str, Any], made: Mapping[str, Any], card: str) -> None:
@@ -118,9 +145,14 @@ def _write(source: Source, output: Output, file: TensorFile, allow_nonfinite: bo
             check_finite(part, output.plan.dtype, output.plan.name, source.path)
         file.put(output.plan.name, content)
         return
-    info, position = output.info, 0
-    for chunk in source.chunks(info.name, CHUNK):
+    info, position, size = output.info, 0, output.plan.nbytes
+    for whole in source.chunks(info.name, CHUNK):
+        chunk = whole[: size - position]
+        if not chunk:
+            break
         if not allow_nonfinite:
             check_finite(chunk, info.dtype, info.name, source.path)
         file.put(output.plan.name, scale_bytes(chunk, info.dtype, output.scale), position)
         position += len(chunk)
+    if output.tail is not None and position < size:
+        file.put(output.plan.name, output.tail(), position)

@@ -196,7 +196,7 @@ def _compute(plan: Plan, move: Move, source: Source, sink: Sink, pending: set[st
     from moezoo.adapters.upcycle import drawing
 
     if move.layer is None:
-        sink.put([move.targets[0].name], drawing.converted(source, move))
+        sink.put([target.name for target in move.targets], drawing.converted(source, move))
     elif move.layer in pending:
         pending.discard(move.layer)
         for name, content in drawing.expert_tensors(plan, move.layer, (source,)):

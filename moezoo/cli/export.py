@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.recipes import add_drop_heads
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
@@ -16,6 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--wo-scale", type=float, help="factor on wo to undo; default: of the upcycling; 1: none")
     add("--max-shard-size", default="5GB", help="such as 5GB (default)")
     add("--allow-nonfinite", action="store_true", help="write NaN and infinity too")
+    add("--vocab-size", type=int, metavar="N", help="rows of every table of tokens and of the head")
+    add_drop_heads(parser)
     add("--overwrite", action="store_true", help="replace what is at OUT")
 
 
@@ -33,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
             expert=arguments.expert,
             wo_scale=arguments.wo_scale,
             max_shard_size=arguments.max_shard_size,
+            vocab_size=arguments.vocab_size,
+            drop_heads=arguments.drop_heads,
             overwrite=arguments.overwrite,
             allow_nonfinite=arguments.allow_nonfinite,
         )

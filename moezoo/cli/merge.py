@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moezoo.cli.recipes import add_recipe_arguments, recipe_from
+from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
 from moezoo.cli.upcycle import calibration
 
 
@@ -15,6 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="OUT", required=True, help="the directory to write")
     add_recipe_arguments(parser)
     add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
+    add_drop_heads(parser)
     add("--overwrite", action="store_true", help="replace what is at OUT")
 
 
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             recipe,
             layout=arguments.layout,
             overwrite=arguments.overwrite,
+            drop_heads=arguments.drop_heads,
             calibration=calibration(arguments.sources[0], arguments.calibration),
         )
     print(f"{path}: {recipe.num_experts} experts from {len(arguments.sources)} models")

@@ -6,13 +6,14 @@ import argparse
 import json
 from typing import Any
 
-from moezoo.cli.recipes import add_recipe_arguments, recipe_from
+from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("source", metavar="SRC", help="a dense T5 checkpoint")
     add_recipe_arguments(parser)
+    add_drop_heads(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moezoo.adapters.plan_summary import summary
 
     recipe = recipe_from(arguments)
-    with open_checkpoint(arguments.source) as checkpoint:
+    with open_checkpoint(arguments.source, drop_heads=arguments.drop_heads) as checkpoint:
         plan = make_plan(checkpoint, recipe, layout=arguments.layout)
         facts = summary(plan, checkpoint)
     print(json.dumps(facts, indent=2) if arguments.json else _table(facts))
@@ -57,7 +58,15 @@ def _table(facts: dict[str, Any]) -> str:
         + ("" if facts["streams"] else ", torch included"),
         f"time                  about {duration(facts['seconds'])} at "
         f"{quantity(facts['disk_bytes_per_second'])}B/s, this disk's speed just now",
+        f"left out              {_left_out(facts['left_out'])}",
         f"files copied          {', '.join(facts['carried']) or 'none: no tokenizer beside it'}",
         f"Hugging Face layout   {held}",
     ]
     return "\n".join([table(header, rows), "", *totals])
+
+
+def _left_out(reasons: dict[str, str]) -> str:
+    """Tensors of the source that are not converted, and why."""
+    shown = [f"{name} ({reason})" for name, reason in list(reasons.items())[:6]]
+    more = [f"and {len(reasons) - 6} more"] if len(reasons) > 6 else []
+    return ", ".join([*shown, *more]) or "nothing"

@@ -42,6 +42,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", default="auto", help="auto (default), huggingface or moezoo")
 
 
+def add_drop_heads(parser: argparse.ArgumentParser) -> None:
+    """The flag that lets a head be left out, which moezoo's models do not have."""
+    parser.add_argument(
+        "--drop-heads", action="store_true", help="leave out a classifier or another trained head"
+    )
+
+
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line. Raises ConfigError naming the flag."""
     from moezoo.adapters.upcycle.recipe import Recipe, read_values

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moezoo.cli.recipes import add_recipe_arguments, recipe_from
+from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
 
 if TYPE_CHECKING:
     from moezoo.adapters.upcycle.calibration import Calibration
@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     add = parser.add_argument
     add("--verify", action="store_true", help="verify before the result is put in place")
+    add_drop_heads(parser)
     add("--overwrite", action="store_true", help="replace what is at OUT")
     add("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
     add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moezoo.cli.terminal import Progress, duration, quantity
 
     recipe = recipe_from(arguments)
-    with open_checkpoint(arguments.source) as checkpoint:
+    with open_checkpoint(arguments.source, drop_heads=arguments.drop_heads) as checkpoint:
         plan = make_plan(checkpoint, recipe, layout=arguments.layout)
         total = plan.bytes_written
         bar = Progress(total, "upcycle", unit="B")

@@ -120,11 +120,12 @@ class Stepper:
         newest = ids[:, -1:]
         if isinstance(self.step, GraphStep):
             return self.step(newest)
+        table = model.decoder.table(model.shared)
         if self.step is not None:
-            return model.head(self.step(model.shared(newest[:, 0]), newest)).float()
+            return model.head(self.step(table(newest[:, 0]), newest)).float()
         new = ids if self.cache is None else ids[:, self.cache.length :]
         hidden, _ = model.decoder(
-            model.shared(new),
+            table(new),
             token_ids=new,
             memory=self.memory,
             memory_mask=self.real,

@@ -115,6 +115,7 @@ class GraphStep:
     ) -> None:
         self.model, self.memory, self.graphed = model, memory, graph
         self.blocks = cast("list[Block]", list(model.decoder.blocks))
+        self.table = model.decoder.table(model.shared)
         self.memory_bias = key_mask(memory_mask, memory.dtype)
         self.token = torch.full(
             (rows, 1), model.config.decoder_start_token_id, device=memory.device
@@ -143,7 +144,7 @@ class GraphStep:
         self.cache.reorder(rows)
 
     def _compute(self) -> Tensor:
-        x, bias = self.model.shared(self.token), None
+        x, bias = self.table(self.token), None
         place_S = torch.arange(self.cache.buffers.shape[3], device=x.device)
         # The bias of the last place is that of any other, moved: what comes later is masked.
         moved_S = (place_S + (place_S.shape[0] - 1 - self.cache.position)).clamp_(

@@ -35,8 +35,14 @@ class Stack(nn.Module):
         )
         self.final_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
+        own = ("decoder" if decoder else "encoder") in config.own_embeddings
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model) if own else None
         self.decoder = decoder
         self.gradient_checkpointing = False
+
+    def table(self, shared: nn.Embedding) -> nn.Embedding:
+        """Where the stack looks its tokens up: its own embeddings, or the model's shared ones."""
+        return shared if self.embed_tokens is None else self.embed_tokens
 
     def forward(
         self,

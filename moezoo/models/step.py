@@ -54,11 +54,12 @@ def steps_apart(decoder: nn.Module, memory: Tensor) -> bool:
 
 
 def _passed_by(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a step does not call: all but the sparse layers."""
+    """The modules that a step does not call: all but sparse layers and embeddings."""
     if not isinstance(module, MoE):
         yield module
         for child in module.children():
-            yield from _passed_by(child)
+            if type(child) is not nn.Embedding:  # it is called, before the step
+                yield from _passed_by(child)
 
 
 def _is_plain(module: nn.Module) -> bool:

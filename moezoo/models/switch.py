@@ -55,7 +55,8 @@ class SwitchEncoderModel(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> SwitchOutput:
         """Encode input_ids (B, L), or inputs_embeds (B, L, D); see `SwitchModel.forward`."""
-        x = embedded(self.shared, input_ids, inputs_embeds, attention_mask, "input_ids")
+        table = self.encoder.table(self.shared)
+        x = embedded(table, input_ids, inputs_embeds, attention_mask, "input_ids")
         real = real_tokens(attention_mask, x, "attention_mask")
         hidden, routing = self.encoder(x, real, token_ids=input_ids)
         losses = self.router_losses(routing)
@@ -147,7 +148,7 @@ class SwitchModel(nn.Module):
             input_ids, attention_mask, inputs_embeds, encoder_last_hidden_state
         )
         x = embedded(
-            self.shared,
+            self.decoder.table(self.shared),
             decoder_input_ids,
             decoder_inputs_embeds,
             decoder_attention_mask,
@@ -185,7 +186,8 @@ class SwitchModel(nn.Module):
         if encoded is not None:
             check_hidden(encoded, self.config.d_model, "encoder_last_hidden_state")
             return encoded, real_tokens(attention_mask, encoded, "attention_mask"), ()
-        x = embedded(self.shared, input_ids, inputs_embeds, attention_mask, "input_ids")
+        table = self.encoder.table(self.shared)
+        x = embedded(table, input_ids, inputs_embeds, attention_mask, "input_ids")
         real = real_tokens(attention_mask, x, "attention_mask")
         hidden, routing = self.encoder(x, real, token_ids=input_ids)
         return hidden, real, routing

@@ -163,6 +163,16 @@ def test_what_is_not_kept_is_refused_by_name(asked: str) -> None:
         wrapped()(**batch(), **{asked: True})
 
 
-def test_the_vocabulary_is_not_resized_behind_the_config() -> None:
-    with pytest.raises(ConfigError, match="vocab"):
-        wrapped().resize_token_embeddings(200)
+@pytest.mark.parametrize("own", [(), ("encoder",), ("encoder", "decoder")])
+def test_the_vocabulary_is_resized_with_the_config(own: tuple[str, ...], tmp_path: Path) -> None:
+    config = SwitchConfig(**SIZES, own_embeddings=own)
+    model = MoezooForConditionalGeneration.wrap(moezoo.build(config, seed=0))
+    rows = model.resize_token_embeddings(200, pad_to_multiple_of=64).weight
+    assert rows.shape[0] == model.config.vocab_size == model.config.switch.vocab_size == 256
+    assert rows is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "saved")
+    again = MoezooForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 255, 1]])
+    assert torch.equal(again(ids, labels=ids).logits, model(ids, labels=ids).logits)
+    with pytest.raises(ConfigError, match="mean_resizing"):
+        model.resize_token_embeddings(300, mean_resizing=False)
