@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         "router": router,
         "capacity": config.capacity or policy,
         "feed_forward": config.feed_forward_proj,
+        "own_embeddings": list(config.own_embeddings),
     }
     print(json.dumps(facts, indent=2) if arguments.json else _table(arguments, facts))
     return 0
@@ -81,6 +82,7 @@ def _table(arguments: argparse.Namespace, facts: dict[str, Any]) -> str:
         (f"FLOPs per token, length {arguments.length}", quantity(facts["flops_per_token"])),
         *((f"bytes in {name}", quantity(size) + "B") for name, size in facts["bytes"].items()),
         ("feed-forward", facts["feed_forward"]),
+        *(("embeddings", f"the {stack}'s own") for stack in facts["own_embeddings"]),
         *(_sparse_rows(facts) if facts["num_experts"] else [("experts", "none: a dense model")]),
     ]
     return table([arguments.model, ""], rows)

@@ -19,14 +19,17 @@ OURS = [n for n in routers.names() if routers.registry.get(n).__module__.startsw
 
 @pytest.mark.parametrize("task", ["conditional_generation", "model", "encoder"])
 @pytest.mark.parametrize("num_experts", [0, 4])
-@pytest.mark.parametrize("family", ["t5", "v1.1", "umt5"])
+@pytest.mark.parametrize("family", ["t5", "v1.1", "umt5", "own tables"])
 def test_info_counts_the_parameters_that_a_checkpoint_holds(
     task: str, num_experts: int, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = moezoo.SwitchConfig(
         **SIZES,
         num_experts=num_experts,
-        feed_forward_proj="relu" if family == "t5" else "gated-gelu",
+        feed_forward_proj="gated-gelu" if family in ("v1.1", "umt5") else "relu",
+        own_embeddings=("encoder", "decoder")[: 1 if task == "encoder" else 2]
+        if family == "own tables"
+        else (),
         tie_word_embeddings=family == "t5" or task == "model",
         position_bias_every_layer=family == "umt5",
     )

@@ -82,7 +82,7 @@ def write_flax(weights: Weights, out: Path) -> None:
     (out / "flax_model.msgpack").write_bytes(packed(nested(flat)))
 
 
-def t5x_name(name: str) -> str:
+def t5x_name(name: str, *, shared_bias: bool = True) -> str:
     tops = {
         "shared.weight": "token_embedder.embedding",
         "encoder.final_layer_norm.weight": "encoder.encoder_norm.scale",
@@ -92,9 +92,9 @@ def t5x_name(name: str) -> str:
     if name in tops:
         return tops[name]
     stack, _, block, _, layer, *rest = name.split(".")
-    if "relative_attention_bias" in name:
-        return f"{stack}.relpos_bias.rel_embedding"
     start = f"{stack}.layers_{block}"
+    if "relative_attention_bias" in name:
+        return f"{stack if shared_bias else start}.relpos_bias.rel_embedding"
     own = "attention" if stack == "encoder" else "self_attention"
     if rest[0] == "layer_norm":
         middle = {"0": f"pre_{own}_layer_norm", "1": "pre_cross_attention_layer_norm"}
@@ -126,8 +126,9 @@ def write_zarr(tensor: torch.Tensor, folder: Path) -> None:
 def t5x_arrays(weights: Weights) -> Weights:
     """A dense model's weights by flaxformer's names, turned as it has them."""
     arrays = {}
+    shared_bias = not any("block.1.layer.0.SelfAttention.relative" in name for name in weights)
     for name, tensor in weights.items():
-        theirs = t5x_name(name)
+        theirs = t5x_name(name, shared_bias=shared_bias)
         transposed = tensor.dim() == 2 and theirs != "token_embedder.embedding"
         arrays[theirs] = tensor.T.contiguous() if transposed else tensor
     return arrays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moezoo
+from moezoo.adapters import verify as verification
 from moezoo.adapters.checkpoint_source import open_checkpoint
+from moezoo.adapters.plan import Plan, make_plan
 from moezoo.adapters.upcycle.export import export
 from moezoo.adapters.verify import verify
 from moezoo.cli import main
@@ -249,3 +252,24 @@ def test_every_tensor_of_a_file_is_a_parameter_or_left_out_for_a_reason(tmp_path
     moezoo.upcycle(source, tmp_path / "up", num_experts=4)
     line = verify(tmp_path / "up", source, levels=[1]).line
     assert "2 of the source left out: never meant anything, repeats shared.weight" in line
+
+
+@pytest.mark.parametrize("problem", ["lost", "taken twice"])
+def test_a_tensor_of_the_source_that_the_plan_forgets_fails_the_first_level(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dense_t5(tmp_path / "t5")
+    rewritten(source, **{TABLES[0]: stored(source)["shared.weight"]})
+    moezoo.upcycle(source, tmp_path / "up", num_experts=4)
+    assert verify(tmp_path / "up", source, levels=[1]).passed
+
+    def forgetful(*arguments: Any, **options: Any) -> Plan:
+        plan = make_plan(*arguments, **options)
+        if problem == "lost":
+            return replace(plan, left_out={})
+        return replace(plan, left_out={**plan.left_out, "shared.weight": "twice"})
+
+    monkeypatch.setattr(verification, "make_plan", forgetful)
+    found = verify(tmp_path / "up", source, levels=[1])
+    assert not found.passed
+    assert f"{problem} {TABLES[0] if problem == 'lost' else 'shared.weight'}" in found.line

@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "two choices": {"router": {"name": "top_k", "k": 2}},
     "by token": {"router": "hash"},
     "other experts": {"experts": "modules"},
+    "tables of the stacks": {"own_embeddings": ("encoder", "decoder")},
     "deep": {"num_layers": 4, "num_decoder_layers": 3},
 }
 

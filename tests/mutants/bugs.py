@@ -251,4 +251,10 @@ BUGS = [
     Bug("labels that ask for nothing give NaN", "moezoo/models/switch.py",
         "total / (targets != IGNORED).sum().clamp(min=1)", "total / (targets != IGNORED).sum()",
         historic=True),
+    Bug("the decoder's own table is passed by in a cached decode", "moezoo/models/generate.py",
+        "table = model.decoder.table(model.shared)", "table = model.shared"),
+    Bug("the decoder's own table is passed by", "moezoo/models/switch.py",
+        "self.decoder.table(self.shared),", "self.shared,"),
+    Bug("rows of new tokens are a sum", "moezoo/models/resizing.py",
+        "return total / max(count, 1)", "return total"),
 ]  # fmt: skip

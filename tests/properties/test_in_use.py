@@ -226,3 +226,29 @@ def test_a_cached_decode_equals_the_whole_sequence_whatever_training_drops() -> 
         cache = output.past_key_values
         steps.append(output.logits)
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_stack_reads_its_own_table_in_a_cached_decode_too() -> None:
+    model = tiny(own_embeddings=("encoder", "decoder"), tie_word_embeddings=False).eval()
+    ids = torch.randint(2, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
+    tables = [stack.embed_tokens(ids) for stack in (model.encoder, model.decoder)]
+    found = model(ids, decoder_input_ids=ids).logits
+    assert torch.equal(
+        model(inputs_embeds=tables[0], decoder_inputs_embeds=tables[1]).logits, found
+    )
+    answer = model.generate(ids, max_new_tokens=4, min_new_tokens=4)
+    scores = model(ids, decoder_input_ids=answer[:, :-1]).logits
+    scores[..., model.config.eos_token_id] = -torch.inf
+    assert torch.equal(scores.argmax(-1), answer[:, 1:])
+
+
+@torch.no_grad()
+def test_new_tokens_have_the_mean_logit_of_the_old() -> None:
+    model = tiny().eval()
+    ids = torch.randint(2, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
+    before = model(ids, decoder_input_ids=ids).logits
+    after = moezoo.resize_embeddings(model, VOCABULARY + 3)(ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(after[..., :VOCABULARY], before)
+    mean = before.mean(-1, keepdim=True).expand(-1, -1, 3)
+    torch.testing.assert_close(after[..., VOCABULARY:], mean, rtol=1e-3, atol=1e-3)
