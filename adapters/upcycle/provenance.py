@@ -98,13 +98,13 @@ def rewritten(
         if isinstance(before, Mapping):
             entry["provenance"] = dict(before)
         made_from.append(entry)
-    first = sources[0]
-    behind = left_behind(first.aliases, first.description.dropped)
-    before = first.description.values.get("moezoo_provenance")
+    first = sources[0].description
+    behind = left_behind(sources[0].aliases, first.dropped)
+    before = first.values.get("moezoo_provenance")
     if isinstance(before, Mapping):
-        behind = {
-            key: before[key] for key in ("aliases", "dropped_heads") if key in before
-        } | behind
+        # What moezoo wrote has aliases for its layout's sake; the dense source's are in here.
+        kept = {key: before[key] for key in ("aliases", "dropped_heads") if key in before}
+        behind = kept | left_behind({}, first.dropped)
     version = {"moezoo_version": moezoo.__version__}
     return {**version, **operation, **behind, "made_from": made_from}
 

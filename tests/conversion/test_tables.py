@@ -273,3 +273,30 @@ def test_a_tensor_of_the_source_that_the_plan_forgets_fails_the_first_level(
     found = verify(tmp_path / "up", source, levels=[1])
     assert not found.passed
     assert f"{problem} {TABLES[0] if problem == 'lost' else 'shared.weight'}" in found.line
+
+
+@pytest.mark.parametrize("alias", [(), TABLES[:1]])
+def test_copies_that_switchs_layout_wants_do_not_come_back_and_aliases_do(
+    alias: tuple[str, ...], tmp_path: Path
+) -> None:
+    source, up = tmp_path / "t5", tmp_path / "up"
+    # Tables of whole pages, which are written another way than small ones.
+    dense_t5(source, "t5_v1_1", feed_forward_proj="relu", vocab_size=1024, d_model=64)
+    rewritten(source, **dict.fromkeys(alias, stored(source)["shared.weight"]))
+    report = moezoo.upcycle(source, up, num_experts=4)
+    found = stored(up)
+    assert all(torch.equal(found[name], found["shared.weight"]) for name in TABLES)
+    assert report.plan.parameters == sum(p.numel() for p in moezoo.load(up).parameters())
+    verified = verify(up, source)
+    assert verified.passed, verified.line
+    assert main(["grow", str(up), str(tmp_path / "more")]) == 0
+    assert (
+        main(["export", str(tmp_path / "more"), str(tmp_path / "ours"), "--layout", "moezoo"]) == 0
+    )
+    for number, path in enumerate((up, tmp_path / "more", tmp_path / "ours")):
+        moezoo.downcycle(path, tmp_path / f"back-{number}")
+        assert same(stored(tmp_path / f"back-{number}"), stored(source))
+    found[TABLES[1]][5, 5] += 1
+    rewritten(up, **{TABLES[1]: found[TABLES[1]]})
+    assert not verify(up, source, levels=[1]).passed  # it is a table of its own now
+    assert f"bytes: {TABLES[1]} differs" in verify(up, source, levels=[2]).line
