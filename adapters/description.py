@@ -165,8 +165,8 @@ def _heads(source: Source, prefix: str, *, drop: bool) -> tuple[str, ...]:
             f"moezoo's models have no head such as {quoted(heads[0])} ({len(heads)} tensors)",
             path=source.path,
             key=heads[0],
-            hint="`moezoo export SRC OUT --drop-heads` writes the model without it "
-            "(drop_heads=True in Python).",
+            hint="`moezoo upcycle` and `export` leave it out with --drop-heads, Python with "
+            "drop_heads=True.",
         )
     return heads
 
