@@ -180,8 +180,9 @@ def task_of(description: Description) -> str:
     if not description.has_decoder:
         return "encoder"
     architectures = description.values.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     # What transformers called a model with a tied head until 2020 ends in "Model" too.
-    named = isinstance(name, str) and name.endswith("Model") and not name.endswith("LMHeadModel")
-    headless = (named or bool(description.dropped)) and not description.own_head
-    return "model" if headless else "conditional_generation"
+    tied = name.endswith(("ForConditionalGeneration", "LMHeadModel"))
+    headless = name.endswith("Model") or bool(description.dropped)
+    without = headless and not tied and not description.own_head
+    return "model" if without else "conditional_generation"

@@ -74,10 +74,12 @@ def describe(source: Source, *, drop_heads: bool = False) -> Description:
     inside_another = bool(prefix) and source.path.is_file()
     configured = path.is_file() and not inside_another
     dropped = _heads(source, prefix, drop=drop_heads)
-    outside = tuple(n for n in source.tensors if not n.startswith(prefix) and n not in dropped)
+    heads = set(dropped)
+    outside = tuple(n for n in source.tensors if not n.startswith(prefix) and n not in heads)
     if outside and configured:
         raise _unexpected(source, outside[0])
-    names = [n.removeprefix(prefix) for n in source.tensors if n not in (*dropped, *outside)]
+    ours = (n for n in source.tensors if n.startswith(prefix) and n not in heads)
+    names = [name.removeprefix(prefix) for name in ours]
     for kind in ("Local", "TransientGlobal"):
         if any(f".{kind}SelfAttention." in name for name in names):
             raise long_t5_refusal(kind, source.path)

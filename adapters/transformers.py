@@ -40,7 +40,11 @@ def from_transformers(model: nn.Module, *, drop_heads: bool = False) -> nn.Modul
     values = config.to_dict()
     family, task = family_of(values), _task(model, drop_heads=drop_heads)
     inner: nn.Module = getattr(model, "transformer", model)  # a classifier's model without it
-    state = {n: t for n, t in inner.state_dict().items() if not (is_stray(n) or is_head(n))}
+    state = {
+        name: tensor
+        for name, tensor in inner.state_dict().items()
+        if not is_stray(name) and not (drop_heads and is_head(name))
+    }
     # What is one parameter in memory is no table of its own, whatever the config says.
     shared = state[SHARED].data_ptr()
     for name in MAY_REPEAT:
@@ -114,6 +118,8 @@ def _task(model: nn.Module, *, drop_heads: bool) -> str:
     name = type(model).__name__
     if drop_heads and any(is_head(part) for part, _ in model.named_parameters()):
         inner: nn.Module = getattr(model, "transformer", model)
+        if hasattr(inner, "lm_head"):
+            return "conditional_generation"
         return "model" if hasattr(inner, "decoder") else "encoder"
     task = next((task for task, suffix in TASK_SUFFIX.items() if name.endswith(suffix)), None)
     if name.endswith("EncoderModel"):

@@ -165,7 +165,7 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             hint = "Leave mean_resizing out, and draw the new rows afterwards."
             raise ConfigError("new rows are means", field="mean_resizing", found=False, hint=hint)
         rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
+        if pad_to_multiple_of:
             rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
         resize_embeddings(self.model, rows)
         self.config.vocab_size = rows

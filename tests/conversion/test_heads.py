@@ -14,6 +14,7 @@ from torch import Tensor
 
 import moezoo
 from moezoo.adapters.checkpoint_source import open_checkpoint
+from moezoo.adapters.transformers import from_transformers
 from moezoo.adapters.verify import verify
 from moezoo.cli import main
 from moezoo.errors import ConfigError, TensorMismatch
@@ -123,9 +124,8 @@ def test_heads_of_other_libraries_are_heads_and_other_tensors_are_not(
     save_file({**weights, name: torch.ones(3)}, file, {"format": "pt"})
     with pytest.raises(TensorMismatch, match="--drop-heads"):
         moezoo.load(source)
-    assert (
-        moezoo.load(source, drop_heads=True).config == moezoo.load(dense_t5(tmp_path / "b")).config
-    )
+    kept, plain = moezoo.load(source, drop_heads=True), moezoo.load(dense_t5(tmp_path / "plain"))
+    assert kept.config == plain.config and type(kept) is type(plain)
     save_file({**weights, "stranger.weight": torch.ones(3)}, file, {"format": "pt"})
     with pytest.raises(TensorMismatch, match=r"unexpected tensor 'stranger\.weight'"):
         moezoo.load(source, drop_heads=True)
@@ -169,3 +169,15 @@ def test_published_classifiers_are_refused_by_their_head_and_load_without(
     with pytest.raises(TensorMismatch, match="classification_head"):
         moezoo.load(tmp_path / "t5")
     assert isinstance(moezoo.load(tmp_path / "t5", drop_heads=True), moezoo.SwitchModel)
+
+
+def test_a_live_head_of_another_library_is_not_dropped_in_silence() -> None:
+    class ValuedForConditionalGeneration(transformers.T5ForConditionalGeneration):
+        """A model with a value head, as reinforcement learning puts it there."""
+
+    model = ValuedForConditionalGeneration(transformers.T5Config(**SIZES))
+    model.v_head = torch.nn.Linear(16, 1)
+    with pytest.raises(TensorMismatch, match=r"v_head\.weight"):
+        from_transformers(model)
+    kept = from_transformers(model, drop_heads=True)
+    assert isinstance(kept, moezoo.SwitchForConditionalGeneration)
