@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moezoo.errors import ConfigError, did_you_mean
+from moezoo.frozen import frozen, thawed
 
 ACTIVATIONS = (
     "relu",
@@ -33,7 +34,7 @@ ComponentSpec = str | dict[str, Any]
 @dataclass(frozen=True)
 class SwitchConfig:
     """A T5 or Switch Transformer (arXiv 1910.10683, 2101.03961). Fields mean what Hugging Face
-    means by them.
+    means by them; nothing in a config changes, options of components included, so it is hashable.
 
     A dense T5 is the case without sparse layers (`num_experts=0`). `encoder_sparse_layers` and
     `decoder_sparse_layers` are a layout name (odd, mixed, bottom, middle, top, all, none) or
@@ -78,10 +79,10 @@ class SwitchConfig:
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("encoder_sparse_layers", "decoder_sparse_layers", "eos_token_id"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (dict, list, tuple)):
+                object.__setattr__(self, field.name, frozen(value))
         self._check_types()
         self._check_values()
 
@@ -138,10 +139,7 @@ class SwitchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal config back."""
-        values = dataclasses.asdict(self)
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
-        }
+        return {f.name: thawed(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SwitchConfig:
