@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moezoo.adapters.description import Description, describe
 from moezoo.adapters.families import layout_for
-from moezoo.adapters.families.base import eos_value
+from moezoo.adapters.families.fields import eos_value
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
 from moezoo.adapters.names import disk_names

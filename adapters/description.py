@@ -16,6 +16,8 @@ from moezoo.adapters.families import (
     family_of,
     long_t5_refusal,
 )
+from moezoo.adapters.families.fields import refuse_quantized
+from moezoo.adapters.foreign import refuse_foreign_tensors
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.formats.files import read_json
 from moezoo.adapters.names import MemoryName, common_prefix, is_ignored, memory_name
@@ -48,7 +50,13 @@ def describe(source: Source) -> Description:
 
     Raises ConfigError naming the field, or TensorMismatch for a tensor that is not of the family.
     """
+    path = source.directory / "config.json"
     prefix = common_prefix(source.tensors)
+    own_file = path.is_file() and not (prefix and source.path.is_file())
+    values: Mapping[str, Any] = read_json(path, most=_MAX_CONFIG_BYTES) if own_file else {}
+    family = _named(path, family_of, values) if own_file else None
+    _named(path, refuse_quantized, values)
+    refuse_foreign_tensors(source.tensors, source.path)
     names = [n.removeprefix(prefix) for n in source.tensors if n.startswith(prefix)]
     for kind in ("Local", "TransientGlobal"):
         if any(f".{kind}SelfAttention." in name for name in names):
@@ -56,11 +64,7 @@ def describe(source: Source) -> Description:
     places = _places(names, source)
     own_head = _has_own_head(source, prefix, places)
     weights = Weights(frozenset(names), own_head)
-    path = source.directory / "config.json"
-    values: Mapping[str, Any] = {}
-    if path.is_file() and not (prefix and source.path.is_file()):
-        values = read_json(path, most=_MAX_CONFIG_BYTES)
-        family = _named(path, family_of, values)
+    if family is not None:
         config = _named(path, family.read, values, weights)
     else:
         family, config = inferred(source, prefix, weights)
@@ -102,7 +106,7 @@ def inferred(source: Source, prefix: str, weights: Weights) -> tuple[Family, Swi
         relative_attention_num_buckets=shapes[table_name][0],
         tie_word_embeddings=not weights.own_head,
         position_bias_every_layer=every,
-        scale_decoder_outputs=True if every else not weights.own_head,
+        scale_decoder_outputs=not weights.own_head,
     )
     return (UMT5Family() if every else T5Family()), config
 

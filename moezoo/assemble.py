@@ -29,7 +29,7 @@ def make_moe(config: SwitchConfig, *, decoder: bool) -> MoE:
     decoder unless `config.allow_noncausal`.
     """
     router = make_router(config.router, config)
-    policy = make_capacity(config.capacity, router)
+    policy = make_capacity(config.capacity, router, expert_capacity=config.expert_capacity)
     if decoder and not config.allow_noncausal:
         check_causal(router, policy)
     experts = expert_containers.build(
@@ -59,11 +59,17 @@ def make_router(spec: object, config: SwitchConfig) -> Router:
     return routers.build(spec, **sizes)
 
 
-def make_capacity(spec: object | None, router: Router) -> CapacityPolicy:
-    """A policy from its spec; None: "switch", or "dropless" for routers that bound the load."""
+def make_capacity(
+    spec: object | None, router: Router, *, expert_capacity: int | None = None
+) -> CapacityPolicy:
+    """A policy from its spec; None: "switch", or "dropless" for routers that bound the load.
+
+    `expert_capacity` is the checkpoint's own, for a policy that asks for it.
+    """
     if spec is None:
         spec = "dropless" if router.soft or router.owns_capacity else "switch"
-    return capacity_policies.build(spec)
+    sizes = {} if expert_capacity is None else {"expert_capacity": expert_capacity}
+    return capacity_policies.build(spec, **sizes)
 
 
 def make_shared(

@@ -21,6 +21,7 @@ ACTIVATIONS = (
     "silu",
     "squared-relu",
     "gated-gelu",
+    "gated-gelu-erf",
     "gated-silu",
     "gated-relu",
 )
@@ -45,6 +46,8 @@ class SwitchConfig:
     names to coefficients, or to `{"coefficient": ..., **options}`; None is the router's
     `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's). `eos_token_id` may
     be several: each ends a sequence, the first closes a target; an empty tuple: none does.
+    `expert_capacity` is what a Switch checkpoint says of itself; `capacity="transformers"` follows
+    it. `other_fields` is what config.json says besides: kept from file to file, without effect.
     """
 
     vocab_size: int = 32128
@@ -77,6 +80,8 @@ class SwitchConfig:
     pad_token_id: int = 0
     eos_token_id: int | tuple[int, ...] = 1
     decoder_start_token_id: int = 0
+    expert_capacity: int | None = None
+    other_fields: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -187,6 +192,7 @@ class SwitchConfig:
         )
         for name in (*at_least_one, "relative_attention_max_distance"):
             _check_range(name, getattr(self, name), 1, _MAX_SIZE * 10)
+        _check_range("expert_capacity", self.expert_capacity, 1, 2**31 - 1)
         for name in ("num_layers", "num_decoder_layers"):
             _check_range(
                 name, getattr(self, name), 0 if name == "num_decoder_layers" else 1, 10_000
@@ -199,9 +205,9 @@ class SwitchConfig:
                 reason = "eos_token_id must be an id or a list of ids"
                 raise ConfigError(reason, field="eos_token_id", found=repr(self.eos_token_id)[:80])
             _check_range("eos_token_id", token, 0, self.vocab_size - 1)
-        if not 0.0 <= self.dropout_rate < 1.0:
+        if not 0.0 <= self.dropout_rate <= 1.0:
             raise ConfigError(
-                "dropout_rate lies in [0, 1)", field="dropout_rate", found=self.dropout_rate
+                "dropout_rate lies in [0, 1]", field="dropout_rate", found=self.dropout_rate
             )
         for name in ("layer_norm_epsilon", "initializer_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
@@ -236,7 +242,8 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
         (int,),
     ),
     "eos_token_id": (int, tuple),
-    "num_decoder_layers": (int, type(None)),
+    **dict.fromkeys(("num_decoder_layers", "expert_capacity"), (int, type(None))),
+    "other_fields": (dict,),
     **dict.fromkeys(("encoder_sparse_layers", "decoder_sparse_layers"), (str, tuple)),
     "feed_forward_proj": (str,),
     **dict.fromkeys(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from moezoo.adapters.families.base import eos_value
+from moezoo.adapters.families.fields import eos_value
 from moezoo.adapters.families.native import FORMAT, NativeFamily
 from moezoo.config import SwitchConfig
 
