@@ -47,14 +47,19 @@ def make_moe(config: SwitchConfig, *, decoder: bool) -> MoE:
         activation=config.feed_forward_proj,
         dropout=config.dropout_rate,
     )
-    return MoE(router, experts, capacity=policy, shared=shared, group=config.group)
+    group = None if config.group == SwitchConfig.group else config.group
+    return MoE(router, experts, capacity=policy, shared=shared, group=group)
 
 
 def make_router(spec: object, config: SwitchConfig) -> Router:
-    """A router of the config's sizes."""
+    """A router of the config's sizes. Raises ConfigError for a `router_bias` that it has not."""
     sizes: dict[str, Any] = {"d_model": config.d_model, "num_experts": config.num_experts}
     sizes["vocab_size"] = config.vocab_size
     if config.router_bias:
+        name = Spec.parse(spec, kind="router").name
+        if not routers.registry.takes(name, "bias"):
+            reason = f"the router {name!r} has no bias"
+            raise ConfigError(reason, field="router_bias", hint="Leave router_bias out.")
         sizes["bias"] = True
     return routers.build(spec, **sizes)
 
@@ -76,7 +81,7 @@ def make_shared(
     options: nn.Module | Mapping[str, Any] | None,
     *,
     d_model: int,
-    d_ff: int,
+    d_ff: int | None,
     activation: str,
     dropout: float,
 ) -> nn.Module | None:

@@ -110,7 +110,9 @@ def other_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if name not in _TOLD and not name.startswith(_TOLD_STARTS)
+        if name not in _TOLD
+        and not name.startswith(_TOLD_STARTS)
+        and not (name == "use_cache" and value is True)  # as every written config says
     }
 
 

@@ -231,7 +231,7 @@ NORM = "encoder.block.1.layer.1.layer_norm.weight"
         ({"extra": "encoder.block.0.layer.5.weight"}, "layer.5"),
         ({"extra": "encoder.block.9.layer.0.layer_norm.weight"}, "block.9"),
         ({"model_type": "bert"}, "model_type"),
-        ({"model_type": "(gone)"}, "model_type"),
+        ({"model_type": "(gone)", "architectures": "(gone)"}, "model_type"),
         ({"model_type": "longt5"}, "LongT5"),
         ({"d_model": "wide"}, "d_model"),
         ({"d_model": -4}, "d_model"),
