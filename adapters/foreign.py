@@ -60,8 +60,8 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
         raise ConfigError("config.json names no model_type", field="model_type", hint=hint)
     shown = f"model_type {repr(stated)[:40]}"
     shown += f", {first[:60]}" if isinstance(first, str) else ""
-    match = nearest(stated, names)
-    hint = f"Did you mean {match!r}?" if match else _PLUG
+    near = nearest(stated, names)
+    hint = f"Did you mean {near!r}?" if near else _PLUG
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
 
 

@@ -60,10 +60,14 @@ class SparseMLP(nn.Module):
         policy = make_capacity(capacity, built)
         if causal:
             check_causal(built, policy)
-        given = {"d_ff": d_ff, "activation": activation, "dropout": dropout}
+        given: dict[str, Any] = {"d_ff": d_ff, "activation": activation, "dropout": dropout}
         if isinstance(experts, Experts) and not isinstance(shared, Mapping):
             _refuse_beside(experts, given)
-        given = {"d_ff": d_ff, "activation": activation or "relu", "dropout": dropout or 0.0}
+        given = {
+            "d_ff": d_ff,
+            "activation": "relu" if activation is None else activation,
+            "dropout": 0.0 if dropout is None else dropout,
+        }
         container = expert_containers.build(
             experts, d_model=d_model, num_experts=num_experts, **given
         )

@@ -12,6 +12,7 @@ import torch
 import moezoo
 from moezoo.adapters.families import family_of, layout_for
 from moezoo.adapters.families.base import Weights
+from moezoo.adapters.upcycle.export import export
 from moezoo.functional.activations import activation
 from tests.models.tiny import tiny
 
@@ -373,3 +374,56 @@ def test_outputs_are_scaled_as_the_file_says(
     written = family.write(config, "conditional_generation")
     names = frozenset({"decoder.block.0.layer.0.layer_norm.weight"})
     assert family_of(written).read(written, Weights(names, own_head)).scales_logits is scaled
+
+
+EXTRA: dict[str, Any] = {
+    "task_specific_params": {"summarization": {"prefix": "summarize: ", "num_beams": 4}},
+    "n_positions": 512,
+    "id2label": {"0": "no", "1": "yes"},
+    "custom": ["mine", None],
+    "bos_token_id": 7,
+}
+
+
+def with_extra(path: Path) -> Path:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **EXTRA}))
+    return path
+
+
+def kept(path: Path) -> bool:
+    values = json.loads((path / "config.json").read_text())
+    return {name: values.get(name) for name in EXTRA} == EXTRA
+
+
+@pytest.mark.parametrize("layout", ["auto", "moezoo"])
+def test_fields_that_mean_nothing_here_are_kept_by_every_verb(layout: str, tmp_path: Path) -> None:
+    moezoo.save(tiny(num_experts=0), tmp_path / "t5")
+    source = with_extra(tmp_path / "t5")
+    moezoo.save(moezoo.load(source), tmp_path / "saved", layout=layout)
+    moezoo.upcycle(source, tmp_path / "up", num_experts=2, layout=layout)
+    moezoo.downcycle(tmp_path / "up", tmp_path / "down")
+    export(tmp_path / "up", tmp_path / "export", layout="moezoo")
+    live = moezoo.upcycle(moezoo.load(source), num_experts=2)
+    moezoo.save(live, tmp_path / "live")
+    for name in ("saved", "up", "down", "export", "live"):
+        assert kept(tmp_path / name), name
+    loaded = moezoo.load(tmp_path / "export")
+    assert loaded.config.other_fields["bos_token_id"] == 7
+    hf = pytest.importorskip("moezoo.adapters.hf")
+    hf.MoezooForConditionalGeneration.wrap(loaded).save_pretrained(tmp_path / "wrapped")
+    assert kept(tmp_path / "wrapped")
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+@pytest.mark.parametrize("act", ["relu", "gated-gelu"])
+def test_a_dropout_of_one_drops_everything_and_stays_finite(num_experts: int, act: str) -> None:
+    config = read(dropout_rate=1.0, feed_forward_proj=act).replace(num_experts=num_experts)
+    model = moezoo.build(config, seed=0).train()
+    ids = torch.randint(2, 61, (2, 5))
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and not out.logits.any()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    model.eval()
+    assert model(ids, labels=ids).logits.any()
