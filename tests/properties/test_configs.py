@@ -67,3 +67,12 @@ def test_outputs_are_scaled_as_the_file_says(model: str, own: bool, tied: bool |
     values = {**SIZES, "model_type": model, "tie_word_embeddings": tied}
     config = family_of(values).read(values, Weights(frozenset(), own))
     assert config.scales_logits is (model != "mt5" and tied is not False)
+
+
+@given(st.integers(1, 70), st.sampled_from([None, "dropless", "transformers"]))
+def test_a_switchs_own_capacity_is_written_as_it_was_read(number: int, capacity: Any) -> None:
+    values = {**SIZES, "model_type": "switch_transformers", "expert_capacity": number}
+    weights = Weights(frozenset(), own_head=False)
+    config = family_of(values).read(values, weights).replace(capacity=capacity)
+    written = layout_for(config, "huggingface").write(config, "conditional_generation")
+    assert written["expert_capacity"] == config.expert_capacity == number
