@@ -15,6 +15,8 @@ from moezoo.adapters.families import (
     family_of,
     long_t5_refusal,
 )
+from moezoo.adapters.families.fields import refuse_quantized
+from moezoo.adapters.foreign import refuse_foreign_tensors
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.formats.files import quoted, read_json
 from moezoo.adapters.names import (
@@ -69,10 +71,14 @@ def describe(source: Source, *, drop_heads: bool = False) -> Description:
 
     Raises ConfigError naming the field, or TensorMismatch for a tensor that is not of the family.
     """
-    prefix = common_prefix(source.tensors)
     path = source.directory / "config.json"
+    prefix = common_prefix(source.tensors)
     inside_another = bool(prefix) and source.path.is_file()
     configured = path.is_file() and not inside_another
+    values: Mapping[str, Any] = read_json(path, most=_MAX_CONFIG_BYTES) if configured else {}
+    family = _named(path, family_of, values) if configured else None
+    _named(path, refuse_quantized, values)
+    refuse_foreign_tensors(source.tensors, source.path)
     dropped = _heads(source, prefix, drop=drop_heads)
     heads = set(dropped)
     outside = tuple(n for n in source.tensors if not n.startswith(prefix) and n not in heads)
@@ -90,10 +96,7 @@ def describe(source: Source, *, drop_heads: bool = False) -> Description:
         own_head=HEAD in own,
         own_embeddings=tuple(stack for stack, table in TABLES.items() if table in own),
     )
-    values: Mapping[str, Any] = {}
-    if configured:
-        values = read_json(path, most=_MAX_CONFIG_BYTES)
-        family = _named(path, family_of, values)
+    if family is not None:
         config = _named(path, family.read, values, weights)
     else:
         family, config = inferred(source, prefix, weights)
@@ -139,7 +142,7 @@ def inferred(source: Source, prefix: str, weights: Weights) -> tuple[Family, Swi
         tie_word_embeddings=not weights.own_head,
         own_embeddings=weights.own_embeddings,
         position_bias_every_layer=every,
-        scale_decoder_outputs=True if every else not weights.own_head,
+        scale_decoder_outputs=not weights.own_head,
     )
     return (UMT5Family() if every else T5Family()), config
 

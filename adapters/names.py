@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moezoo.errors import TensorMismatch, did_you_mean
+from moezoo.errors import TensorMismatch, nearest
 
 DENSE_T5 = "DenseReluDense"  # what the MLP of a dense block is called in T5's layout
 SWITCH = "mlp"  # and in Switch's
@@ -149,8 +149,6 @@ def common_prefix(names: Iterable[str]) -> str:
 def _unknown(name: str) -> TensorMismatch:
     shown = name if len(name) <= 120 else name[:117] + "..."
     known = [disk.replace("#", "0").replace("@", DENSE_T5) for disk in _TO_MEMORY]
-    return TensorMismatch(
-        f"unexpected tensor {shown!r}",
-        key=shown,
-        hint=did_you_mean(name, known) if len(name) < 120 else None,
-    )
+    match = nearest(name, known) if len(name) < 120 else None
+    hint = f"Did you mean {match!r}?" if match else None
+    return TensorMismatch(f"unexpected tensor {shown!r}", key=shown, hint=hint)

@@ -22,6 +22,7 @@ from moezoo.adapters.upcycle.placement import placed
 from moezoo.adapters.upcycle.preservation import preserving_scale, router_for
 from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
 from moezoo.config import SwitchConfig
+from moezoo.cost import layer_cost
 from moezoo.errors import ConfigError
 from moezoo.registry import Spec
 
@@ -112,7 +113,7 @@ class Plan:
     @property
     def active_parameters(self) -> int:
         """Parameters that one token meets: its chosen experts only."""
-        chosen = _choices(self.config)
+        chosen = layer_cost(self.config).choices
         total = 0
         for move in self.moves:
             count = 1 if move.layer is None else min(chosen, len(move.targets))
@@ -226,8 +227,3 @@ def _routers(
             (target,) = disk_names(name, mlp=family.mlp)
             shape = (config.num_experts, config.d_model)
             yield move.layer, TensorPlan(target, move.targets[0].dtype, shape)
-
-
-def _choices(config: SwitchConfig) -> int:
-    router = Spec.parse(config.router)
-    return int(router.options.get("k", 2)) if router.name == "top_k" else 1

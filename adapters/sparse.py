@@ -22,7 +22,7 @@ def sparse(
     copy_weights: bool = True,
     router: object = None,
     capacity: object | None = None,
-    group: str | int = "batch",
+    group: str | int | None = None,
     causal: bool = False,
 ) -> Callable[[nn.Module], nn.Module]:
     """A `make` for `moezoo.plug`: a mixture of `num_experts` copies of the MLP it is given.
@@ -52,7 +52,7 @@ def sparse(
         container = ModuleExperts(width, num_experts, modules=experts)
         made = SparseMLP(
             width,
-            width,
+            None,
             num_experts,
             router=router,
             capacity=capacity,

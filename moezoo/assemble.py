@@ -29,7 +29,7 @@ def make_moe(config: SwitchConfig, *, decoder: bool) -> MoE:
     decoder unless `config.allow_noncausal`.
     """
     router = make_router(config.router, config)
-    policy = make_capacity(config.capacity, router)
+    policy = make_capacity(config.capacity, router, expert_capacity=config.expert_capacity)
     if decoder and not config.allow_noncausal:
         check_causal(router, policy)
     experts = expert_containers.build(
@@ -47,30 +47,41 @@ def make_moe(config: SwitchConfig, *, decoder: bool) -> MoE:
         activation=config.feed_forward_proj,
         dropout=config.dropout_rate,
     )
-    return MoE(router, experts, capacity=policy, shared=shared, group=config.group)
+    group = None if config.group == SwitchConfig.group else config.group
+    return MoE(router, experts, capacity=policy, shared=shared, group=group)
 
 
 def make_router(spec: object, config: SwitchConfig) -> Router:
-    """A router of the config's sizes."""
+    """A router of the config's sizes. Raises ConfigError for a `router_bias` that it has not."""
     sizes: dict[str, Any] = {"d_model": config.d_model, "num_experts": config.num_experts}
     sizes["vocab_size"] = config.vocab_size
     if config.router_bias:
+        name = Spec.parse(spec, kind="router").name
+        if not routers.registry.takes(name, "bias"):
+            reason = f"the router {name!r} has no bias"
+            raise ConfigError(reason, field="router_bias", hint="Leave router_bias out.")
         sizes["bias"] = True
     return routers.build(spec, **sizes)
 
 
-def make_capacity(spec: object | None, router: Router) -> CapacityPolicy:
-    """A policy from its spec; None: "switch", or "dropless" for routers that bound the load."""
+def make_capacity(
+    spec: object | None, router: Router, *, expert_capacity: int | None = None
+) -> CapacityPolicy:
+    """A policy from its spec; None: "switch", or "dropless" for routers that bound the load.
+
+    `expert_capacity` is the checkpoint's own, for a policy that asks for it.
+    """
     if spec is None:
         spec = "dropless" if router.soft or router.owns_capacity else "switch"
-    return capacity_policies.build(spec)
+    sizes = {} if expert_capacity is None else {"expert_capacity": expert_capacity}
+    return capacity_policies.build(spec, **sizes)
 
 
 def make_shared(
     options: nn.Module | Mapping[str, Any] | None,
     *,
     d_model: int,
-    d_ff: int,
+    d_ff: int | None,
     activation: str,
     dropout: float,
 ) -> nn.Module | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moezoo.errors import ConfigError, did_you_mean
+from moezoo.frozen import frozen, thawed
 
 ACTIVATIONS = (
     "relu",
@@ -20,6 +21,7 @@ ACTIVATIONS = (
     "silu",
     "squared-relu",
     "gated-gelu",
+    "gated-gelu-erf",
     "gated-silu",
     "gated-relu",
 )
@@ -34,7 +36,7 @@ ComponentSpec = str | dict[str, Any]
 @dataclass(frozen=True)
 class SwitchConfig:
     """A T5 or Switch Transformer (arXiv 1910.10683, 2101.03961). Fields mean what Hugging Face
-    means by them.
+    means by them; nothing in a config changes, options of components included, so it is hashable.
 
     A dense T5 is the case without sparse layers (`num_experts=0`). `encoder_sparse_layers` and
     `decoder_sparse_layers` are a layout name (odd, mixed, bottom, middle, top, all, none) or
@@ -45,7 +47,10 @@ class SwitchConfig:
     "switch", or "dropless" for routers that bound the load themselves. `shared_expert` holds the
     options of a branch that every token takes (`{}` for the defaults). `router_losses` maps loss
     names to coefficients, or to `{"coefficient": ..., **options}`; None is the router's
-    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's).
+    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's). `eos_token_id` may
+    be several: each ends a sequence, the first closes a target; an empty tuple: none does.
+    `expert_capacity` is what a Switch checkpoint says of itself; `capacity="transformers"` follows
+    it. `other_fields` is what config.json says besides: kept from file to file, without effect.
     """
 
     vocab_size: int = 32128
@@ -77,14 +82,16 @@ class SwitchConfig:
     group: str | int = "batch"
     allow_noncausal: bool = False
     pad_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 1
     decoder_start_token_id: int = 0
+    expert_capacity: int | None = None
+    other_fields: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("encoder_sparse_layers", "decoder_sparse_layers", "own_embeddings"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (dict, list, tuple)):
+                object.__setattr__(self, field.name, frozen(value))
         self._check_types()
         self._check_values()
 
@@ -92,6 +99,11 @@ class SwitchConfig:
     def decoder_layers(self) -> int:
         """Number of decoder blocks (`num_decoder_layers`, or as many as the encoder has)."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence; the first one closes a target."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def scales_logits(self) -> bool:
@@ -136,10 +148,7 @@ class SwitchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives an equal config back."""
-        values = dataclasses.asdict(self)
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
-        }
+        return {f.name: thawed(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SwitchConfig:
@@ -187,16 +196,16 @@ class SwitchConfig:
         )
         for name in (*at_least_one, "relative_attention_max_distance"):
             _check_range(name, getattr(self, name), 1, _MAX_SIZE * 10)
+        _check_range("expert_capacity", self.expert_capacity, 1, 2**31 - 1)
         for name in ("num_layers", "num_decoder_layers"):
             _check_range(
                 name, getattr(self, name), 0 if name == "num_decoder_layers" else 1, 10_000
             )
         _check_range("num_experts", self.num_experts, 0, _MAX_SIZE)
-        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            _check_range(name, getattr(self, name), 0, self.vocab_size - 1)
-        if not 0.0 <= self.dropout_rate < 1.0:
+        self._check_ids()
+        if not 0.0 <= self.dropout_rate <= 1.0:
             raise ConfigError(
-                "dropout_rate lies in [0, 1)", field="dropout_rate", found=self.dropout_rate
+                "dropout_rate lies in [0, 1]", field="dropout_rate", found=self.dropout_rate
             )
         for name in ("layer_norm_epsilon", "initializer_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
@@ -223,15 +232,26 @@ class SwitchConfig:
         sparse_layers(self.encoder_sparse_layers, self.num_layers, "encoder_sparse_layers")
         sparse_layers(self.decoder_sparse_layers, self.decoder_layers, "decoder_sparse_layers")
 
+    def _check_ids(self) -> None:
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            _check_range(name, getattr(self, name), 0, self.vocab_size - 1)
+        for token in self.eos_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                reason = "eos_token_id must be an id or a list of ids"
+                raise ConfigError(reason, field="eos_token_id", found=repr(self.eos_token_id)[:80])
+            _check_range("eos_token_id", token, 0, self.vocab_size - 1)
+
 
 _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "num_experts")
         + ("relative_attention_num_buckets", "relative_attention_max_distance")
-        + ("pad_token_id", "eos_token_id", "decoder_start_token_id"),
+        + ("pad_token_id", "decoder_start_token_id"),
         (int,),
     ),
-    "num_decoder_layers": (int, type(None)),
+    "eos_token_id": (int, tuple),
+    **dict.fromkeys(("num_decoder_layers", "expert_capacity"), (int, type(None))),
+    "other_fields": (dict,),
     **dict.fromkeys(("encoder_sparse_layers", "decoder_sparse_layers"), (str, tuple)),
     "feed_forward_proj": (str,),
     **dict.fromkeys(

@@ -27,9 +27,10 @@ class MoE(nn.Module):
         router, experts, capacity: the components; their sizes must agree.
         shared: a branch that every token takes besides, x -> y of the same width (DeepSeekMoE).
         group: what capacity is counted over: "batch" (the paper's, per device), "sequence" (the
-            last but one dimension of x) or a number of tokens.
+            last but one dimension of x) or a number of tokens; None: the policy's own, or "batch".
 
-    Raises ConfigError for sizes that disagree and for pairs that make no sense.
+    Raises ConfigError for sizes that disagree, pairs that make no sense and a group that the policy
+    cannot follow.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class MoE(nn.Module):
         *,
         capacity: CapacityPolicy,
         shared: nn.Module | None = None,
-        group: str | int = "batch",
+        group: str | int | None = None,
     ) -> None:
         super().__init__()
         for size in ("num_experts", "d_model"):
@@ -47,12 +48,18 @@ class MoE(nn.Module):
             if ours != theirs:
                 raise ConfigError(f"router has {size} {ours}, experts have {theirs}", field=size)
         check_pair(router, capacity)
+        needed = capacity.required_group
+        group = needed or "batch" if group is None else group
         check_group(group)
+        if needed is not None and group != needed:
+            reason = f"{type(capacity).__name__} counts by {needed}"
+            hint = "Leave group out, or choose another capacity policy."
+            raise ConfigError(reason, field="group", expected=needed, found=group, hint=hint)
         self.router = router
         self.capacity = capacity
         self.experts = experts
         self.shared = shared
-        self.group = capacity.required_group or group
+        self.group = group
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, token_ids: Tensor | None = None

@@ -62,8 +62,8 @@ def _presets() -> dict[str, SwitchConfig]:
         presets[f"t5-v1.1-{size}"] = presets[f"flan-t5-{size}"] = gated
         presets[f"mt5-{size}"] = gated.replace(vocab_size=250112)
         if size != "large":  # never published
-            umt5 = gated.replace(vocab_size=256384, position_bias_every_layer=True)
-            presets[f"umt5-{size}"] = umt5.replace(scale_decoder_outputs=True)
+            umt5 = {"vocab_size": 256384, "position_bias_every_layer": True}
+            presets[f"umt5-{size}"] = gated.replace(**umt5)
     for size, fields in _BYT5_SIZES.items():
         byt5 = _GATED.replace(**fields).replace(vocab_size=384)
         presets[f"byt5-{size}"] = byt5.replace(num_decoder_layers=_BYT5_DECODERS[size])

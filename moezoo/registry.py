@@ -145,6 +145,10 @@ class Registry(Generic[T]):
                 )
         return component(**arguments)
 
+    def takes(self, name: str, option: str) -> bool:
+        """Whether the component of that name has an option. Raises RegistryError."""
+        return option in _options(self.get(name))  # type: ignore[arg-type]  # classes are hashable
+
     def check_options(self, spec: Spec) -> None:
         """Refuse options that the component's constructor does not take. Raises ConfigError."""
         component = self.get(spec.name)

@@ -17,8 +17,15 @@ def test_a_layer_takes_any_shape_and_leaves_padding_zero(
     product: Product, group: str | int
 ) -> None:
     torch.manual_seed(0)
+    needed = moezoo.capacity.registry.get(product.partner).required_group
     layer = moezoo.SparseMLP(
-        8, 8, 4, router=product.router, capacity=product.partner, vocab_size=16, group=group
+        8,
+        8,
+        4,
+        router=product.router,
+        capacity=product.partner,
+        vocab_size=16,
+        group=needed or group,
     )
     for shape in ((0, 5), (2, 0), (1, 1), (3,), (2, 3, 4)):
         x = torch.randn(*shape, 8, requires_grad=True)

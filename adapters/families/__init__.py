@@ -9,6 +9,7 @@ from moezoo.adapters.families.base import Family, Weights, registry
 from moezoo.adapters.families.native import NativeFamily
 from moezoo.adapters.families.switch import SwitchFamily
 from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family, long_t5_refusal
+from moezoo.adapters.foreign import named_model_type
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
 
@@ -17,16 +18,9 @@ _LAYOUTS = ("switch_transformers", "t5", "umt5")
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises ConfigError naming its model_type."""
-    model_type = values.get("model_type")
+    """The family of a config.json. Raises ConfigError naming the architecture of another."""
     families = {t: name for name in registry.names() for t in registry.get(name).model_types}
-    if not isinstance(model_type, str) or model_type not in families:
-        shown = repr(model_type)[:80]
-        hint = did_you_mean(model_type, families)
-        raise ConfigError(
-            "no T5 family has this model_type", field="model_type", found=shown, hint=hint
-        )
-    return registry.build(families[model_type])
+    return registry.build(families[named_model_type(values, families)])
 
 
 def expressible(config: SwitchConfig) -> tuple[Family | None, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moezoo.adapters.families.base import TASK_SUFFIX, Family, Weights, registry
+from moezoo.adapters.families.fields import other_fields
 from moezoo.adapters.names import SWITCH
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
@@ -34,15 +35,17 @@ class NativeFamily(Family):
         inner = values.get("moezoo_config")
         if not isinstance(inner, dict):
             raise ConfigError("config.json has no object 'moezoo_config'", field="moezoo_config")
-        return SwitchConfig.from_dict(inner)
+        return SwitchConfig.from_dict({"other_fields": other_fields(values), **inner})
 
     def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
+        inner = config.to_dict()
         return {
+            **inner.pop("other_fields"),
             "model_type": "moezoo",
             "moezoo_format": FORMAT,
             "architectures": ["Moezoo" + TASK_SUFFIX[task]],
             "is_encoder_decoder": task != "encoder",
-            "moezoo_config": config.to_dict(),
+            "moezoo_config": inner,
         }
 
     def refusal(self, config: SwitchConfig) -> str | None:

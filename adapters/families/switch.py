@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from moezoo.adapters.families.base import (
-    Family,
-    Weights,
+from moezoo.adapters.families.base import Family, Weights, registry
+from moezoo.adapters.families.fields import (
+    activation_refusal,
     feed_forward,
-    registry,
+    flag,
+    refuse_others,
     shared_fields,
     written_fields,
 )
 from moezoo.adapters.names import HEAD, SWITCH, TABLES
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
+from moezoo.frozen import FrozenDict, thawed
 from moezoo.registry import Spec
 
 UNLIMITED = 1_000_000  # an expert capacity that no sequence reaches
-# What `dense_act_fn` calls them; transformers looks at nothing else.
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu-tanh": "gelu_new",
-    "silu": "silu",
-    "squared-relu": "relu2",
-}
 # What transformers has no word for and need not know to compute the same in evaluation.
 _OWN = ("capacity", "group", "experts")
+# Fields of published files that transformers reads and never uses (`router_type`,
+# `add_router_probs`, `router_ignore_padding_tokens`, which any value may have) or not at all. Other
+# values of these stand for another function than the one that moezoo computes.
+_FOLLOWED = (
+    ("router_dtype", "float32", "moezoo routes in float32, as the paper does"),
+    ("router_type", "tokens_masked", "in Switch tokens choose their expert"),
+    ("num_selected_experts", 1, "Switch sends a token to one expert"),
+    ("batch_prioritized_routing", False, "Switch serves tokens in their order"),
+)
 
 
 @registry.register("switch_transformers")
@@ -37,9 +41,10 @@ class SwitchFamily(Family):
     top-1.
 
     `expert_capacity` there is an absolute number per sequence, in evaluation too; here the policy
-    is the paper's unless you ask for `capacity="transformers"`. A model is written with a capacity
-    that never binds, so that transformers computes what moezoo computes; what training needs
-    besides (policy, group, expert dropout) is kept under `moezoo_config`.
+    is the paper's unless you ask for `capacity="transformers"`, which takes the file's number. The
+    number is written as it was read; a model that has none is written with one that never binds,
+    so that transformers computes what moezoo computes. What training needs besides (policy, group,
+    expert dropout) is kept under `moezoo_config`.
 
     `tie_word_embeddings: false` there means that outputs are not scaled, and that every table is
     a tensor of its own, which transformers 5 draws anew where a file lacks it: `copies`.
@@ -49,48 +54,52 @@ class SwitchFamily(Family):
     mlp = SWITCH
 
     def read(self, values: Mapping[str, Any], weights: Weights) -> SwitchConfig:
-        fields = shared_fields(values)
-        config = SwitchConfig(**fields, feed_forward_proj=feed_forward(values))
-        jitter = values.get("router_jitter_noise", 0.0)
-        router: dict[str, Any] = {"name": "switch", "jitter": jitter}
+        for name, value, why in _FOLLOWED:
+            refuse_others(values, name, value, why)
+        plain = {name: v for name, v in values.items() if name != "feed_forward_proj"}
+        config = SwitchConfig(
+            **shared_fields(values),
+            # transformers' Switch knows `dense_act_fn` alone.
+            feed_forward_proj=feed_forward(plain, weights, default="relu"),
+        )
+        jitter = _number(values, "router_jitter_noise", 0.01, below=1.0)
         return config.replace(
-            num_experts=values.get("num_experts", 8),
+            num_experts=_whole(values, "num_experts", 8, least=1),
             encoder_sparse_layers=_layers(values, "encoder", config.num_layers),
             decoder_sparse_layers=_layers(values, "decoder", config.decoder_layers),
-            router=router if jitter else "switch",
-            router_bias=values.get("router_bias", False),
+            router={"name": "switch", "jitter": jitter} if jitter else "switch",
+            router_bias=flag(values, "router_bias", default=False),
             router_losses={
-                "load_balance": values.get("router_aux_loss_coef", 0.001),
-                "z": values.get("router_z_loss_coef", 0.001),
+                "load_balance": _number(values, "router_aux_loss_coef", 0.001),
+                "z": _number(values, "router_z_loss_coef", 0.001),
             },
+            expert_capacity=_whole(values, "expert_capacity", 64, least=1),
             tie_word_embeddings=not weights.own_head,
             own_embeddings=weights.own_embeddings,
-            scale_decoder_outputs=bool(values.get("tie_word_embeddings", True)),
+            scale_decoder_outputs=flag(values, "tie_word_embeddings", default=True),
             **_own_fields(values),
         )
 
     def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
-        capacity = Spec.parse(config.capacity or "switch")
-        limit = UNLIMITED
-        if capacity.name == "transformers":
-            limit = capacity.options.get("limit", 64)
         losses = config.router_losses
-        losses = {"load_balance": 0.01, "z": 0.0} if losses is None else losses
+        losses = FrozenDict(load_balance=0.01, z=0.0) if losses is None else losses
         own = {name: getattr(config, name) for name in _OWN}
-        own = {name: value for name, value in own.items() if value != getattr(SwitchConfig, name)}
+        own = {
+            name: thawed(value)
+            for name, value in own.items()
+            if value != getattr(SwitchConfig, name)
+        }
         return {
             **written_fields(config, task, "SwitchTransformers"),
             **({"moezoo_config": own} if own else {}),
             "model_type": "switch_transformers",
             "tie_word_embeddings": config.scales_logits,
-            "dense_act_fn": _ACTIVATIONS[config.feed_forward_proj],
-            "feed_forward_proj": _ACTIVATIONS[config.feed_forward_proj],
             "num_experts": config.num_experts,
             "num_sparse_encoder_layers": len(config.encoder_sparse),
             "num_sparse_decoder_layers": len(config.decoder_sparse),
             "encoder_sparse_step": sparse_step(config.encoder_sparse, config.num_layers),
             "decoder_sparse_step": sparse_step(config.decoder_sparse, config.decoder_layers),
-            "expert_capacity": limit,
+            "expert_capacity": _written_capacity(config),
             "router_bias": config.router_bias,
             "router_dtype": "float32",
             "router_jitter_noise": Spec.parse(config.router).options.get("jitter", 0.0),
@@ -106,7 +115,12 @@ class SwitchFamily(Family):
             return f"Switch's layout has no gated experts, this model {config.feed_forward_proj}"
         if config.position_bias_every_layer:
             return "Switch's layout has one position bias per stack"
-        return _component_refusal(config) or _placement_refusal(config) or _head_refusal(config)
+        return (
+            activation_refusal(config)
+            or _component_refusal(config)
+            or _placement_refusal(config)
+            or _head_refusal(config)
+        )
 
     def copies(self, config: SwitchConfig, task: str) -> tuple[str, ...]:
         if config.scales_logits:
@@ -144,21 +158,51 @@ def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
+def _written_capacity(config: SwitchConfig) -> int:
+    """`expert_capacity`: what the policy of transformers limits to, or what the file had said."""
+    policy = Spec.parse(config.capacity or "switch")
+    own: int = config.expert_capacity or UNLIMITED
+    if policy.name != "transformers":
+        return own
+    limit: int = policy.options.get("limit") or config.expert_capacity or 64
+    return limit
+
+
 def _layers(values: Mapping[str, Any], side: str, num_layers: int) -> tuple[int, ...]:
     """The sparse layers of a stack: an explicit step wins over the number of sparse layers."""
-    step = values.get(f"{side}_sparse_step")
-    if step is None:
-        count = values.get(f"num_sparse_{side}_layers", 3)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            name = f"num_sparse_{side}_layers"
-            raise ConfigError(
-                f"{name} must be a whole number >= 0", field=name, found=repr(count)[:80]
-            )
-        step = num_layers // count if count > 0 else num_layers
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        name = f"{side}_sparse_step"
-        raise ConfigError(f"{name} must be a whole number >= 0", field=name, found=repr(step)[:80])
-    return _placed(step, num_layers)
+    name = f"num_sparse_{side}_layers"
+    count = _whole(values, name, 3, least=0)
+    stated = f"{side}_sparse_step"
+    if values.get(name) is not None and count > num_layers:
+        wanted = f"at most {num_layers}, the {side}'s layers"
+        raise ConfigError(
+            f"{name}: more sparse layers than layers", field=name, expected=wanted, found=count
+        )
+    step = num_layers // count if count > 0 else num_layers
+    return _placed(_whole(values, stated, step, least=0), num_layers)
+
+
+def _whole(values: Mapping[str, Any], name: str, default: int, *, least: int) -> int:
+    value = values.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = f"a whole number >= {least}"
+        raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value)[:80])
+    return value
+
+
+def _number(
+    values: Mapping[str, Any], name: str, default: float, *, below: float = math.inf
+) -> float:
+    value = values.get(name)
+    if value is None:
+        return default
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value < below:
+        wanted = "a finite number >= 0" + (f" and < {below:g}" if below < math.inf else "")
+        raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value)[:80])
+    return float(value)
 
 
 def _component_refusal(config: SwitchConfig) -> str | None:

@@ -47,6 +47,7 @@ _IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
     ("flax_model.msgpack", lambda path, file: _flax(path, file=file)),
     ("flax_model.msgpack.index.json", lambda path, file: _flax(path, index=file)),
 )
+_ADAPTER = "adapter_config.json"
 _TO_SAFETENSORS = "save_pretrained(OUT) of transformers 4.x writes safetensors: "
 _FOREIGN = (
     (
@@ -81,6 +82,13 @@ def open_source(path: str | Path) -> Source:
 
 
 def _open_directory(path: Path) -> Source:
+    if (path / _ADAPTER).exists():  # transformers would add it to weights that lie beside it
+        raise CheckpointError(
+            "this is an adapter (PEFT), not a model",
+            path=path,
+            key=_ADAPTER,
+            hint="Merge it into its model first: merge_and_unload() of peft, then save_pretrained.",
+        )
     for name, open_it in _IN_DIRECTORY:
         file = path / name
         if file.exists() or file.is_symlink():

@@ -36,6 +36,11 @@ _NORMS = {
     "pre_self_attention_layer_norm.scale": "0",
     "pre_cross_attention_layer_norm.scale": "1",
 }
+# With `scan_layers` one array holds a matrix of every layer, on an axis that the names do not tell.
+_SCANNED = re.compile(
+    r"(encoder|decoder)\.(?:\1|layers|scan\w*|\1_layers)\.(?:\w+_\d+\.)?"
+    r"(?:pre_\w+|(?:self_|encoder_decoder_)?attention|mlp|relpos_bias)\."
+)
 _MLP = {"encoder": "1", "decoder": "2"}
 
 
@@ -147,4 +152,8 @@ def _translated(name: str, path: Path, *, sparse: bool) -> tuple[str, bool]:
 
 
 def _unknown(name: str, path: Path) -> TensorMismatch:
+    if _SCANNED.match(name):
+        hint = "Write it unscanned: scan_layers = False, with t5x's own restore."
+        reason = f"a scanned t5x checkpoint, its layers stacked on an axis ({quoted(name)})"
+        return TensorMismatch(reason, path=path, key=name[:120], hint=hint)
     return TensorMismatch(f"no T5 has an array called {quoted(name)}", path=path, key=name[:120])

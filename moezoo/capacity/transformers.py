@@ -14,18 +14,19 @@ from moezoo.records import Assignment, Routing
 class TransformersCapacity(CapacityPolicy):
     """Keep the first `limit` tokens of every expert and sequence, counting padding.
 
-    An absolute number (`expert_capacity` in config.json, 64 by default), in training and evaluation
-    alike, counted per sequence. Padding takes slots there; here too, but is never computed. Known
-    consequence: cached decoding differs from the whole sequence when the limit binds.
+    An absolute number, in training and evaluation alike, counted per sequence: `limit`, or else the
+    model's own `expert_capacity` (64 where nothing says otherwise). Padding takes slots there; here
+    too, but is never computed. Known consequence: cached decoding differs from the whole sequence
+    when the limit binds.
     """
 
     counts_padding = True
     causal_for_many = False  # pairs of several choices come rank by rank
     required_group = "sequence"
 
-    def __init__(self, *, limit: int = 64) -> None:
+    def __init__(self, *, limit: int | None = None, expert_capacity: int = 64) -> None:
         super().__init__()
-        self._limit = Limit(limit=limit)
+        self._limit = Limit(limit=expert_capacity if limit is None else limit)
 
     def limit(self, routing: Routing) -> int:
         return self._limit.slots(routing, training=self.training)

@@ -9,9 +9,6 @@ from typing import Any
 
 from moezoo.config import SwitchConfig
 
-# What torch would have to be imported for; a test compares it with the registry.
-CHOICES = {"gshard": 2, "noisy_top_k": 2, "sigmoid_top_k": 2, "top_k": 2}
-BOUND_THE_LOAD = ("base", "expert_choice", "soft")
 KINDS = {
     "conditional_generation": "encoder and decoder",
     "model": "encoder and decoder, no head",
@@ -35,9 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--length is at least 1", field="length", found=arguments.length)
     config, task = _model(arguments.model)
     router = config.router if isinstance(config.router, dict) else {"name": config.router}
-    choices = int(router.get("k", CHOICES.get(router["name"], 1)))
-    total = cost(config, task=task, choices=choices, length=arguments.length)
-    policy = "dropless" if router["name"] in BOUND_THE_LOAD else "switch"
+    total = cost(config, task=task, length=arguments.length)
+    policy = "dropless" if total.bounds_load else "switch"
     facts: dict[str, Any] = {
         "task": task,
         "parameters": total.parameters,

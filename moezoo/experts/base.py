@@ -27,6 +27,18 @@ class Experts(nn.Module):
         """
         return False
 
+    def expert_sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Parameters that every row meets, and those of each expert alone: stacks (E, ..., ...) are
+        divided among the experts, all else is common.
+        """
+        common, each = 0, 0
+        for parameter in self.parameters():
+            if parameter.dim() > 2 and parameter.shape[0] == self.num_experts:
+                each += parameter.numel() // self.num_experts
+            else:
+                common += parameter.numel()
+        return common, (each,) * self.num_experts
+
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
         """Apply each expert to its rows.
 

@@ -25,8 +25,8 @@ class FeedForward(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 wanted = "a whole number >= 1"
                 raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError("dropout lies in [0, 1)", field="dropout", found=dropout)
+        if not 0.0 <= dropout <= 1.0:
+            raise ConfigError("dropout lies in [0, 1]", field="dropout", found=dropout)
         self.d_model, self.d_ff = d_model, d_ff
         self.function, self.gated = activation_of(activation)
         if self.gated:

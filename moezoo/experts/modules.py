@@ -60,6 +60,9 @@ class ModuleExperts(Experts):
         """The module of one expert."""
         return self.each[index]
 
+    def expert_sizes(self) -> tuple[int, tuple[int, ...]]:
+        return 0, tuple(sum(p.numel() for p in module.parameters()) for module in self.each)
+
     @property
     def waits(self) -> bool:
         return True  # for the sizes of the parts

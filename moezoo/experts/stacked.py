@@ -40,8 +40,8 @@ class StackedExperts(Experts):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 wanted = "a whole number >= 1"
                 raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError("dropout lies in [0, 1)", field="dropout", found=dropout)
+        if not 0.0 <= dropout <= 1.0:
+            raise ConfigError("dropout lies in [0, 1]", field="dropout", found=dropout)
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
         self.activation = activation
         self.function, self.gated = activation_of(activation)

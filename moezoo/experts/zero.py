@@ -63,6 +63,11 @@ class ZeroExperts(Experts):
             nn.init.normal_(self.value, std=d_model**-0.5)
             nn.init.normal_(self.mixer, std=d_model**-0.5)
 
+    def expert_sizes(self) -> tuple[int, tuple[int, ...]]:
+        common, real = self.experts.expert_sizes()
+        constants = (3 * self.d_model,) * self.constant
+        return common, (*real, *(0,) * (self.zero + self.copy), *constants)
+
     @property
     def waits(self) -> bool:
         return self.experts.waits

@@ -26,6 +26,7 @@ _ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "silu": (F.silu, False),
     "squared-relu": (_squared_relu, False),
     "gated-gelu": (_tanh_gelu, True),  # T5 v1.1's gated GELU is the tanh approximation
+    "gated-gelu-erf": (F.gelu, True),
     "gated-silu": (F.silu, True),
     "gated-relu": (torch.relu, True),
 }

@@ -50,6 +50,12 @@ class Router(nn.Module):
         """Pairs per token, or 0 when the number varies."""
         return 1
 
+    def expert_rows(self, num_tokens: int) -> float:
+        """Rows that experts compute per token on average, in a group of so many tokens; what the
+        cost of a model is reckoned by.
+        """
+        return float(self.choices or self.num_experts)
+
     @property
     def waits(self) -> bool:
         """Whether `forward`, in the current mode, makes the host wait for a GPU: no CUDA graph can

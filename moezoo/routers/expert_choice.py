@@ -56,6 +56,9 @@ class ExpertChoiceRouter(Router):
     def choices(self) -> int:
         return 0
 
+    def expert_rows(self, num_tokens: int) -> float:
+        return min(self.factor, float(self.num_experts))
+
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
         probs_TE = logits_TE.softmax(dim=-1)

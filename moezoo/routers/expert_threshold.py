@@ -69,6 +69,9 @@ class ExpertThresholdRouter(Router):
     def choices(self) -> int:
         return self.max_choices or 0
 
+    def expert_rows(self, num_tokens: int) -> float:
+        return min(self.factor, float(self.num_experts))
+
     @property
     def waits(self) -> bool:
         return self.max_choices is None  # how many pairs there are

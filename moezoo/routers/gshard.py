@@ -54,6 +54,9 @@ class GShardRouter(Router):
     def choices(self) -> int:
         return min(2, self.num_experts)
 
+    def expert_rows(self, num_tokens: int) -> float:
+        return 1.0 if self.second == "none" else float(self.choices)
+
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
         probs_TE = gate_probs(logits_TE)

@@ -72,6 +72,9 @@ class ReLURouter(Router):
     def choices(self) -> int:
         return self.max_choices or 0
 
+    def expert_rows(self, num_tokens: int) -> float:
+        return self.k
+
     @property
     def target_sparsity(self) -> float:
         """The share of zero gates aimed at."""

@@ -51,6 +51,9 @@ class SoftRouter(Router):
     def choices(self) -> int:
         return 0
 
+    def expert_rows(self, num_tokens: int) -> float:
+        return self.num_experts * self.slots / max(num_tokens, 1)
+
     def forward(self, tokens: Tokens) -> Routing:
         groups, size = tokens.num_groups, tokens.group_size
         logits = self._logits(tokens).view(groups, size, self.num_experts * self.slots)

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 import moezoo
-from moezoo import cli, routers
-from moezoo.cli.info import BOUND_THE_LOAD, CHOICES
+from moezoo import cli
 
 SIZES = {"vocab_size": 61, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "num_layers": 3}
-OURS = [n for n in routers.names() if routers.registry.get(n).__module__.startswith("moezoo.")]
 
 
 @pytest.mark.parametrize("task", ["conditional_generation", "model", "encoder"])
@@ -55,11 +53,3 @@ def test_info_of_a_checkpoint_imports_no_torch(tmp_path: Path) -> None:
     code = f"import sys\nfrom moezoo.cli import main\nmain(['info', {str(tmp_path / 't5')!r}])\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_info_knows_what_every_router_does_by_default(name: str) -> None:
-    router = routers.build(name, d_model=8, num_experts=4, vocab_size=16)
-    if router.choices:
-        assert CHOICES.get(name, 1) == router.choices
-    assert (name in BOUND_THE_LOAD) == (router.soft or router.owns_capacity)

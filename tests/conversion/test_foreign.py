@@ -154,3 +154,27 @@ def test_the_way_out_for_long_t5_works(
         after = long_t5(ids(), decoder_input_ids=ids()).logits
     assert len(made) == 4
     assert torch.allclose(after, before, atol=1e-4 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.encoder.attention.query.kernel",
+        "decoder.decoder.self_attention.query.kernel",
+        "decoder.layers.encoder_decoder_attention.out.kernel",
+        "encoder.encoder.layers_0.mlp.wi.kernel",
+        "encoder.scan.pre_mlp_layer_norm.scale",
+    ],
+)
+def test_a_scanned_t5x_checkpoint_is_refused_by_that_name(name: str, tmp_path: Path) -> None:
+    stacked = {"token_embedder.embedding": torch.zeros(8, 4), name: torch.zeros(4, 2, 4)}
+    (tmp_path / "checkpoint").write_bytes(packed({"optimizer": {"target": nested(stacked)}}))
+    with pytest.raises(TensorMismatch, match="scanned t5x checkpoint.*scan_layers = False"):
+        moezoo.load(tmp_path)
+
+
+def test_another_array_of_a_t5x_checkpoint_is_not_called_scanned(tmp_path: Path) -> None:
+    odd = {"encoder.layers_0.oddity.kernel": torch.zeros(4, 4)}
+    (tmp_path / "checkpoint").write_bytes(packed({"optimizer": {"target": nested(odd)}}))
+    with pytest.raises(TensorMismatch, match="no T5 has an array called"):
+        moezoo.load(tmp_path)

@@ -218,7 +218,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "a billion layers": ({"num_layers": 10**9}, "num_layers"),
     "a wrong kind": ({"model_type": "bert"}, "model_type"),
     "a kind that is a number": ({"model_type": 7}, "model_type"),
-    "an unknown activation": ({"feed_forward_proj": "swiglu9"}, "feed_forward_proj"),
+    "an unknown activation": ({"dense_act_fn": "swiglu9"}, "dense_act_fn"),
     "fewer layers than there are": ({"num_layers": 1, "num_decoder_layers": 1}, "block.1"),
     "more layers than there are": ({"num_layers": 3}, "block.2"),
     "other heads": ({"num_heads": 4}, "shape|SelfAttention"),

@@ -52,7 +52,7 @@ def test_equal_modules_compute_what_stacked_experts_compute() -> None:
 
 def test_a_mixed_layer_trains() -> None:
     modules = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4, bias=False)]
-    layer = moezoo.SparseMLP(4, 8, 3, experts=ModuleExperts(4, 3, modules=modules))
+    layer = moezoo.SparseMLP(4, None, 3, experts=ModuleExperts(4, 3, modules=modules))
     layer(torch.randn(2, 5, 4)).square().sum().backward()
     assert modules[0].weight.grad is not None
 

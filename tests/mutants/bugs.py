@@ -257,4 +257,31 @@ BUGS = [
         "self.decoder.table(self.shared),", "self.shared,"),
     Bug("rows of new tokens are a sum", "moezoo/models/resizing.py",
         "return total / max(count, 1)", "return total"),
+    Bug(
+        "UMT5's outputs scaled whatever its file says",
+        "adapters/families/t5.py",
+        """            scale_decoder_outputs=flag(values, "scale_decoder_outputs", default=tied),
+            position""",
+        """            scale_decoder_outputs=True,
+            position""",
+        historic=True,
+    ),
+    Bug(
+        "a Switch's own capacity forgotten when it is saved",
+        "adapters/families/switch.py",
+        "own: int = config.expert_capacity or UNLIMITED",
+        "own: int = UNLIMITED",
+    ),
+    Bug(
+        "the exact gelu of a gate written as the tanh one",
+        "adapters/families/fields.py",
+        '("gelu_python", True, "gated-gelu_python")',
+        '("gelu_new", True, "gated-gelu")',
+    ),
+    Bug(
+        "fields that mean nothing here dropped",
+        "adapters/families/fields.py",
+        '**config.to_dict()["other_fields"],',
+        "",
+    ),
 ]  # fmt: skip

@@ -84,7 +84,8 @@ def layer(
     sizes = {"d_model": d_model, "num_experts": num_experts}
     built = moezoo.routers.build(options, **sizes, vocab_size=24)
     experts = moezoo.experts.build(container, d_ff=8, **sizes)
-    return MoE(built, experts, capacity=moezoo.capacity.build(policy), group=group)
+    admit = moezoo.capacity.build(policy)
+    return MoE(built, experts, capacity=admit, group=admit.required_group or group)
 
 
 @pytest.mark.parametrize("names", LAYERS, ids=lambda names: "-".join(names.values()))

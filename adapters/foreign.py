@@ -1,0 +1,75 @@
+"""Checkpoints of other kinds, named as what they are: other architectures, adapters, quantised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moezoo.errors import CheckpointError, ConfigError, nearest
+
+_FAMILIES = "moezoo reads T5, mT5, ByT5, UMT5, Switch and its own models"
+_PLUG = f"{_FAMILIES}; moezoo.plug puts experts into any live model."
+_MERGE = "Merge it into its model first: merge_and_unload() of peft, then save_pretrained."
+_FLOATING = "Use the model's weights in float32, bfloat16 or float16."
+# Classes of transformers by how their names begin, for configs without a model_type.
+_BY_CLASS = {
+    "SwitchTransformers": "switch_transformers",
+    "LongT5": "longt5",
+    "UMT5": "umt5",
+    "MT5": "mt5",
+    "T5": "t5",
+}
+_CLASS = re.compile(rf"(?:TF|Flax)?({'|'.join(_BY_CLASS)})(?:For[A-Z]\w*|(?:Encoder)?Model)\Z")
+# What the name of a tensor gives away, the surest first.
+_TENSORS = (
+    (re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\b"), "an adapter (LoRA)", _MERGE),
+    (re.compile(r"\.(?:qweight|qzeros|g_idx)\Z"), "quantised weights (GPTQ or AWQ)", _FLOATING),
+    (
+        re.compile(r"\.(?:SCB|absmax|quant_map|weight_format)\Z|\.quant_state\."),
+        "quantised weights (bitsandbytes)",
+        _FLOATING,
+    ),
+    (
+        re.compile(r"\.(?:weight_scale|weight_scale_inv|input_scale)\Z"),
+        "quantised weights (fp8 or int8)",
+        _FLOATING,
+    ),
+    (re.compile(r"\bembeddings\.word_embeddings\.weight\Z"), "BERT or its kin", _PLUG),
+    (re.compile(r"\b(?:en|de)coder\.layers\.\d+\.self_attn\."), "BART or its kin", _PLUG),
+    (re.compile(r"\blayers\.\d+\.self_attn\.q_proj\."), "Llama or its kin", _PLUG),
+    (re.compile(r"\bh\.\d+\.(?:attn|self_attention)\."), "GPT-2 or its kin", _PLUG),
+)
+
+
+def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
+    """The `model_type` of a config.json, or the one that its class stands for where it has none.
+
+    Raises ConfigError naming the architecture when none is among `known`.
+    """
+    stated = values.get("model_type")
+    classes = values.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else None
+    if stated is None and isinstance(first, str) and (match := _CLASS.match(first)):
+        stated = _BY_CLASS[match[1]]
+    names = list(known)
+    if isinstance(stated, str) and stated in names:
+        return stated
+    if stated is None and first is None:
+        hint = "Add the model_type, such as t5, mt5, umt5 or switch_transformers."
+        raise ConfigError("config.json names no model_type", field="model_type", hint=hint)
+    shown = f"model_type {repr(stated)[:40]}"
+    shown += f", {first[:60]}" if isinstance(first, str) else ""
+    near = nearest(stated, names)
+    hint = f"Did you mean {near!r}?" if near else _PLUG
+    raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
+
+
+def refuse_foreign_tensors(names: Iterable[str], path: object) -> None:
+    """Raise CheckpointError when the name of a tensor shows what a checkpoint is instead."""
+    for name in names:
+        for pattern, what, hint in _TENSORS:
+            if pattern.search(name):
+                found = repr(name if len(name) <= 80 else name[:77] + "...")
+                reason = f"this is {what}"
+                raise CheckpointError(reason, path=path, key=name[:120], found=found, hint=hint)

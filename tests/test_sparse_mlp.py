@@ -1,0 +1,67 @@
+"""Options of a layer are followed, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import moezoo
+from moezoo.experts import ModuleExperts, StackedExperts
+
+BIASED = {name for name in moezoo.routers.names() if moezoo.routers.registry.takes(name, "bias")}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("d_ff", 9), ("activation", "gelu"), ("dropout", 0.0), ("dropout", 0.1)],
+)
+@pytest.mark.parametrize("kind", ["stacked", "modules"])
+def test_options_of_experts_are_refused_beside_an_instance(
+    option: str, value: Any, kind: str
+) -> None:
+    experts: Any = StackedExperts(4, 8, 3)
+    if kind == "modules":
+        experts = ModuleExperts(4, 3, d_ff=8)
+    given: dict[str, Any] = {"d_ff": None, option: value}
+    with pytest.raises(moezoo.MoezooError, match=option):
+        moezoo.SparseMLP(4, given.pop("d_ff"), 3, experts=experts, **given)
+    assert moezoo.SparseMLP(4, None, 3, experts=experts).moe.experts is experts
+    shared = moezoo.SparseMLP(4, 5, 3, experts=experts, shared={}, activation="gelu").moe.shared
+    assert shared is not None and shared.expert.wi.out_features == 5, "there it is followed"
+
+
+def test_what_an_instance_is_may_be_said_again() -> None:
+    experts = StackedExperts(4, 8, 3, activation="gelu")
+    assert moezoo.SparseMLP(4, 8, 3, experts=experts, activation="gelu").moe.experts is experts
+
+
+@pytest.mark.parametrize("router", moezoo.routers.names())
+def test_a_router_bias_is_there_or_refused(router: str) -> None:
+    config = moezoo.SwitchConfig(
+        vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=2, num_experts=4,
+        router=router, router_bias=True, allow_noncausal=True,
+    )  # fmt: skip
+    if router not in BIASED:
+        with pytest.raises(moezoo.MoezooError, match=f"router '{router}' has no bias"):
+            moezoo.build(config, device="meta")
+        return
+    names = moezoo.build(config, device="meta").state_dict()
+    assert any(name.endswith("router.classifier.bias") for name in names)
+
+
+@pytest.mark.parametrize("group", ["batch", 8])
+def test_a_group_that_the_policy_cannot_follow_is_refused(group: Any) -> None:
+    with pytest.raises(moezoo.MoezooError, match="counts by sequence"):
+        moezoo.SparseMLP(4, 8, 3, capacity="transformers", group=group)
+    for said in (None, "sequence"):
+        layer = moezoo.SparseMLP(4, 8, 3, capacity="transformers", group=said)
+        assert layer.moe.group == "sequence"
+    assert moezoo.SparseMLP(4, 8, 3).moe.group == "batch"
+
+
+def test_a_config_says_so_too() -> None:
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2}
+    config = moezoo.SwitchConfig(**sizes, num_experts=4, group=64, capacity="transformers")
+    with pytest.raises(moezoo.MoezooError, match="counts by sequence"):
+        moezoo.build(config, device="meta")
