@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.formats.files import read_start
 from moezoo.errors import ConfigError, TokenizerError
+from moezoo.text_files import texts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +24,7 @@ else:
     LayerInputs = Mapping
 _MAX_TOKENS = 8192
 _MAX_FILE = 1 << 20
-_MAX_LINES, _MAX_LENGTH = 256, 512
+_MAX_SAMPLES, _MAX_LENGTH = 256, 512
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,22 @@ class LayerSample:
 def read_calibration(file: str | Path, directory: Path) -> Calibration:
     """Sample text from a file, by the tokenizer in the checkpoint directory.
 
-    Text files hold one sample per line. JSON files hold a list with one list per expert, of texts
-    or of lists of token ids (which need no tokenizer). Raises ConfigError or CheckpointError.
+    Text files hold one sample per line; JSONL, CSV and TSV files one per row, as "text". Of these,
+    the first 256 are taken. JSON files hold a list with one list per expert, of texts or of lists
+    of token ids (which need no tokenizer). Of a sample, the first 512 tokens are taken. Raises
+    ConfigError or CheckpointError.
     """
-    content = read_start(Path(file).expanduser(), _MAX_FILE).decode("utf-8", "replace")
-    if Path(file).suffix != ".json":
-        lines = [line for line in content.splitlines() if line.strip()][:_MAX_LINES]
+    path = Path(file).expanduser()
+    if path.suffix.lower() != ".json":
+        samples = (text for _, text in texts(path, field="text") if text.strip())
         to_ids = _encoder(directory)
-        return Calibration([to_ids(line)[:_MAX_LENGTH] for line in lines])
+        return Calibration([to_ids(text)[:_MAX_LENGTH] for text in islice(samples, _MAX_SAMPLES)])
+    content = read_start(path, _MAX_FILE + 1)
+    if len(content) > _MAX_FILE:
+        found = f"<= {_MAX_FILE} bytes"
+        raise ConfigError("too large for prompts", field="calibration", path=path, expected=found)
     try:
-        values = json.loads(content)
+        values = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         values = None
     groups = values if isinstance(values, list) else []
@@ -84,8 +92,8 @@ def read_calibration(file: str | Path, directory: Path) -> Calibration:
             expected="a JSON list with one list per expert, of texts or of lists of ids",
         )
     prompts = [(expert, prompt) for expert, group in enumerate(groups) for prompt in group]
-    texts = any(isinstance(prompt, str) for _, prompt in prompts)
-    encode = _encoder(directory) if texts else None
+    to_encode = any(isinstance(prompt, str) for _, prompt in prompts)
+    encode = _encoder(directory) if to_encode else None
     ids = [encode(p) if encode and isinstance(p, str) else list(p) for _, p in prompts]
     return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], [e for e, _ in prompts])
 

@@ -16,12 +16,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a name of `moezoo list`, to start from scratch")
     parser.add_argument("--config", help="a JSON file of SwitchConfig fields, from scratch")
     parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
-    parser.add_argument("--text", nargs="*", default=[], help="text or JSONL files")
+    parser.add_argument("--text", nargs="*", default=[], help="text, JSONL, CSV, TSV files")
     parser.add_argument(
         "--python-text", action="store_true", help="the English within Python itself"
     )
     add_dataset_argument(parser)
-    parser.add_argument("--text-field", default="text", help="field of a data set or JSONL (text)")
+    parser.add_argument("--text-field", default="text", help="field of a row (text)")
     parser.add_argument("--input-length", type=int, default=512, help="tokens per source (512)")
     add_run_arguments(parser, recipe="pretrain")
 

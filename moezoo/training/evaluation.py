@@ -66,7 +66,7 @@ def dataset_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """Pairs of a data set, the held-out ones from a file where one is given."""
     pairs = [
-        pair_of(row, number, arguments.dataset, **fields)
+        pair_of(row, f"row {number}", arguments.dataset, **fields)
         for number, row in enumerate(dataset_rows(arguments.dataset), 1)
     ]
     if arguments.held_out_pairs:
