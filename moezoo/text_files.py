@@ -169,7 +169,7 @@ def _table_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, Row]]:
 
 def _table(path: str | Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of every row that is not blank."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader(_csv_lines(path), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         number = reader.line_num + 1
