@@ -48,10 +48,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument("--learning-rate", type=float, help="the peak (the recipe's)")
     parser.add_argument(
         "--schedule",
-        choices=("constant", "linear", "inverse_sqrt"),
+        choices=("constant", "linear", "inverse_sqrt", "t5"),
         help="of the rate after the warm-up (the recipe's)",
     )
-    parser.add_argument("--warmup", type=int, help="steps of a linear rise (the recipe's)")
+    parser.add_argument(
+        "--warmup", type=int, help="steps of a linear rise; t5: at the peak (the recipe's)"
+    )
     parser.add_argument("--clip", type=float, help="maximal gradient norm (1); 0: none")
     parser.add_argument("--accumulate", type=int, help="batches per step (1)")
     parser.add_argument(
