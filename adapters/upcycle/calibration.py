@@ -32,10 +32,12 @@ class Calibration:
     """Sample token ids: sequences for the encoder; the decoder reads the same ones.
 
     `experts` names the expert that each sequence is a prompt of (for `prompts`), or is None.
+    `device` is where a model from disk reads them; a live model reads them where it is.
     """
 
     sequences: Sequence[Sequence[int]]
     experts: Sequence[int] | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.sequences or not all(self.sequences):
@@ -63,8 +65,8 @@ class LayerSample:
     experts: Tensor | None = None
 
 
-def read_calibration(file: str | Path, directory: Path) -> Calibration:
-    """Sample text from a file, by the tokenizer in the checkpoint directory.
+def read_calibration(file: str | Path, directory: Path, *, device: str = "cpu") -> Calibration:
+    """Sample text from a file, by the tokenizer in the checkpoint directory, for a device.
 
     Text files hold one sample per line; JSONL, CSV and TSV files one per row, as "text". Of these,
     the first 256 are taken. JSON files hold a list with one list per expert, of texts or of lists
@@ -75,7 +77,8 @@ def read_calibration(file: str | Path, directory: Path) -> Calibration:
     if path.suffix.lower() != ".json":
         samples = (text for _, text in texts(path, field="text") if text.strip())
         to_ids = _encoder(directory)
-        return Calibration([to_ids(text)[:_MAX_LENGTH] for text in islice(samples, _MAX_SAMPLES)])
+        ids = [to_ids(text)[:_MAX_LENGTH] for text in islice(samples, _MAX_SAMPLES)]
+        return Calibration(ids, device=device)
     content = read_start(path, _MAX_FILE + 1)
     if len(content) > _MAX_FILE:
         found = f"<= {_MAX_FILE} bytes"
@@ -95,7 +98,8 @@ def read_calibration(file: str | Path, directory: Path) -> Calibration:
     to_encode = any(isinstance(prompt, str) for _, prompt in prompts)
     encode = _encoder(directory) if to_encode else None
     ids = [encode(p) if encode and isinstance(p, str) else list(p) for _, p in prompts]
-    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], [e for e, _ in prompts])
+    experts = [expert for expert, _ in prompts]
+    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], experts, device)
 
 
 def layer_inputs(
@@ -113,34 +117,40 @@ def layer_inputs(
         )
     from moezoo.adapters.checkpoint import load
 
-    model = load(checkpoint.path, drop_heads=bool(checkpoint.description.dropped))
+    dropped = bool(checkpoint.description.dropped)
+    model = load(checkpoint.path, drop_heads=dropped, device=calibration.device)
     return collected_inputs(model, calibration, layers)
 
 
 def collected_inputs(
     model: nn.Module, calibration: Calibration, layers: Sequence[str]
 ) -> dict[str, LayerSample]:
-    """The inputs of the named modules of a live model on sample text."""
+    """The inputs of the named modules of a live model on sample text, in evaluation; on the CPU."""
     import torch
 
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     handles = []
     for layer in layers:
         store = found[layer]
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...], store: list[Tensor] = store) -> None:
-            store.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float())
+            store.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float().cpu())
 
         handles.append(model.get_submodule(layer).register_forward_pre_hook(keep))
     try:
+        model.eval()  # dropout would be part of the sample
         with torch.no_grad():
             for sequence in calibration.sequences:
-                ids = torch.tensor([list(sequence)])
+                ids = torch.tensor([list(sequence)], device=device)
                 if hasattr(model, "decoder"):
                     model(ids, decoder_input_ids=ids)
                 else:
                     model(ids)
     finally:
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
     return {layer: _sample(inputs, calibration) for layer, inputs in found.items()}
