@@ -35,7 +35,7 @@ class Adafactor(Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what the closure does, if there is one."""
         loss = None
         if closure is not None:
@@ -63,19 +63,23 @@ def _variance(state: dict[str, Any], grad: Tensor, share: float, smallest: float
     """The estimated second moment of every entry; `share` of the new one goes into the memory."""
     if grad.dim() < 2:
         memory = state.setdefault("variance", torch.zeros_like(grad))
-        return memory.lerp_(grad.square(), share).clone()
+        moment: Tensor = memory.lerp_(grad.square(), share)
+        return moment.clone()
     means = {"row_var": _mean_square(grad, -1), "col_var": _mean_square(grad, -2)}
     row, column = (
         state.setdefault(name, torch.zeros_like(mean)).lerp_(mean, share)
         for name, mean in means.items()
     )
-    return (row @ column).div_(row.mean(-2, keepdim=True).clamp(min=smallest))
+    product: Tensor = row @ column
+    return product.div_(row.mean(-2, keepdim=True).clamp(min=smallest))
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
     """Over one dimension, without a tensor of all squares."""
-    return torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_().div_(grad.shape[dim])
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True)
+    return norm.square_().div_(grad.shape[dim])
 
 
 def _root_mean_square(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor) / max(tensor.numel(), 1) ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm / max(tensor.numel(), 1) ** 0.5
