@@ -81,5 +81,5 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
 
 
 def _root_mean_square(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor)
-    return norm / max(tensor.numel(), 1) ** 0.5
+    mean: Tensor = torch.linalg.vector_norm(tensor) / max(tensor.numel(), 1) ** 0.5
+    return mean
