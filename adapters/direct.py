@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from moezoo.adapters.portable import c_function, write_at
 from moezoo.adapters.workers import Workers
 
 PAGE = 4096  # what positions, lengths and addresses of direct writes are multiples of
@@ -30,17 +31,19 @@ _LENT_AT_ONCE = 8
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
-def open_direct(path: Path) -> int | None:
-    """A descriptor whose writes go past the cache; None where there is no such thing."""
+def direct_flags(path: Path) -> int | None:
+    """Flags that open an existing file for writes past the cache; None where there are none."""
     flag = getattr(os, "O_DIRECT", 0)
     if not flag or os.environ.get("MOEZOO_DIRECT_IO", "1") == "0":
         return None
+    flags: int = os.O_WRONLY | flag
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | flag)
+        os.close(os.open(path, flags))
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             return None
         raise
+    return flags
 
 
 def allocate(descriptor: int, size: int) -> None:
@@ -58,37 +61,47 @@ def allocate(descriptor: int, size: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+Descriptor = Callable[[], contextlib.AbstractContextManager[int]]
+
+
 class DirectFile:
     """A file to which whole pages are written directly and the rest through the cache.
 
     Parts of a page that were written apart from each other both go through the cache, so that none
     undoes the other.
+
+    Args:
+        cached, direct: give a descriptor for as long as it is used.
     """
 
-    def __init__(self, descriptor: int, direct: int) -> None:
-        self._descriptor, self._direct = descriptor, direct
+    def __init__(self, cached: Descriptor, direct: Descriptor) -> None:
+        self._cached, self._direct = cached, direct
 
     def write(self, content: memoryview, position: int) -> None:
         """Write `content`, whose address and `position` have the same remainder by PAGE."""
         head = min(-position % PAGE, len(content))
         body = (len(content) - head) // PAGE * PAGE
         done = head + self._pages(content[head : head + body], position + head)
-        for part, place in ((content[:head], position), (content[done:], position + done)):
-            write_all(self._descriptor, part, place)
+        if not head and done == len(content):
+            return
+        with self._cached() as descriptor:
+            for part, place in ((content[:head], position), (content[done:], position + done)):
+                write_all(descriptor, part, place)
 
     def _pages(self, content: memoryview, position: int) -> int:
         """How many bytes went directly: all but those after a refusal or a short write."""
         done = 0
-        while done < len(content):
-            try:
-                count = os.pwrite(self._direct, content[done:], position + done)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                break
-            done += count
-            if count % PAGE:
-                break
+        with self._direct() as descriptor:
+            while done < len(content):
+                try:
+                    count = write_at(descriptor, content[done:], position + done)
+                except OSError as error:
+                    if error.errno not in _UNSUPPORTED:
+                        raise
+                    break
+                done += count
+                if count % PAGE:
+                    break
         return done
 
 
@@ -236,16 +249,10 @@ def write_all(descriptor: int, content: bytes | memoryview, position: int) -> No
     """Write all of `content` at `position`, through the cache."""
     rest = memoryview(content)
     while rest:
-        count = os.pwrite(descriptor, rest, position)
+        count = write_at(descriptor, rest, position)
         rest, position = rest[count:], position + count
 
 
 @functools.cache
 def _fallocate() -> Callable[..., int] | None:
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if call is None:
-        return None
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    call.restype = ctypes.c_int
-    found: Callable[..., int] = call
-    return found
+    return c_function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)

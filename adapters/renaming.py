@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moezoo.adapters.portable import c_function
+
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -73,10 +75,5 @@ def _renameat2(old: Path, new: Path, flags: int) -> bool:
 
 @functools.cache
 def _kernel_call() -> Callable[..., int] | None:
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return None
-    call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    call.restype = ctypes.c_int
-    found: Callable[..., int] = call
-    return found
+    path = (ctypes.c_int, ctypes.c_char_p)
+    return c_function("renameat2", *path, *path, ctypes.c_uint)

@@ -11,10 +11,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from moezoo.adapters.direct import PAGE, DirectFile, allocate, open_direct, write_all
+from moezoo.adapters.direct import PAGE, DirectFile, allocate, direct_flags, write_all
 from moezoo.adapters.formats.base import DTYPE_BITS
+from moezoo.adapters.open_files import OpenFiles
+from moezoo.adapters.portable import flush_data, open_binary, read_at
 from moezoo.errors import ConfigError, SaveError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -102,7 +105,7 @@ class TensorFile:
     the last bits of a product may depend on where its operands lie.
 
     `direct` writes past the system's cache; None where the file system has no such thing, or where
-    it was not asked for.
+    it was not asked for. Shards of one output share `files`, so that few are open at a time.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class TensorFile:
         metadata: Mapping[str, str] | None = None,
         *,
         direct: bool = False,
+        files: OpenFiles | None = None,
     ) -> None:
         self.path = path
         self.tensors = {tensor.name: tensor for tensor in tensors}
@@ -125,13 +129,16 @@ class TensorFile:
             end += tensor.nbytes
         self.nbytes = end
         self._written = dict.fromkeys(self.tensors, 0)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        os.ftruncate(self._descriptor, end)
-        self._past_cache = open_direct(path) if direct else None
+        self._files = OpenFiles() if files is None else files
+        self._open = partial(self._files.use, path, os.O_RDWR)
         self.direct: DirectFile | None = None
-        if self._past_cache is not None:
-            allocate(self._descriptor, end)
-            self.direct = DirectFile(self._descriptor, self._past_cache)
+        os.close(open_binary(path, os.O_RDWR | os.O_CREAT))
+        with self._open() as descriptor:
+            os.ftruncate(descriptor, end)
+            past_cache = direct_flags(path) if direct else None
+            if past_cache is not None:
+                allocate(descriptor, end)
+                self.direct = DirectFile(self._open, partial(self._files.use, path, past_cache))
         self._put(start, 0)
 
     def put(self, name: str, content: bytes | memoryview, offset: int = 0) -> None:
@@ -147,8 +154,10 @@ class TensorFile:
 
     def holds(self, name: str, content: bytes | memoryview, offset: int = 0) -> bool:
         """Whether the file holds these bytes already; if so they count as written."""
-        found = os.pread(self._descriptor, len(content), self._offsets[name] + offset)
-        if found != content:
+        found = memoryview(bytearray(len(content)))
+        with self._open() as descriptor:
+            count = read_at(descriptor, found, self._offsets[name] + offset)
+        if count != len(content) or found != content:
             return False
         self._written[name] += len(content)
         return True
@@ -161,7 +170,8 @@ class TensorFile:
 
     def flush(self) -> None:
         """Send what is written to the disk."""
-        os.fdatasync(self._descriptor)
+        with self._open() as descriptor:
+            flush_data(descriptor)
 
     def close(self) -> None:
         """Check that every tensor is whole, flush to disk, close."""
@@ -171,20 +181,17 @@ class TensorFile:
             raise SaveError(
                 f"the tensor {short.name!r} was not written whole", path=self.path, key=short.name
             )
-        os.fsync(self._descriptor)
+        with self._open() as descriptor:
+            os.fsync(descriptor)
         self.abandon()
 
     def abandon(self) -> None:
         """Close without a check."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        if self._past_cache is not None:
-            os.close(self._past_cache)
-            self._past_cache = self.direct = None
+        self._files.close(self.path)
 
     def _put(self, content: bytes | memoryview, position: int) -> None:
-        write_all(self._descriptor, content, position)
+        with self._open() as descriptor:
+            write_all(descriptor, content, position)
 
 
 def _alignment(tensor: TensorPlan) -> int:

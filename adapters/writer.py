@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moezoo.adapters.portable import flush, is_read_only, locked
 from moezoo.adapters.renaming import exchange, rename_new
 from moezoo.errors import CheckpointError, SaveError, TargetExists
 
@@ -117,15 +117,6 @@ def commit_directory(stage: Path, final: Path, *, overwrite: bool) -> None:
     flush(final.parent)
 
 
-def flush(path: Path) -> None:
-    """fsync a file or directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def typed_errors(path: Path, bytes_needed: int = 0) -> Iterator[None]:
     """Turn what the operating system says while writing into a SaveError about `path`."""
@@ -143,22 +134,6 @@ def typed_errors(path: Path, bytes_needed: int = 0) -> Iterator[None]:
             key=culprit,
             hint=hint,
         ) from error
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock on a file or directory while the block runs; gives False if another has it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -190,7 +165,9 @@ def _prefix(final: Path) -> str:
 
 
 def _sweep(final: Path) -> None:
-    """Remove what killed saves to this target left; live ones hold a lock and are left alone."""
+    """Remove what killed saves to this target left; live ones hold a lock and are left alone, and
+    without locks so are all.
+    """
     for path in final.parent.glob(f"{_prefix(final)}*"):
         if path.suffix == ".old" and not final.exists():
             os.rename(path, final)  # killed between the two renames of a two-step exchange
@@ -235,4 +212,4 @@ def _make_parents(parent: Path) -> None:
 
 
 def _access_errno(parent: Path) -> int:
-    return errno.EROFS if os.statvfs(parent).f_flag & os.ST_RDONLY else errno.EACCES
+    return errno.EROFS if is_read_only(parent) else errno.EACCES

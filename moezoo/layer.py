@@ -157,7 +157,9 @@ class MoE(nn.Module):
             return Tokens(x_TD, ids_T, real_T, num_tokens, length)
         if self.group == "sequence":
             return Tokens(x_TD, ids_T, real_T, length, length)
-        return filled_up(Tokens(x_TD, ids_T, real_T, num_tokens, length), int(self.group))
+        # Every limit has room for one token, so its group need not be filled up to decode it.
+        size = 1 if num_tokens == 1 else int(self.group)
+        return filled_up(Tokens(x_TD, ids_T, real_T, num_tokens, length), size)
 
     def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():

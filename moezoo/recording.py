@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moezoo import losses as router_losses
 from moezoo.errors import ConfigError, NonFiniteInput, RoutingError
-from moezoo.functional.statistics import LayerStats, layer_stats
+from moezoo.functional.statistics import LayerStats, read_stats, sum_of
 from moezoo.layer import MoE
 from moezoo.losses.base import RouterLoss
 from moezoo.pairing import loss_refusal
@@ -54,7 +54,8 @@ class Tape:
 
     def stats(self) -> dict[str, LayerStats]:
         """Statistics by layer (see `LayerStats`). Synchronises with the device."""
-        return {name: layer_stats(routings) for name, routings in self.by_layer.items()}
+        sums = [sum_of(routings) for routings in self.by_layer.values()]
+        return dict(zip(self.by_layer, read_stats(sums), strict=True))
 
     def adapt(self) -> None:
         """Let every router adapt what no gradient trains (balancing biases, thresholds, sparsity

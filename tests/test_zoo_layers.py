@@ -59,3 +59,20 @@ def test_enough_capacity_equals_dropless_bit_for_bit(product: Product) -> None:
         torch.manual_seed(1)
         outputs.append(layer(torch.randn(1, 24, 8), token_ids=torch.randint(16, (1, 24))))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("product", WORKING, ids=lambda p: f"{p.router}-{p.partner}")
+def test_one_token_is_computed_alone_and_as_in_a_group_of_padding(product: Product) -> None:
+    torch.manual_seed(0)
+    layer = moezoo.SparseMLP(
+        8, 8, 4, router=product.router, capacity=product.partner, vocab_size=16, group=64
+    ).eval()
+    x, ids = torch.randn(64, 8), torch.randint(16, (64,))
+    mask = torch.arange(64) == 0
+    rows: list[int] = []
+    layer.moe.router.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].x)))
+    with torch.no_grad():
+        alone = layer(x[:1], token_ids=ids[:1])
+        among = layer(x, mask=mask, token_ids=ids)[:1]
+    torch.testing.assert_close(alone, among)
+    assert rows == [1, 64]

@@ -7,13 +7,15 @@ import ctypes
 import math
 import mmap
 import os
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moezoo.adapters.formats.files import quoted
+from moezoo.adapters.open_files import OpenFiles
+from moezoo.adapters.portable import read_at
 from moezoo.errors import CheckpointError, CorruptFile, TensorMismatch, did_you_mean
 
 if TYPE_CHECKING:
@@ -103,8 +105,7 @@ class Source(abc.ABC):
         self.folders: tuple[Path, ...] = ()
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        self._descriptors: dict[Path, int] = {}
-        self._opening = threading.Lock()
+        self._files = OpenFiles()
         self._maps: dict[Path, mmap.mmap] = {}
 
     def info(self, name: str) -> TensorInfo:
@@ -146,14 +147,9 @@ class Source(abc.ABC):
             for start in range(0, len(whole), size):
                 yield whole[start : start + size]
             return
-        descriptor = self._descriptor(info.path)
         for start in range(0, info.nbytes, size):
-            count = min(size, info.nbytes - start)
-            chunk = os.pread(descriptor, count, info.offset + start)  # nearly always all of it
-            if len(chunk) < count:
-                whole = memoryview(bytearray(count))
-                read_exactly(descriptor, whole, info.offset + start, info.path)
-                chunk = bytes(whole)
+            chunk = memoryview(bytearray(min(size, info.nbytes - start)))
+            self._read(info.path, chunk, info.offset + start)
             yield chunk
 
     def fill(self, buffer: memoryview, name: str, start: int) -> None:
@@ -163,13 +159,11 @@ class Source(abc.ABC):
         """
         info = self.info(name)
         assert info.path is not None
-        read_exactly(self._descriptor(info.path), buffer, info.offset + start, info.path)
+        self._read(info.path, buffer, info.offset + start)
 
     def close(self) -> None:
         """Let go of the files. Tensors given out before stay valid."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
         self._maps.clear()
 
     def __enter__(self) -> Source:
@@ -178,20 +172,25 @@ class Source(abc.ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, path: Path) -> int:
-        with self._opening:  # a conversion reads ahead in another thread
-            if path not in self._descriptors:
-                try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    reason = f"cannot be read: {error.strerror}"
-                    raise CheckpointError(reason, path=path) from None
-            return self._descriptors[path]
+    def _read(self, path: Path, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer from a file. Raises as `read_exactly`."""
+        with self._descriptor(path) as descriptor:
+            read_exactly(descriptor, buffer, offset, path)
+
+    @contextmanager
+    def _descriptor(self, path: Path) -> Iterator[int]:
+        with ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(self._files.use(path, os.O_RDONLY))
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
+                raise CheckpointError(reason, path=path) from None
+            yield descriptor
 
     def _read_range(self, info: TensorInfo) -> memoryview:
         assert info.path is not None
         buffer = memoryview(bytearray(info.nbytes))
-        read_exactly(self._descriptor(info.path), buffer, info.offset, info.path)
+        self._read(info.path, buffer, info.offset)
         return buffer
 
     def _mapped(self, info: TensorInfo) -> torch.Tensor:
@@ -200,9 +199,8 @@ class Source(abc.ABC):
         assert info.path is not None
         if info.path not in self._maps:
             # ACCESS_COPY: torch wants writable memory; a write stays private to this process.
-            self._maps[info.path] = mmap.mmap(
-                self._descriptor(info.path), 0, access=mmap.ACCESS_COPY
-            )
+            with self._descriptor(info.path) as descriptor:
+                self._maps[info.path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
@@ -244,7 +242,7 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -
     """Fill the buffer from a file. Raises CorruptFile when the file ends before it is full."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        count = read_at(descriptor, buffer[done:], offset + done)
         if count == 0:
             raise CorruptFile(
                 "the file ended early", path=path, expected=f"{offset + len(buffer)} bytes"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.adapters.formats.base import TensorInfo, read_exactly, tensor_bytes
+from moezoo.adapters.formats.base import TensorInfo, tensor_bytes
 from moezoo.adapters.formats.files import opened, quoted, regular_file
 from moezoo.adapters.formats.stored import Array, StoredSource
 from moezoo.errors import CheckpointError, CorruptFile, TensorMismatch
@@ -103,7 +103,7 @@ class GgufSource(StoredSource):
 
         (file,) = self.files
         content = bytearray(nbytes)
-        read_exactly(self._descriptor(file), memoryview(content), offset, file)
+        self._read(file, memoryview(content), offset)
         blocks = torch.frombuffer(content, dtype=torch.uint8).view(-1, _BLOCK_BYTES)
         scale = blocks[:, :2].contiguous().view(torch.float16).float()
         return tensor_bytes(blocks[:, 2:].contiguous().view(torch.int8).float() * scale)

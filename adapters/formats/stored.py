@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from moezoo.errors import CorruptFile
 if TYPE_CHECKING:
     import torch
 
+_MATRICES = 3  # of a gated layer
 _MAX_TENSORS = 1 << 17  # Switch-C has 61,440 expert matrices
 
 
@@ -23,20 +25,31 @@ _MAX_TENSORS = 1 << 17  # Switch-C has 61,440 expert matrices
 class Array:
     """An array as its container has it: dtype, shape, and how to get its row-major bytes.
 
-    `part` gives those of one entry of the first axis, where the container can read it alone.
+    `part` gives those of one entry of the first axis, where the container can read it alone; `rows`
+    those of the entries from one to another, where as many as `together` are stored together.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], bytes | memoryview]
     part: Callable[[int], bytes | memoryview] | None = None
+    rows: Callable[[int, int], bytes | memoryview] | None = None
+    together: int = 0
 
     def entry(self, index: int, path: Path, name: str) -> torch.Tensor:
         """One entry of the first axis. Raises as `tensor`."""
-        if self.part is None:
-            return self.tensor(path, name)[index]
+        assert self.part is not None
         alone = Array(self.dtype, self.shape[1:], partial(self.part, index))
         return alone.tensor(path, name)
+
+    def entries(self, index: int, path: Path, name: str) -> tuple[int, torch.Tensor]:
+        """The entries that are read with entry `index`, and the first one's. Raises as `tensor`."""
+        if self.rows is None:
+            return 0, self.tensor(path, name)
+        start = index // self.together * self.together
+        stop = min(start + self.together, self.shape[0])
+        some = Array(self.dtype, (stop - start, *self.shape[1:]), partial(self.rows, start, stop))
+        return start, some.tensor(path, name)
 
     def tensor(self, path: Path, name: str) -> torch.Tensor:
         """The array in memory. Raises CorruptFile when its bytes are too few or too many."""
@@ -64,12 +77,14 @@ class Array:
 class StoredSource(Source):
     """A source whose tensors come from arrays, each transposed and sliced as its name demands.
 
-    Only one tensor is in memory at a time.
+    Only one tensor is in memory at a time; of stacks whose entries cannot be read alone, those of a
+    layer: read again for each expert, they would be read as often as there are experts.
     """
 
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         super().__init__(path, files)
         self._arrays: dict[str, tuple[Array, int | None, bool]] = {}
+        self._stacks: deque[tuple[Array, int, torch.Tensor]] = deque(maxlen=_MATRICES)
 
     def add(
         self, name: str, array: Array, *, expert: int | None = None, transposed: bool = False
@@ -92,6 +107,7 @@ class StoredSource(Source):
 
     def close(self) -> None:
         super().close()
+        self._stacks.clear()
         self._arrays.clear()  # their bytes may lie in a mapped file, which goes with them
 
     def read(self, name: str) -> memoryview:
@@ -101,6 +117,18 @@ class StoredSource(Source):
         array, expert, transposed = self._arrays[self.info(name).name]
         if expert is None:
             part = array.tensor(self.path, name)
-        else:
+        elif array.part is not None:
             part = array.entry(expert, self.path, name)
+        else:
+            part = self._entry(array, expert, name)
         return part.T.contiguous() if transposed else part.contiguous()
+
+    def _entry(self, array: Array, expert: int, name: str) -> torch.Tensor:
+        for held, start, stack in self._stacks:
+            if held is array and 0 <= expert - start < len(stack):
+                return stack[expert - start].clone()
+        if len(self._stacks) == _MATRICES:
+            self._stacks.popleft()  # not in memory beside the one that takes its place
+        start, stack = array.entries(expert, self.path, name)
+        self._stacks.append((array, start, stack))
+        return stack[expert - start].clone()

@@ -30,7 +30,9 @@ def open_zarr(folder: Path) -> Array:
     separator = meta.get("dimension_separator", ".")
     kind, size = layout.compressor, DTYPE_BITS[layout.dtype] // 8
     read = partial(_read, folder, layout.shape, layout.chunks, size, kind, separator)
-    return Array(layout.dtype, layout.shape, read)
+    if not layout.shape:
+        return Array(layout.dtype, layout.shape, read)
+    return Array(layout.dtype, layout.shape, read, rows=read, together=layout.chunks[0])
 
 
 def _read(
@@ -40,12 +42,18 @@ def _read(
     size: int,
     kind: str | None,
     separator: str,
+    start: int = 0,
+    stop: int | None = None,
 ) -> memoryview:
+    """The array's bytes, or those of entries of its first axis, from where a chunk begins."""
+    if stop is not None:
+        shape = (stop - start, *shape[1:])
     whole = memoryview(bytearray(math.prod(shape) * size))
     grid = [range(math.ceil(n / c)) for n, c in zip(shape, chunks, strict=True)]
+    before = start // chunks[0] if chunks else 0
     for place in itertools.product(*grid):
-        path = folder / (separator.join(map(str, place)) or "0")
-        content = _chunk(path, kind, math.prod(chunks) * size)
+        name = separator.join(map(str, (place[0] + before, *place[1:]))) if place else "0"
+        content = _chunk(folder / name, kind, math.prod(chunks) * size)
         _paste(whole, shape, content, chunks, place, size)
     return whole
 

@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.formats.files import read_start
 from moezoo.errors import ConfigError, TokenizerError
+from moezoo.text_files import texts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +24,7 @@ else:
     LayerInputs = Mapping
 _MAX_TOKENS = 8192
 _MAX_FILE = 1 << 20
-_MAX_LINES, _MAX_LENGTH = 256, 512
+_MAX_SAMPLES, _MAX_LENGTH = 256, 512
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class Calibration:
     """Sample token ids: sequences for the encoder; the decoder reads the same ones.
 
     `experts` names the expert that each sequence is a prompt of (for `prompts`), or is None.
+    `device` is where a model from disk reads them; a live model reads them where it is.
     """
 
     sequences: Sequence[Sequence[int]]
     experts: Sequence[int] | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.sequences or not all(self.sequences):
@@ -61,19 +65,26 @@ class LayerSample:
     experts: Tensor | None = None
 
 
-def read_calibration(file: str | Path, directory: Path) -> Calibration:
-    """Sample text from a file, by the tokenizer in the checkpoint directory.
+def read_calibration(file: str | Path, directory: Path, *, device: str = "cpu") -> Calibration:
+    """Sample text from a file, by the tokenizer in the checkpoint directory, for a device.
 
-    Text files hold one sample per line. JSON files hold a list with one list per expert, of texts
-    or of lists of token ids (which need no tokenizer). Raises ConfigError or CheckpointError.
+    Text files hold one sample per line; JSONL, CSV and TSV files one per row, as "text". Of these,
+    the first 256 are taken. JSON files hold a list with one list per expert, of texts or of lists
+    of token ids (which need no tokenizer). Of a sample, the first 512 tokens are taken. Raises
+    ConfigError or CheckpointError.
     """
-    content = read_start(Path(file).expanduser(), _MAX_FILE).decode("utf-8", "replace")
-    if Path(file).suffix != ".json":
-        lines = [line for line in content.splitlines() if line.strip()][:_MAX_LINES]
+    path = Path(file).expanduser()
+    if path.suffix.lower() != ".json":
+        samples = (text for _, text in texts(path, field="text") if text.strip())
         to_ids = _encoder(directory)
-        return Calibration([to_ids(line)[:_MAX_LENGTH] for line in lines])
+        ids = [to_ids(text)[:_MAX_LENGTH] for text in islice(samples, _MAX_SAMPLES)]
+        return Calibration(ids, device=device)
+    content = read_start(path, _MAX_FILE + 1)
+    if len(content) > _MAX_FILE:
+        found = f"<= {_MAX_FILE} bytes"
+        raise ConfigError("too large for prompts", field="calibration", path=path, expected=found)
     try:
-        values = json.loads(content)
+        values = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         values = None
     groups = values if isinstance(values, list) else []
@@ -84,10 +95,11 @@ def read_calibration(file: str | Path, directory: Path) -> Calibration:
             expected="a JSON list with one list per expert, of texts or of lists of ids",
         )
     prompts = [(expert, prompt) for expert, group in enumerate(groups) for prompt in group]
-    texts = any(isinstance(prompt, str) for _, prompt in prompts)
-    encode = _encoder(directory) if texts else None
+    to_encode = any(isinstance(prompt, str) for _, prompt in prompts)
+    encode = _encoder(directory) if to_encode else None
     ids = [encode(p) if encode and isinstance(p, str) else list(p) for _, p in prompts]
-    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], [e for e, _ in prompts])
+    experts = [expert for expert, _ in prompts]
+    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], experts, device)
 
 
 def layer_inputs(
@@ -105,34 +117,40 @@ def layer_inputs(
         )
     from moezoo.adapters.checkpoint import load
 
-    model = load(checkpoint.path, drop_heads=bool(checkpoint.description.dropped))
+    dropped = bool(checkpoint.description.dropped)
+    model = load(checkpoint.path, drop_heads=dropped, device=calibration.device)
     return collected_inputs(model, calibration, layers)
 
 
 def collected_inputs(
     model: nn.Module, calibration: Calibration, layers: Sequence[str]
 ) -> dict[str, LayerSample]:
-    """The inputs of the named modules of a live model on sample text."""
+    """The inputs of the named modules of a live model on sample text, in evaluation; on the CPU."""
     import torch
 
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     handles = []
     for layer in layers:
         store = found[layer]
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...], store: list[Tensor] = store) -> None:
-            store.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float())
+            store.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float().cpu())
 
         handles.append(model.get_submodule(layer).register_forward_pre_hook(keep))
     try:
+        model.eval()  # dropout would be part of the sample
         with torch.no_grad():
             for sequence in calibration.sequences:
-                ids = torch.tensor([list(sequence)])
+                ids = torch.tensor([list(sequence)], device=device)
                 if hasattr(model, "decoder"):
                     model(ids, decoder_input_ids=ids)
                 else:
                     model(ids)
     finally:
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
     return {layer: _sample(inputs, calibration) for layer, inputs in found.items()}

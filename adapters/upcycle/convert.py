@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.direct import DirectWriter
+from moezoo.adapters.open_files import OpenFiles
 from moezoo.adapters.plan import Plan, make_plan
 from moezoo.adapters.tensor_files import TensorFile, shard, shard_index
 from moezoo.adapters.upcycle.background import Flusher
@@ -170,10 +171,11 @@ def _fill(
     provenance = unhashed(plan, checkpoint.source, calibration)
     shards = shard(plan.outputs(), plan.recipe.max_shard_size)
     files: dict[str, TensorFile] = {}
+    opened = OpenFiles()
     try:
         for name, group in shards.items():
             files[name] = TensorFile(
-                directory / name, group, provenance.metadata(), direct=not resumed
+                directory / name, group, provenance.metadata(), direct=not resumed, files=opened
             )
         home = {tensor.name: files[name] for name, group in shards.items() for tensor in group}
         with Flusher() as flusher, DirectWriter() as direct:

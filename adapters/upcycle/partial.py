@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moezoo.adapters.portable import locked
 from moezoo.adapters.writer import commit_directory, remove, typed_errors
 from moezoo.errors import SaveError
 
@@ -36,9 +36,10 @@ def partial_directory(
     path = partial_path(final)
     with typed_errors(final, bytes_needed):
         path.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            _lock(descriptor, path)
+        with locked(path) as free:
+            if free is False:
+                hint = "Wait for it, or stop it."
+                raise SaveError("another conversion is writing there", path=path, hint=hint)
             mark = path / _MARK
             resumed = mark.is_file() and mark.read_text("ascii", "replace") == plan_digest
             if not resumed:
@@ -50,8 +51,6 @@ def partial_directory(
                 commit_directory(path, final, overwrite=overwrite)
             finally:
                 remove(path)  # after a swap, this is what the target was
-        finally:
-            os.close(descriptor)
 
 
 def partial_path(final: Path) -> Path:
@@ -60,15 +59,6 @@ def partial_path(final: Path) -> Path:
     if len(os.fsencode(name)) > 255:
         name = f"{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}.partial"
     return final.with_name(name)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SaveError(
-            "another conversion is writing there", path=path, hint="Wait for it, or stop it."
-        ) from None
 
 
 def _empty(path: Path) -> None:

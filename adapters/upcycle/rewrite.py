@@ -16,6 +16,7 @@ from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.names import SHARED
+from moezoo.adapters.open_files import OpenFiles
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan, shard, shard_index
 from moezoo.adapters.upcycle.carried import carry_files, dtype_word, source_places, write_text
 from moezoo.adapters.upcycle.finite import check_finite
@@ -75,9 +76,9 @@ def rewrite(
     ):
         hashing = worker.submit(lambda: [source_hashes(c.source) for c in checkpoints])
         shards = shard((output.plan for output in outputs), max_shard_size)
+        begun, opened = _metadata(rewritten(operation, checkpoints)), OpenFiles()
         files = [
-            TensorFile(stage / name, group, _metadata(rewritten(operation, checkpoints)))
-            for name, group in shards.items()
+            TensorFile(stage / name, group, begun, files=opened) for name, group in shards.items()
         ]
         try:
             _write_all(checkpoint.source, outputs, files, allow_nonfinite)

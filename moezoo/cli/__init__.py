@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from moezoo.cli.settings import settings_first
 from moezoo.cli.signals import orderly_termination
+from moezoo.cli.terminal import complain
 from moezoo.errors import MoezooError
 
 VERBS = {
@@ -65,7 +66,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb; returns the exit code. A reader that goes away (`| head`) is no error: nothing
+    more is said, neither here nor at shutdown.
+    """
+    try:
+        code = _answered(arguments)
+    except BrokenPipeError:
+        code = CLOSED_PIPE
+    except SystemExit as left:  # argparse has printed help, or an error
+        if _lost_output() is None or left.code:
+            raise
+        return CLOSED_PIPE
+    lost = _lost_output()
+    if lost is None or code:
+        return code
+    if isinstance(lost, BrokenPipeError):
+        return CLOSED_PIPE
+    complain(f"moezoo: {_line(lost)}")
+    return _exit_code(lost)
+
+
+def _lost_output() -> OSError | None:
+    """Why the rest of the output cannot be written, if so; it is then forgotten."""
+    lost = None
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None:  # as it is when the caller has closed it
+                stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            lost = error if stream is sys.stdout else None
+    return lost
+
+
+def _answered(arguments: Sequence[str] | None) -> int:
     # Not `list`: once imported, the verb of that name is an attribute of this package.
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     verb = next((word for word in words if not word.startswith("-")), None)
@@ -74,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in available():
         near = difflib.get_close_matches(verb, available(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"moezoo: unknown verb {verb!r}.{hint} See `moezoo --help`.", file=sys.stderr)
+        complain(f"moezoo: unknown verb {verb!r}.{hint} See `moezoo --help`.")
         return 2
     words.remove(verb)
     atexit.register(_leave_garbage)
@@ -105,37 +139,42 @@ def _without_verb(words: Sequence[str]) -> int:
     if "--version" in words:
         from moezoo import __version__
 
-        print(f"moezoo {__version__}")
-        return 0
+        return _shown(f"moezoo {__version__}")
     unknown = [word for word in words if word not in ("-h", "--help")]
-    stream = sys.stderr if unknown or not words else sys.stdout
-    if unknown:
-        print(f"moezoo: unknown option {unknown[0]}", file=stream)
-    print("usage: moezoo VERB ...   (moezoo VERB --help tells more)\n", file=stream)
-    for verb in available():
-        print(f"  {verb:<10} {VERBS[verb]}", file=stream)
-    return 2 if unknown or not words else 0
+    verbs = [f"  {verb:<10} {VERBS[verb]}" for verb in available()]
+    said = ["usage: moezoo VERB ...   (moezoo VERB --help tells more)\n", *verbs]
+    if words and not unknown:
+        return _shown("\n".join(said))
+    complain("\n".join([*(f"moezoo: unknown option {word}" for word in unknown[:1]), *said]))
+    return 2
+
+
+def _shown(text: str) -> int:
+    """Print it; the exit code."""
+    try:
+        print(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        complain(f"moezoo: {_line(error)}")
+        return _exit_code(error)
+    return 0
 
 
 def _guarded(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
     """Run a verb; an error becomes one line and an exit code."""
     try:
         with orderly_termination():
-            code = run(parsed)
-        if sys.stdout is not None:  # as it is when the caller has closed it
-            sys.stdout.flush()
-        return code
+            return run(parsed)
     except BrokenPipeError:
-        # The reader went away (`| head`): nothing more to say, and no traceback at shutdown either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
+        raise
     except KeyboardInterrupt:
-        print("moezoo: interrupted", file=sys.stderr)
+        complain("moezoo: interrupted")
         return INTERRUPTED
     except Exception as error:
         if parsed.debug:
             raise
-        print(f"moezoo: {_line(error)}", file=sys.stderr)
+        complain(f"moezoo: {_line(error)}")
         return _exit_code(error)
 
 

@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="sequences per step (32)")
     parser.add_argument("--vocabulary", type=int, default=2048, help="ids of the tokenizer (2048)")
     parser.add_argument("--seed", type=int, default=0, help="of every random number (0)")
-    parser.add_argument("--text", nargs="+", help="text or JSONL files, instead of Python's own")
+    parser.add_argument("--text", nargs="+", help="text, JSONL, CSV or TSV files, not Python's own")
 
 
 def run(arguments: argparse.Namespace) -> int:

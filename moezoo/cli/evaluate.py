@@ -1,4 +1,4 @@
-"""`moezoo evaluate`: held-out loss and task metrics of a checkpoint."""
+"""`moezoo evaluate`: loss and task metrics of a checkpoint on pairs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     add_task_arguments(parser)
+    parser.add_argument("--examples", type=int, help="score so many pairs, the first ones (all)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the metrics on held-out pairs."""
+    """Print the metrics on the pairs that are given, or on those that a toy task holds out."""
     from moezoo.adapters.checkpoint import load
     from moezoo.errors import ConfigError
     from moezoo.tokenizer import tokenizer_of
-    from moezoo.training.evaluation import check_metrics, chosen_task, measured, report, task_pairs
+    from moezoo.training.evaluation import (
+        check_metrics,
+        chosen_task,
+        measured,
+        report,
+        scored_pairs,
+    )
 
     task = chosen_task(arguments)
-    _, held = task_pairs(arguments, task)
+    if arguments.examples is not None and arguments.examples < 1:
+        raise ConfigError("--examples is at least 1", field="examples", found=arguments.examples)
+    chosen = scored_pairs(arguments, task)[: arguments.examples]
     check_metrics(task)
-    if not held:
-        raise ConfigError("no held-out pairs", field="pairs", hint="Pass --held-out-pairs.")
     model = load(arguments.source, task="conditional_generation", device=arguments.device)
     tokenizer = tokenizer_of(arguments.tokenizer or arguments.source)
-    chosen = held[: arguments.examples]
     if arguments.json:
         print(json.dumps(measured(model, tokenizer, chosen, task)[0], indent=2))
     else:

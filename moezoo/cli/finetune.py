@@ -13,6 +13,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
     parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
     add_task_arguments(parser)
+    parser.add_argument(
+        "--held-out-pairs", help="file of pairs to evaluate on (default: every tenth of the others)"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=200, help="held-out pairs to generate for (200)"
+    )
     add_run_arguments(parser, recipe="finetune")
 
 
@@ -25,16 +31,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pairs", help="JSONL, CSV or TSV file of pairs")
     add_dataset_argument(parser)
-    parser.add_argument(
-        "--held-out-pairs", help="file of pairs to evaluate on (default: every tenth of the others)"
-    )
     parser.add_argument("--source-field", help="field of the source (the task's)")
     parser.add_argument("--target-field", help="field of the target (the task's)")
     parser.add_argument("--prefix", help="put before every source (the task's)")
     parser.add_argument("--num-beams", type=int, help="of generation (the task's)")
-    parser.add_argument(
-        "--examples", type=int, default=200, help="held-out pairs to generate for (200)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

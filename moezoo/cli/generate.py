@@ -12,7 +12,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("checkpoint", help="a directory with weights, config.json and a tokenizer")
     parser.add_argument("text", nargs="*", help="source texts; none: lines of standard input")
-    parser.add_argument("--file", help="a file with a source text per line")
+    parser.add_argument("--file", help="text file, a source per line; or JSONL, CSV, TSV")
+    parser.add_argument("--text-field", default="text", help="field of JSONL, CSV, TSV (text)")
     parser.add_argument("--prefix", default="", help='put before every source ("summarize: ")')
     parser.add_argument("--max-new-tokens", type=int, default=64, help="at most (64)")
     parser.add_argument("--num-beams", type=int, default=1, help="1: greedy (default)")
@@ -64,29 +65,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sources(arguments: argparse.Namespace) -> Iterator[str]:
+    from moezoo.text_files import lines, texts
+
     if arguments.text:
         yield from arguments.text
         return
     if arguments.file:
-        from moezoo.errors import CorruptFile
-
-        try:
-            with open(arguments.file, encoding="utf-8") as lines:
-                yield from (line.rstrip("\n") for line in lines)
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror}"
-            raise CorruptFile(reason, path=arguments.file) from None
-        except UnicodeDecodeError as error:
-            raise CorruptFile(
-                f"cannot be read as UTF-8 text: {error}", path=arguments.file
-            ) from None
+        yield from (text for _, text in texts(arguments.file, field=arguments.text_field))
         return
-    talking = sys.stdin.isatty()
-    if talking:
-        print("One source per line; Ctrl-D ends.", file=sys.stderr)
+    if not sys.stdin.isatty():
+        yield from (text for _, text in lines(sys.stdin.buffer))
+        return
+    print("One source per line; Ctrl-D ends.", file=sys.stderr)
     while True:
-        if talking:
-            print("> ", end="", file=sys.stderr, flush=True)
+        print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             return

@@ -16,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
     add_drop_heads(parser)
+    add("--device", default="cpu", help="where a model reads the sample text, such as cuda (cpu)")
     add("--overwrite", action="store_true", help="replace what is at OUT")
 
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
             layout=arguments.layout,
             overwrite=arguments.overwrite,
             drop_heads=arguments.drop_heads,
-            calibration=calibration(arguments.sources[0], arguments.calibration),
+            calibration=calibration(arguments.sources[0], arguments.calibration, arguments.device),
         )
     print(f"{path}: {recipe.num_experts} experts from {len(arguments.sources)} models")
     return 0

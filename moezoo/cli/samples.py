@@ -16,7 +16,8 @@ Batch = dict[str, "Tensor"]
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """The text, its tokenizer, and how much of it."""
-    parser.add_argument("--text", nargs="+", help="text or JSONL files (Python's documentation)")
+    parser.add_argument("--text", nargs="+", help="text, JSONL, CSV or TSV files (Python's docs)")
+    parser.add_argument("--text-field", default="text", help="field of JSONL, CSV, TSV (text)")
     parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
     parser.add_argument("--batches", type=int, default=8, help="to run (8)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch (16)")
@@ -43,7 +44,10 @@ def sample_batches(
 
     if arguments.batches < 1:
         raise ConfigError("--batches is at least 1", field="batches", found=arguments.batches)
-    documents = file_documents(arguments.text) if arguments.text else python_documents()[:200]
+    field = arguments.text_field
+    documents = (
+        file_documents(arguments.text, field=field) if arguments.text else python_documents()[:200]
+    )
     batches = span_corruption_batches(
         packed_ids(documents, tokenizer),
         SpanCorruption(tokenizer),

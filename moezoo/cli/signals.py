@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from moezoo.cli.terminal import complain
+
 TERMINATED = 143
 
 
@@ -23,7 +25,7 @@ def orderly_termination() -> Iterator[None]:
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        print("moezoo: terminated", file=sys.stderr)
+        complain("moezoo: terminated")
         sys.exit(TERMINATED)
 
     previous = signal.signal(signal.SIGTERM, leave)

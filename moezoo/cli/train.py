@@ -16,12 +16,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a name of `moezoo list`, to start from scratch")
     parser.add_argument("--config", help="a JSON file of SwitchConfig fields, from scratch")
     parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
-    parser.add_argument("--text", nargs="*", default=[], help="text or JSONL files")
+    parser.add_argument("--text", nargs="*", default=[], help="text, JSONL, CSV, TSV files")
     parser.add_argument(
         "--python-text", action="store_true", help="the English within Python itself"
     )
     add_dataset_argument(parser)
-    parser.add_argument("--text-field", default="text", help="field of a data set or JSONL (text)")
+    parser.add_argument("--text-field", default="text", help="field of a row (text)")
     parser.add_argument("--input-length", type=int, default=512, help="tokens per source (512)")
     add_run_arguments(parser, recipe="pretrain")
 
@@ -48,10 +48,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument("--learning-rate", type=float, help="the peak (the recipe's)")
     parser.add_argument(
         "--schedule",
-        choices=("constant", "linear", "inverse_sqrt"),
+        choices=("constant", "linear", "inverse_sqrt", "t5"),
         help="of the rate after the warm-up (the recipe's)",
     )
-    parser.add_argument("--warmup", type=int, help="steps of a linear rise (the recipe's)")
+    parser.add_argument(
+        "--warmup", type=int, help="steps of a linear rise; t5: at the peak (the recipe's)"
+    )
     parser.add_argument("--clip", type=float, help="maximal gradient norm (1); 0: none")
     parser.add_argument("--accumulate", type=int, help="batches per step (1)")
     parser.add_argument(

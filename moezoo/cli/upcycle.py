@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace what is at OUT")
     add("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
     add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
+    add("--device", default="cpu", help="where the model reads the sample text, such as cuda (cpu)")
     add("--json", action="store_true", help="one JSON object")
 
 
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.target,
                 overwrite=arguments.overwrite,
                 allow_nonfinite=arguments.allow_nonfinite,
-                calibration=calibration(arguments.source, arguments.calibration),
+                calibration=calibration(arguments.source, arguments.calibration, arguments.device),
                 verifier=_verifier(arguments) if arguments.verify else None,
                 progress=progress.advance,
             )
@@ -87,10 +88,11 @@ def _verifier(arguments: argparse.Namespace) -> Verifier:
     return check
 
 
-def calibration(source: str, file: str | None) -> Calibration | None:
+def calibration(source: str, file: str | None, device: str) -> Calibration | None:
     """Sample text, by the tokenizer beside the source."""
     if file is None:
         return None
     from moezoo.adapters.upcycle.calibration import read_calibration
 
-    return read_calibration(file, Path(source) if Path(source).is_dir() else Path(source).parent)
+    directory = Path(source) if Path(source).is_dir() else Path(source).parent
+    return read_calibration(file, directory, device=device)

@@ -44,10 +44,13 @@ LIMITS = {
     "AuthenticAMD": Limits(4, 8, onednn=(1, _ALWAYS), onednn_transposed=(3, _ALWAYS)),
     "GenuineIntel": Limits(onednn=(4, 32)),
 }
-# oneDNN keeps half a MiB of code for every number of rows it has met, a thousand of them. In
-# training, where an expert's rows change with every step, more than these are rounded up.
-_ONEDNN_IN_TRAINING = 32
+# oneDNN keeps half a MiB of code for every number of rows it has met with a weight, a thousand of
+# them. More rows than these are rounded up: always in training, where an expert's rows change with
+# every step, else once as many numbers of rows have been met as _EXACT says. A row's bits stay.
+_ROUNDED_FROM = 32
 _ROUNDING = 8  # numbers of rows from one power of two to the next
+_EXACT = 64
+_met: set[tuple[int, int, int, bool]] = set()
 
 
 @lru_cache(maxsize=1)
@@ -84,7 +87,7 @@ def product(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = F
         return x.new_zeros(rows, weight.shape[0])
     kind = _kind(rows, weight, training) if fast_products(x, weight) else "mm"
     if kind == "onednn":
-        wide = _rounded(x) if training and rows >= _ONEDNN_IN_TRAINING else x
+        wide = x if not training and _is_exact(x, weight, relu) else _rounded(x)
         # Not a slice: what autograd takes for a view may not be changed in place.
         return _onednn(wide, weight, relu).resize_(rows, weight.shape[0])
     out = _weight_first(x, weight) if kind == "weight first" else torch.mm(x, weight.t())
@@ -134,7 +137,7 @@ def steady_product(x: Tensor, weight: Tensor) -> Tensor:
         return _onednn(torch.cat((x, x)), weight, relu=False)[:1]
     rows, outer = x.shape[0], weight.shape[0]
     if not in_huge_pages(4 * rows * outer, x.device):
-        return _onednn(x, weight, relu=False)
+        return _onednn(_rounded(x), weight, relu=False).resize_(rows, outer)
     # Some rows at a time: fresh memory for all of them would cost a page fault every 4 KiB, where
     # a stretch that fits into the cache is used again for the next one.
     out, step = large_empty((rows, outer), x.dtype), max(_STRETCH // outer, 2)
@@ -158,9 +161,19 @@ def _kind(rows: int, weight: Tensor, training: bool) -> str:
     return "onednn" if first <= rows < last else "mm"
 
 
+def _is_exact(x: Tensor, weight: Tensor, relu: bool) -> bool:
+    """Whether oneDNN may have code of its own for this product outside training."""
+    shape = (x.shape[0], *weight.shape, relu)
+    if shape not in _met and len(_met) < _EXACT:
+        _met.add(shape)
+    return shape in _met
+
+
 def _rounded(x: Tensor) -> Tensor:
-    """x (n, K) with up to an eighth more rows, which hold anything."""
+    """x (n, K) with up to an eighth more rows, which hold anything; few rows stay as they are."""
     rows, width = x.shape
+    if rows < _ROUNDED_FROM:
+        return x
     step = max((1 << rows.bit_length() - 1) // _ROUNDING, 1)
     more = -rows % step
     if not more:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moezoo.errors import ConfigError, CorruptFile
+from moezoo.errors import ConfigError
+from moezoo.text_files import has_rows, paragraphs, texts
 
 _SKIPPED = {"test", "tests", "idlelib", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
 
@@ -37,23 +37,18 @@ def python_documents() -> list[Document]:
 
 
 def file_documents(paths: Sequence[str | Path], *, field: str = "text") -> list[Document]:
-    """Documents from text files (blank lines part them) and JSONL files (a field of each row).
+    """Documents from text files (blank lines part them) and from a field of every row of JSONL, CSV
+    and TSV files.
 
     Raises CorruptFile naming file and line, ConfigError when there is no text at all.
     """
     documents: list[Document] = []
     for path in map(Path, paths):
-        try:
-            content = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise CorruptFile(f"cannot be read: {error.strerror}", path=path) from None
-        except UnicodeDecodeError as error:
-            raise CorruptFile(f"cannot be read as UTF-8 text: {error}", path=path) from None
-        parts = (
-            _json_lines(content, path, field) if path.suffix == ".jsonl" else content.split("\n\n")
+        whole = (
+            (text for _, text in texts(path, field=field)) if has_rows(path) else paragraphs(path)
         )
-        kept = (part.strip() for part in parts)
-        documents += [Document(f"{path.name}:{i}", part) for i, part in enumerate(kept) if part]
+        kept = (text.strip() for text in whole)
+        documents += [Document(f"{path.name}:{i}", text) for i, text in enumerate(kept) if text]
     if not documents:
         raise ConfigError("no text found", field="text", found=[str(path) for path in paths])
     return documents
@@ -99,18 +94,3 @@ def _docstrings(tree: ast.Module) -> list[str]:
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
     return [text for text in found if text]
-
-
-def _json_lines(content: str, path: Path, field: str) -> list[str]:
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorruptFile(f"line {number} is not JSON: {error.msg}", path=path) from None
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise CorruptFile(f"line {number} has no string {field!r}", path=path, key=field)
-        texts.append(row[field])
-    return texts

@@ -43,35 +43,42 @@ def chosen_task(arguments: argparse.Namespace) -> Task:
 
 
 def task_pairs(arguments: argparse.Namespace, chosen: Task) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs of a task, from files or from the embedded text."""
-    toys = {"identifiers": identifier_pairs, "docstrings": docstring_pairs}
+    """Training and held-out pairs of a task, from files or from the embedded text: of pairs that
+    come without held-out ones, every tenth.
+    """
     fields = {"source": chosen.source, "target": chosen.target}
-    if arguments.pairs:
-        train = read_pairs(arguments.pairs, **fields)
-        if arguments.held_out_pairs:
-            return train, read_pairs(arguments.held_out_pairs, **fields)
-        return every_tenth(train)
-    if arguments.dataset:
-        return dataset_pairs(arguments, fields)
+    given = given_pairs(arguments, fields)
     if arguments.held_out_pairs:
-        return [], read_pairs(arguments.held_out_pairs, **fields)
-    if arguments.task not in toys:
-        hint = "Pass --pairs FILE, or a toy task."
-        raise ConfigError(f"task {arguments.task!r} needs pairs", field="pairs", hint=hint)
-    return split_pairs(toys[arguments.task]())
+        return given or [], read_pairs(arguments.held_out_pairs, **fields)
+    return toy_pairs(arguments.task) if given is None else every_tenth(given)
 
 
-def dataset_pairs(
-    arguments: argparse.Namespace, fields: dict[str, str]
-) -> tuple[list[Pair], list[Pair]]:
-    """Pairs of a data set, the held-out ones from a file where one is given."""
-    pairs = [
-        pair_of(row, number, arguments.dataset, **fields)
+def scored_pairs(arguments: argparse.Namespace, chosen: Task) -> list[Pair]:
+    """What `evaluate` scores: all pairs that it is given, the held-out ones of a toy task."""
+    fields = {"source": chosen.source, "target": chosen.target}
+    given = given_pairs(arguments, fields)
+    return toy_pairs(arguments.task)[1] if given is None else given
+
+
+def given_pairs(arguments: argparse.Namespace, fields: dict[str, str]) -> list[Pair] | None:
+    """The pairs of `--pairs` or else of `--dataset`; None where neither is given."""
+    if arguments.pairs:
+        return read_pairs(arguments.pairs, **fields)
+    if not arguments.dataset:
+        return None
+    return [
+        pair_of(row, f"row {number}", arguments.dataset, **fields)
         for number, row in enumerate(dataset_rows(arguments.dataset), 1)
     ]
-    if arguments.held_out_pairs:
-        return pairs, read_pairs(arguments.held_out_pairs, **fields)
-    return every_tenth(pairs)
+
+
+def toy_pairs(name: str) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs of a toy task. Raises ConfigError for another one."""
+    toys = {"identifiers": identifier_pairs, "docstrings": docstring_pairs}
+    if name not in toys:
+        hint = "Pass --pairs FILE, or a toy task."
+        raise ConfigError(f"task {name!r} needs pairs", field="pairs", hint=hint)
+    return split_pairs(toys[name]())
 
 
 def every_tenth(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moezoo.errors import NonFiniteLoss, TrainingError
-from moezoo.functional.statistics import LayerStats, layer_stats
+from moezoo.functional.statistics import LayerStats, read_stats, sum_of
 from moezoo.layer import MoE
 from moezoo.models.output import SwitchOutput
 from moezoo.records import Assignment, Routing
+from moezoo.routers.base import Router
 from moezoo.training.batches import IGNORED, Batches
 from moezoo.training.culprits import culprit
 from moezoo.training.recipes import TrainingRecipe, make_optimizer, make_schedule
@@ -135,7 +136,7 @@ def training_step(
         for i in range(settings.accumulate)
     ]
     with _typed_memory_errors(state.step + 1):
-        losses, routings = _gradients(state.model, parts, settings, objective)
+        losses, seen = _gradients(state.model, parts, settings, objective)
     norm = _clipped_norm(state.model, settings)
     finite = math.isfinite(norm) and math.isfinite(losses["total"])
     origin = "" if finite else _explained(state, parts, settings, objective, norm, nonfinite)
@@ -143,7 +144,7 @@ def training_step(
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if finite:
-        _adapt_routers(state.model, routings)
+        seen.adapt()
     rate = float(state.schedule.get_last_lr()[0])
     with warnings.catch_warnings():
         # torch takes a skipped first step for steps in the wrong order.
@@ -160,7 +161,7 @@ def training_step(
         seconds=time.perf_counter() - started,
         skipped=not finite,
         culprit=origin,
-        **_summary(_by_layer(routings, len(parts))),
+        **_summary(seen),
     )
 
 
@@ -172,16 +173,16 @@ def evaluate(model: nn.Module, batches: Batches, *, count: int) -> dict[str, flo
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    total, targets, routings = 0.0, 0, []
+    total, targets, routings = 0.0, 0, _Seen()
     for step in range(count):
         batch = {name: tensor.to(device) for name, tensor in batches(step).items()}
         output = model(**batch)
         seen = int((batch["labels"] != IGNORED).sum())
         total += float(output.losses["cross_entropy"]) * seen
         targets += seen
-        routings += output.routing
+        routings.add(output.routing)
     model.train(was_training)
-    summary = _summary([[routing] for routing in routings])
+    summary = _summary(routings)
     summary.pop("idle", None)
     return {"cross_entropy": total / max(targets, 1), "targets": targets, **summary}
 
@@ -191,24 +192,58 @@ def expert_loads(model: nn.Module, batches: Batches, *, count: int) -> list[Laye
     """Statistics of every sparse layer over `count` batches, encoder first."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    layers: list[list[Routing]] = []
+    seen = _Seen()
     for step in range(count):
         batch = {name: tensor.to(device) for name, tensor in batches(step).items()}
-        routing = model(**batch).routing
-        layers = layers or [[] for _ in routing]
-        for seen, layer in zip(layers, routing, strict=True):
-            seen.append(layer)
+        seen.add(model(**batch).routing)
     model.train(was_training)
-    return [layer_stats(seen) for seen in layers]
+    return read_stats(seen.sums)
+
+
+class _Seen:
+    """What routings add up to, layer by layer. The routings themselves, of the size of all tokens,
+    are kept for the routers that adapt to them and for no others.
+
+    Args:
+        to_adapt: the model whose routers will adapt to what is seen; None: none will.
+    """
+
+    def __init__(self, to_adapt: nn.Module | None = None) -> None:
+        modules = () if to_adapt is None else to_adapt.modules()
+        routers = [module.router for module in modules if isinstance(module, MoE)]
+        self._adaptive = {i: router for i, router in enumerate(routers) if _adapts(router)}
+        self._kept: dict[int, list[Routing]] = {index: [] for index in self._adaptive}
+        self.sums: list[Tensor] = []
+        self.soft: list[bool] = []
+
+    def add(self, routings: Sequence[Routing]) -> None:
+        """The routings of all sparse layers of one batch."""
+        sums = [sum_of([routing]) for routing in routings]
+        before = self.sums or [torch.zeros_like(each) for each in sums]
+        self.sums = [a + b for a, b in zip(before, sums, strict=True)]
+        self.soft = [not isinstance(routing.assignment, Assignment) for routing in routings]
+        for index, kept in self._kept.items():
+            kept.append(routings[index])
+
+    def adapt(self) -> None:
+        """Let routers adapt what no gradient trains (balancing biases, thresholds, sparsity) to
+        their layer's routings.
+        """
+        for index, router in self._adaptive.items():
+            router.adapt(self._kept[index])
+
+
+def _adapts(router: Router) -> bool:
+    return type(router).adapt is not Router.adapt or "adapt" in vars(router)
 
 
 def _gradients(
     model: nn.Module, parts: Sequence[Batch], settings: TrainingRecipe, objective: Objective
-) -> tuple[dict[str, float], list[Routing]]:
-    """Backward over all parts; their losses by name, "total" among them, and their routings."""
+) -> tuple[dict[str, float], _Seen]:
+    """Backward over all parts; their losses by name, "total" among them, and what routers did."""
     everything = max(sum(map(_targets, parts)), 1)
     losses = {"total": 0.0}
-    routings: list[Routing] = []
+    seen = _Seen(to_adapt=model)
     for part in parts:
         # Weighing by target tokens makes accumulation equal to one large batch.
         share = _targets(part) / everything
@@ -219,8 +254,8 @@ def _gradients(
         loss.backward()  # type: ignore[no-untyped-call]
         for name, value in (("total", output.loss), *output.losses.items()):
             losses[name] = losses.get(name, 0.0) + float(value.detach()) * share
-        routings += output.routing
-    return losses, routings
+        seen.add(output.routing)
+    return losses, seen
 
 
 def _targets(part: Batch) -> int:
@@ -278,34 +313,16 @@ def _typed_memory_errors(step: int) -> Iterator[None]:
         raise TrainingError(f"step {step}: out of memory", hint=hint) from error
 
 
-def _adapt_routers(model: nn.Module, routings: Sequence[Routing]) -> None:
-    """Let routers adapt what no gradient trains (balancing biases, thresholds, sparsity) to the
-    step's routings, which come layer by layer for one batch part after another.
-    """
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    for index, layer in enumerate(layers):
-        layer.router.adapt(routings[index :: len(layers)])
-
-
 def _precision(settings: TrainingRecipe, device: torch.device) -> AbstractContextManager[Any]:
     if settings.autocast is None:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _by_layer(routings: Sequence[Routing], parts: int) -> list[list[Routing]]:
-    """The routings of every sparse layer, over all parts of a step."""
-    layers = len(routings) // parts
-    return [list(routings[layer::layers]) for layer in range(layers)]
-
-
-def _summary(layers: Sequence[Sequence[Routing]]) -> dict[str, Any]:
-    """Drops, balance and entropy over sparse layers; empty without them."""
-    stats = {
-        index: layer_stats(list(layer))
-        for index, layer in enumerate(layers)
-        if isinstance(layer[0].assignment, Assignment)
-    }
+def _summary(seen: _Seen) -> dict[str, Any]:
+    """Drops, balance and entropy over sparse layers that choose; empty without them."""
+    layers = zip(read_stats(seen.sums), seen.soft, strict=True)
+    stats = {index: layer for index, (layer, soft) in enumerate(layers) if not soft}
     if not stats:
         return {}
     offered = sum(s.offered for s in stats.values())

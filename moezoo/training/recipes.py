@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moezoo.errors import ConfigError, did_you_mean
+from moezoo.training.adafactor import Adafactor
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class TrainingRecipe:
     """Settings of a run; plain values, so that a run can write them down.
 
     Args:
-        optimizer: "adamw" (fused) or "adafactor" (relative step off, arXiv 1804.04235).
+        optimizer: "adamw" (fused) or "adafactor" (see `moezoo.training.adafactor`).
         learning_rate: the peak. schedule: "constant", "linear" (to 0 at the last step) or
-            "inverse_sqrt" (peak * sqrt(warmup / step)); all after a linear `warmup`.
+            "inverse_sqrt" (peak * sqrt(warmup / step)), all after a linear `warmup`; or "t5", which
+            has the peak from the first step to step `warmup`, then as "inverse_sqrt".
         weight_decay, betas: of AdamW. clip: maximal gradient norm; 0: none.
         accumulate: batches per step; every target token weighs the same, whatever its batch.
         autocast: None or "bfloat16"; routers stay in float32.
@@ -77,12 +79,12 @@ class TrainingRecipe:
 
 
 _OPTIMIZERS = ("adamw", "adafactor")
-_SCHEDULES = ("constant", "linear", "inverse_sqrt")
+_SCHEDULES = ("constant", "linear", "inverse_sqrt", "t5")
 
 RECIPES: dict[str, TrainingRecipe] = {
-    # Switch Transformers, section 2, as its authors' code has it: Adafactor, 1/sqrt(step) after
-    # 10k steps of warm-up, no dropout.
-    "pretrain": TrainingRecipe("adafactor", 1e-2, "inverse_sqrt", warmup=10_000, dropout=0.0),
+    # Switch Transformers, section 2, as its authors' code has it: Adafactor and T5's schedule
+    # (1910.10683, section 3.1.2), 1 / sqrt(max(step, 10,000)), which begins at 0.01; no dropout.
+    "pretrain": TrainingRecipe("adafactor", 1e-2, "t5", warmup=10_000, dropout=0.0),
     # Section 2.4 and table 4: constant 1e-3, dropout 0.1, and 0.4 within experts.
     "finetune": TrainingRecipe("adafactor", 1e-3, dropout=0.1, expert_dropout=0.4),
     # Sparse Upcycling (2212.05055): a fresh optimizer, the dense run's last rate goes on.
@@ -114,9 +116,7 @@ def make_optimizer(model: nn.Module, settings: TrainingRecipe) -> Optimizer:
         rate = settings.learning_rate * settings.expert_learning_rate
         groups.append({"params": experts, "lr": rate})
     if settings.optimizer == "adafactor":
-        return torch.optim.Adafactor(
-            groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        return Adafactor(groups, settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
@@ -136,11 +136,11 @@ def rate_factor(settings: TrainingRecipe, steps: int) -> Callable[[int], float]:
     warmup = settings.warmup
 
     def factor(step: int) -> float:
-        if step < warmup:
+        if step < warmup and settings.schedule != "t5":
             return (step + 1) / warmup
         if settings.schedule == "linear":
             return max(0.0, (steps - step) / max(1, steps - warmup))
-        if settings.schedule == "inverse_sqrt":
+        if settings.schedule in ("inverse_sqrt", "t5"):
             return math.sqrt(max(1, warmup) / max(1, warmup, step + 1))
         return 1.0
 

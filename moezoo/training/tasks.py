@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-import csv
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moezoo.errors import ConfigError, CorruptFile, did_you_mean
+from moezoo.errors import ConfigError, did_you_mean
+from moezoo.text_files import Row, rows, text_of
 from moezoo.training.corpus import stdlib_sources
 
 Pair = tuple[str, str]
@@ -70,23 +68,13 @@ def task(name: str) -> Task:
 def read_pairs(path: str | Path, *, source: str, target: str) -> list[Pair]:
     """Pairs from a JSONL file (nested under "translation" too), or a CSV or TSV file with a header.
 
-    Raises CorruptFile naming the line, ConfigError naming the missing field.
+    Raises CorruptFile naming the line (see `text_files.rows`), ConfigError naming line and field.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CorruptFile(f"cannot be read: {error.strerror}", path=path) from None
-    except UnicodeDecodeError as error:
-        raise CorruptFile(f"cannot be read as UTF-8 text: {error}", path=path) from None
-    if path.suffix in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        rows: list[Any] = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-    else:
-        rows = [_json_row(line, n, path) for n, line in enumerate(text.splitlines(), 1) if line]
-    if not rows:
+    fields = {"source": source, "target": target}
+    pairs = [pair_of(row, f"line {number}", path, **fields) for number, row in rows(path)]
+    if not pairs:
         raise ConfigError("no pairs in it", path=path)
-    return [pair_of(row, n, path, source=source, target=target) for n, row in enumerate(rows, 1)]
+    return pairs
 
 
 def identifier_pairs() -> list[tuple[str, Pair]]:
@@ -173,25 +161,8 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 }
 
 
-def _json_row(line: str, number: int, path: Path) -> Any:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorruptFile(f"line {number} is not JSON: {error.msg}", path=path) from None
-    if not isinstance(row, dict):
-        raise CorruptFile(f"line {number} is not a JSON object", path=path)
-    return row
-
-
-def pair_of(
-    row: dict[str, Any], number: int, path: str | Path, *, source: str, target: str
-) -> Pair:
-    """The two texts of a row, nested under "translation" or not. Raises ConfigError."""
+def pair_of(row: Row, place: str, path: str | Path, *, source: str, target: str) -> Pair:
+    """The two texts of a row, nested under "translation" or not. Raises as `text_files.text_of`."""
     inner = row.get("translation")
     row = inner if isinstance(inner, dict) else row
-    for name in (source, target):
-        if not isinstance(row.get(name), str):
-            reason = f"row {number} has no text {name!r}"
-            hint = did_you_mean(name, [key for key in row if isinstance(key, str)])
-            raise ConfigError(reason, path=path, field=name, hint=hint)
-    return row[source], row[target]
+    return text_of(row, source, place, path), text_of(row, target, place, path)

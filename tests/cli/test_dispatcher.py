@@ -136,6 +136,46 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "output", "code"),
+    [
+        ("--help", "stdout", 141),
+        ("--version", "stdout", 141),
+        ("list", "stdout", 141),
+        ("list --help", "stdout", None),
+        ("zoo --json", "stdout", 141),
+        ("nonsense", "stdout", 2),
+        ("info nonsense", "stdout", 2),
+        ("", "stderr", 2),
+        ("nonsense", "stderr", 2),
+        ("info", "stderr", 2),
+        ("info nonsense", "stderr", 2),
+        ("list", "stderr", 0),
+    ],
+)
+def test_a_reader_that_has_gone_is_met_in_silence(
+    words: str, output: str, code: int | None
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, output: write}
+    command = [sys.executable, "-m", "moezoo", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, text=True, **streams)  # type: ignore[call-overload]
+    os.close(write)
+    # argparse forgets by itself what it cannot write at once, and then all is well.
+    assert done.returncode in ((0, 141) if code is None else (code,))
+    assert "Error" not in (done.stderr or "") and "xception" not in (done.stderr or "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full here")
+@pytest.mark.parametrize("words", ["--help", "list"])
+def test_output_that_has_no_room_is_an_error(words: str) -> None:
+    command = f"{sys.executable} -m moezoo {words} > /dev/full"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert "No space left" in done.stderr
+
+
 def test_info_tells_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "switch-large-128", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 26_309_291_008

@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import moezoo
-from moezoo.adapters import direct
-from moezoo.adapters.direct import LARGEST, LENT, PAGE, DirectFile, DirectWriter, open_direct
+from moezoo.adapters import portable
+from moezoo.adapters.direct import LARGEST, LENT, PAGE, DirectFile, DirectWriter, direct_flags
 from moezoo.adapters.formats.safetensors import read_header
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.errors import NonFiniteWeights, SaveError
@@ -57,14 +58,15 @@ def descriptors(
     plain = os.open(path, os.O_RDWR | os.O_CREAT)
     # Refusals and short writes are made by us, on a file that takes unaligned writes.
     way = request.param
-    past = open_direct(path) if way == "as it is" else os.open(path, os.O_WRONLY)
-    if past is None:
+    flags = direct_flags(path) if way == "as it is" else os.O_WRONLY
+    if flags is None:
         os.close(plain)
         pytest.skip("this file system has no direct writes")
+    past = os.open(path, flags)
     if way != "as it is":
         wrap = _refusing if way == "refused" else _halving
         write = wrap(os.pwrite)
-        monkeypatch.setattr(direct, "os", _System(past, write))
+        monkeypatch.setattr(portable, "os", _System(past, write))
     yield plain, past
     os.close(plain)
     os.close(past)
@@ -91,7 +93,7 @@ def test_every_place_holds_what_was_written_to_it(
 ) -> None:
     plain, past = descriptors
     os.ftruncate(plain, 0)
-    file = DirectFile(plain, past)
+    file = DirectFile(lambda: nullcontext(plain), lambda: nullcontext(past))
     content = os.urandom(sum(sizes))
     gap = len(content) + 100
     bases = [start + place * gap for place, start in enumerate(sorted(starts))]
@@ -116,7 +118,9 @@ def test_an_error_of_the_disk_comes_out_and_stops_nothing_else(
         raise OSError(errno.ENOSPC, "full")
 
     with (tmp_path / "file").open("w+b") as opened, DirectWriter() as writer:
-        file = DirectFile(opened.fileno(), opened.fileno())
+        file = DirectFile(
+            lambda: nullcontext(opened.fileno()), lambda: nullcontext(opened.fileno())
+        )
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(OSError, match="full"):
             for start in range(100):  # more than there are buffers: none is lost to an error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import moezoo
-from moezoo.adapters.upcycle.calibration import Calibration
+from moezoo.adapters.upcycle.calibration import Calibration, collected_inputs
 from moezoo.adapters.upcycle.convert import convert
 from moezoo.adapters.upcycle.inits import expert_inits, router_inits
 from moezoo.adapters.upcycle.recipe import Recipe
@@ -267,3 +267,30 @@ def test_fitted_routers_work_end_to_end(router_init: str, tmp_path: Path) -> Non
         dense = moezoo.load(source)(ids(), decoder_input_ids=ids()).logits
         sparse = moezoo.load(tmp_path / "out", capacity="dropless")
         assert relative(sparse(ids(), decoder_input_ids=ids()).logits, dense) <= 1e-5
+
+
+def test_sample_text_is_read_in_evaluation_and_every_module_keeps_its_mode() -> None:
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 2}
+    model = moezoo.build(moezoo.SwitchConfig(**sizes, num_layers=2, dropout_rate=0.5), seed=0)
+    sample = Calibration([[5, 9, 12, 30, 1], [7, 7, 20, 41, 1]])
+    layers = ["encoder.blocks.1.mlp", "decoder.blocks.1.mlp"]
+    wanted = collected_inputs(model.eval(), sample, layers)
+    frozen = model.train().encoder.eval()
+    found = collected_inputs(model, sample, layers)
+    assert all(torch.equal(found[name].inputs, wanted[name].inputs) for name in layers)
+    assert model.training and model.decoder.blocks[0].training
+    assert not any(module.training for module in frozen.modules())
+
+
+def test_the_model_reads_the_sample_text_on_the_device_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = dense_t5(tmp_path / "dense")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    words = ["--experts", "2", "--router-init", "centroids", "--device", "nowhere", "--calibration"]
+    file = sample_file(tmp_path, "a.txt", "0123")
+    assert main(["upcycle", str(source), str(tmp_path / "out"), *words, file]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    merged = ["merge", str(source), str(source), "--out", str(tmp_path / "out"), *words[2:], file]
+    assert main(merged) == 2
+    assert "nowhere" in capsys.readouterr().err

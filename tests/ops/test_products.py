@@ -121,3 +121,29 @@ def test_a_large_result_is_made_in_stretches_of_the_same_bits() -> None:
     torch.testing.assert_close(whole, x @ weight.t())
     for rows in (slice(0, 2), slice(step - 1, step + 3), slice(-1, None), slice(7, 2 * step)):
         assert torch.equal(steady_product(x[rows], weight), whole[rows])
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation", "scores"])
+def test_ever_new_numbers_of_rows_are_given_few_to_onednn_and_keep_their_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "limits", lambda: LIMITS["AuthenticAMD"])
+    monkeypatch.setattr(products, "_SMALL_WEIGHT", 0)
+    monkeypatch.setattr(products, "_met", set())
+    compiled, onednn = set(), products._onednn
+
+    def counted(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
+        compiled.add(x.shape)
+        return onednn(x, weight, relu)
+
+    monkeypatch.setattr(products, "_onednn", counted)
+    x, weight = torch.randn(1024, 8), torch.randn(24, 8)
+    whole = steady_product(x, weight)
+    for rows in range(32, 1025):
+        found = (
+            steady_product(x[:rows], weight)
+            if kind == "scores"
+            else product(x[:rows], weight, training=kind == "training")
+        )
+        assert torch.equal(found, whole[:rows]) and found.is_contiguous()
+    assert len(compiled) <= products._EXACT * (kind == "evaluation") + 8 * 5 + 1

@@ -59,6 +59,7 @@ def test_from_text_to_a_fine_tuned_switch_model(
     assert moezoo("evaluate", tuned / "model", "--pairs", pairs, "--json") == 0
     metrics = json.loads(capsys.readouterr().out)
     assert set(metrics) == {"cross_entropy", "examples", "exact_match", "token_f1"}
+    assert metrics["examples"] == 60  # all of the file, not the tenth that `finetune` holds out
     assert metrics["cross_entropy"] > 0
 
 
