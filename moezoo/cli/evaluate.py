@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
+
+from moezoo.cli.samples import add_tokenizer_argument, named_tokenizer
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from moezoo.cli.finetune import add_task_arguments
 
     parser.add_argument("source", help="a checkpoint with its tokenizer")
-    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    add_tokenizer_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     add_task_arguments(parser)
@@ -21,7 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the metrics on held-out pairs."""
     from moezoo.adapters.checkpoint import load
     from moezoo.errors import ConfigError
-    from moezoo.tokenizer import tokenizer_of
     from moezoo.training.evaluation import check_metrics, chosen_task, measured, report, task_pairs
 
     task = chosen_task(arguments)
@@ -29,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_metrics(task)
     if not held:
         raise ConfigError("no held-out pairs", field="pairs", hint="Pass --held-out-pairs.")
-    model = load(arguments.source, task="conditional_generation", device=arguments.device)
-    tokenizer = tokenizer_of(arguments.tokenizer or arguments.source)
+    model: Any = load(arguments.source, task="conditional_generation", device=arguments.device)
+    tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     chosen = held[: arguments.examples]
     if arguments.json:
         print(json.dumps(measured(model, tokenizer, chosen, task)[0], indent=2))
