@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         "python_text": arguments.python_text,
         "input_length": arguments.input_length,
         "noise_density": corruption.density,
-        "mean_span": corruption.mean_span,
+        "mean_span": corruption.span_length,
     }
     return execute(
         session,

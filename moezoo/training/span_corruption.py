@@ -69,12 +69,12 @@ class SpanCorruption:
     def __post_init__(self) -> None:
         if not 0.0 < self.density < 1.0:
             raise ConfigError("density lies in (0, 1)", field="density", found=self.density)
-        if not 1.0 <= self._mean_span < math.inf:
+        if not 1.0 <= self.span_length < math.inf:
             raise ConfigError("mean_span is at least 1", field="mean_span", found=self.mean_span)
 
     def __call__(self, ids: Tensor, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Source and target ids of a text (L,), both closed by eos."""
-        length, mean_span = ids.shape[0], self._mean_span
+        length, mean_span = ids.shape[0], self.span_length
         self.check_length(length)
         mask = noise_mask(length, density=self.density, mean_span=mean_span, generator=generator)
         eos = self.tokenizer.eos_id
@@ -84,7 +84,7 @@ class SpanCorruption:
 
     def check_length(self, length: int) -> None:
         """Raises ConfigError for a text of more spans than there are sentinels."""
-        spans = _noise_and_spans(length, self.density, self._mean_span)[1] if length > 1 else 0
+        spans = _noise_and_spans(length, self.density, self.span_length)[1] if length > 1 else 0
         if spans > self.tokenizer.num_sentinels:
             hint = "Shorten the input (--input-length, --length), or lengthen spans (--mean-span)."
             if not self.tokenizer.num_sentinels:
@@ -108,11 +108,12 @@ class SpanCorruption:
         return length
 
     @property
-    def _mean_span(self) -> float:
+    def span_length(self) -> float:
+        """Mean tokens per span, as given or as the tokenizer's family was pre-trained with."""
         return self.tokenizer.mean_span if self.mean_span is None else self.mean_span
 
     def _source_length(self, length: int) -> int:
-        noise, spans = _noise_and_spans(length, self.density, self._mean_span)
+        noise, spans = _noise_and_spans(length, self.density, self.span_length)
         return length - noise + spans + 1
 
     def _with_sentinels(self, ids: Tensor, dropped: Tensor) -> list[int]:
