@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import moezoo
 from benchmarks.peers import peak_mib, theirs
 from benchmarks.tables import machine, milliseconds, ratio, save, table
-from moezoo.tokenizer import Tokenizer
+from moezoo.tokenizer import T5_SENTINELS, Tokenizer
 from moezoo.training.batches import IGNORED, packed_ids, span_corruption_batches
 from moezoo.training.corpus import python_documents, split
 from moezoo.training.span_corruption import SpanCorruption
@@ -92,7 +92,9 @@ def prepare(path: Path, steps: int, batch: int, length: int) -> None:
     """Write the batches of all steps: span corruption of the embedded text."""
     train, _ = split(python_documents())
     lines = (line for document in train for line in document.text.splitlines() if line.strip())
-    tokenizer = Tokenizer.train(lines, path.with_suffix(".model"), vocab_size=VOCABULARY - 100)
+    tokenizer = Tokenizer.train(
+        lines, path.with_suffix(".model"), vocab_size=VOCABULARY - T5_SENTINELS
+    )
     made = span_corruption_batches(
         packed_ids(train, tokenizer),
         SpanCorruption(tokenizer),

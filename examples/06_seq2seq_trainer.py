@@ -22,7 +22,7 @@ SIZES = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 2
 
 
 def collated(pairs: list[Pair]) -> dict[str, torch.Tensor]:
-    source = padded([TOKENIZER.encode(name) for name, _ in pairs])
+    source = padded([TOKENIZER.encode(name) for name, _ in pairs], value=TOKENIZER.pad_id)
     labels = padded([TOKENIZER.encode(words) for _, words in pairs], value=-100)
     return {**vars(source), "labels": labels.input_ids}
 

@@ -13,7 +13,7 @@ from torch import nn
 from moezoo.config import SwitchConfig
 from moezoo.cost import cost
 from moezoo.report.trial import Curve, Trial
-from moezoo.tokenizer import Tokenizer
+from moezoo.tokenizer import T5_SENTINELS, Tokenizer
 from moezoo.training.batches import ExampleBatches, packed_ids, span_corruption_batches
 from moezoo.training.corpus import Document, split
 from moezoo.training.loop import (
@@ -62,8 +62,7 @@ def prepare(
     """
     train, held_out = split(documents)
     lines = (line for document in train for line in document.text.splitlines() if line.strip())
-    pieces = vocab_size - 100  # T5's sentinels
-    tokenizer = Tokenizer.train(lines, vocabulary, vocab_size=pieces)
+    tokenizer = Tokenizer.train(lines, vocabulary, vocab_size=vocab_size - T5_SENTINELS)
     corruption = SpanCorruption(tokenizer)
     ids = [packed_ids(part, tokenizer) for part in (train, held_out)]
     trained, held = (

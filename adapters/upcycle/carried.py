@@ -11,23 +11,9 @@ from pathlib import Path
 from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import regular_file
 from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.tokenizer_files import TOKENIZER_FILES
 
-_CARRIED = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spiece.vocab",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+_CARRIED = sorted([*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json"])
 _WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 

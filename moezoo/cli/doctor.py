@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 
 REQUIRED = {"torch": (2, 10), "einops": (0, 8), "sentencepiece": (0, 2), "safetensors": (0, 5)}
 EXTRAS = {
-    "hf": ("transformers", "numpy"),
+    "hf": ("transformers", "tokenizers", "numpy"),
     "report": ("matplotlib",),
     "orbax": ("tensorstore",),
     "train": ("sacrebleu", "rouge-score", "datasets", "tensorboard"),

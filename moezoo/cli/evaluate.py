@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
+
+from moezoo.cli.samples import add_tokenizer_argument, named_tokenizer
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from moezoo.cli.finetune import add_task_arguments
 
     parser.add_argument("source", help="a checkpoint with its tokenizer")
-    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    add_tokenizer_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     add_task_arguments(parser)
@@ -22,7 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the metrics on the pairs that are given, or on those that a toy task holds out."""
     from moezoo.adapters.checkpoint import load
     from moezoo.errors import ConfigError
-    from moezoo.tokenizer import tokenizer_of
     from moezoo.training.evaluation import (
         check_metrics,
         chosen_task,
@@ -36,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--examples is at least 1", field="examples", found=arguments.examples)
     chosen = scored_pairs(arguments, task)[: arguments.examples]
     check_metrics(task)
-    model = load(arguments.source, task="conditional_generation", device=arguments.device)
-    tokenizer = tokenizer_of(arguments.tokenizer or arguments.source)
+    model: Any = load(arguments.source, task="conditional_generation", device=arguments.device)
+    tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     if arguments.json:
         print(json.dumps(measured(model, tokenizer, chosen, task)[0], indent=2))
     else:

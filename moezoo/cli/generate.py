@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from moezoo.cli.samples import add_tokenizer_argument, named_tokenizer
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("checkpoint", help="a directory with weights, config.json and a tokenizer")
     parser.add_argument("text", nargs="*", help="source texts; none: lines of standard input")
+    add_tokenizer_argument(parser)
     parser.add_argument("--file", help="text file, a source per line; or JSONL, CSV, TSV")
     parser.add_argument("--text-field", default="text", help="field of JSONL, CSV, TSV (text)")
     parser.add_argument("--prefix", default="", help='put before every source ("summarize: ")')
@@ -37,14 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from moezoo.adapters.checkpoint import load
     from moezoo.errors import ConfigError
-    from moezoo.tokenizer import tokenizer_of
 
     if arguments.batch_size < 1:
         raise ConfigError("--batch-size is at least 1", field="batch_size")
     if arguments.file and arguments.text:
         raise ConfigError("pass texts or --file, not both", field="file")
-    tokenizer = tokenizer_of(arguments.checkpoint)
     model: Any = load(arguments.checkpoint, task="conditional_generation", device=arguments.device)
+    tokenizer = named_tokenizer(arguments.tokenizer, arguments.checkpoint, model.config)
     torch.manual_seed(arguments.seed)
     for texts in _batches(_sources(arguments), arguments.batch_size):
         batch = tokenizer.batch([arguments.prefix + text for text in texts])

@@ -7,9 +7,9 @@ import copy
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moezoo.cli.samples import add_sample_arguments, sample_batches, sample_tokenizer
+from moezoo.cli.samples import add_sample_arguments, named_tokenizer, sample_batches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from moezoo.adapters.checkpoint import load
     from moezoo.quantization import quantize
 
-    tokenizer = sample_tokenizer(arguments)
-    model = load(arguments.source, task="conditional_generation", dtype=torch.float32)
+    model: Any = load(arguments.source, task="conditional_generation", dtype=torch.float32)
+    tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     rounded = copy.deepcopy(model)
     done = quantize(rounded)
     sums = _Sums()

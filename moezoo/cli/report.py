@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moezoo.cli.samples import add_sample_arguments, sample_batches, sample_tokenizer
+from moezoo.cli.samples import add_sample_arguments, named_tokenizer, sample_batches
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         hint = "`moezoo upcycle` makes a model with experts of it."
         reason = "a dense model, which has no experts to report on"
         raise ConfigError(reason, path=arguments.source, field="source", hint=hint)
-    tokenizer = sample_tokenizer(arguments)
+    tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     batches = sample_batches(arguments, tokenizer, "  routing")
     report = routing_report(model, batches, tokenizer.piece)
     facts, said = rows(report), advice(report)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moezoo.tokenizer import ByteTokenizer, Tokenizer
+    from moezoo.config import SwitchConfig
+    from moezoo.tokenizer import BaseTokenizer
 
 Batch = dict[str, "Tensor"]
 
@@ -18,22 +19,29 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """The text, its tokenizer, and how much of it."""
     parser.add_argument("--text", nargs="+", help="text, JSONL, CSV or TSV files (Python's docs)")
     parser.add_argument("--text-field", default="text", help="field of JSONL, CSV, TSV (text)")
-    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    add_tokenizer_argument(parser)
     parser.add_argument("--batches", type=int, default=8, help="to run (8)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch (16)")
     parser.add_argument("--length", type=int, default=128, help="tokens per source (128)")
 
 
-def sample_tokenizer(arguments: argparse.Namespace) -> Tokenizer | ByteTokenizer:
-    """The tokenizer that was named, or the one beside the checkpoint."""
-    from moezoo.tokenizer import tokenizer_of
+def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    """What every verb that reads text takes."""
+    parser.add_argument(
+        "--tokenizer",
+        help="a directory, spiece.model, tokenizer.json or bytes (default: the source's)",
+    )
 
-    source: str = arguments.tokenizer or arguments.source
-    return tokenizer_of(source)
+
+def named_tokenizer(named: str | None, source: str, config: SwitchConfig) -> BaseTokenizer:
+    """The tokenizer that was named, or the one beside the checkpoint, fit for its model."""
+    from moezoo.tokenizer import fitting_tokenizer
+
+    return fitting_tokenizer(named or source, config)
 
 
 def sample_batches(
-    arguments: argparse.Namespace, tokenizer: Tokenizer | ByteTokenizer, label: str
+    arguments: argparse.Namespace, tokenizer: BaseTokenizer, label: str
 ) -> Iterator[Batch]:
     """The batches, under a progress bar. Raises ConfigError or CheckpointError."""
     from moezoo.cli.terminal import Progress

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.settings import FromFile
 
 
@@ -15,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", help="a checkpoint to go on from, dense or Switch")
     parser.add_argument("--model", help="a name of `moezoo list`, to start from scratch")
     parser.add_argument("--config", help="a JSON file of SwitchConfig fields, from scratch")
-    parser.add_argument("--tokenizer", help="spiece.model or a directory (default: the source's)")
+    add_tokenizer_argument(parser)
     parser.add_argument("--text", nargs="*", default=[], help="text, JSONL, CSV, TSV files")
     parser.add_argument(
         "--python-text", action="store_true", help="the English within Python itself"
@@ -23,6 +24,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_dataset_argument(parser)
     parser.add_argument("--text-field", default="text", help="field of a row (text)")
     parser.add_argument("--input-length", type=int, default=512, help="tokens per source (512)")
+    parser.add_argument("--noise-density", type=float, default=0.15, help="share masked (0.15)")
+    parser.add_argument(
+        "--mean-span", type=float, help="tokens per masked span (the pre-training's: 3; bytes 20)"
+    )
     add_run_arguments(parser, recipe="pretrain")
 
 
@@ -91,7 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     documents = _documents(arguments)
     train, held = split(documents)
     session = prepared(arguments, vocabulary_from=[d.text for d in train])
-    corruption = SpanCorruption(session.tokenizer)
+    corruption = SpanCorruption(
+        session.tokenizer, density=arguments.noise_density, mean_span=arguments.mean_span
+    )
 
     def batches(part: Any, seed: int) -> Any:
         return span_corruption_batches(
@@ -107,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         "dataset": arguments.dataset,
         "python_text": arguments.python_text,
         "input_length": arguments.input_length,
+        "noise_density": corruption.density,
+        "mean_span": corruption.span_length,
     }
     return execute(
         session,

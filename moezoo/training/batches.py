@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ConfigError
-from moezoo.tokenizer import ByteTokenizer, Tokenizer, padded, truncated
+from moezoo.tokenizer import BaseTokenizer, padded, truncated
 from moezoo.training.corpus import Document
 from moezoo.training.span_corruption import SpanCorruption
 
-AnyTokenizer = Tokenizer | ByteTokenizer
 Example = tuple[Sequence[int], Sequence[int]]
 IGNORED = -100
 
@@ -31,8 +30,8 @@ class ExampleBatches:
     Args:
         count: number of examples. example: (index, epoch) -> source and target ids.
         batch_size: examples per batch. seed: of every order.
-        length_of: when given, batches are drawn from windows sorted by it, so that rows of a batch
-            are of similar length and little is padding.
+        pad_id: fills up sources. length_of: when given, batches are drawn from windows sorted by
+            it, so that rows of a batch are of similar length and little is padding.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class ExampleBatches:
         example: Callable[[int, int], Example],
         *,
         batch_size: int,
+        pad_id: int,
         seed: int = 0,
         length_of: Callable[[int], int] | None = None,
     ) -> None:
@@ -50,6 +50,7 @@ class ExampleBatches:
             raise ConfigError("there is no example to train on", field="data", found=count)
         self.count, self.example, self.seed = count, example, seed
         self.batch_size = min(batch_size, count)
+        self.pad_id = pad_id
         self.length_of = length_of
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -73,7 +74,7 @@ class ExampleBatches:
     def _batch(self, epoch: int, position: int) -> dict[str, Tensor]:
         start = position * self.batch_size
         rows = [self.example(i, epoch) for i in self.order(epoch)[start : start + self.batch_size]]
-        source = padded([source for source, _ in rows])
+        source = padded([source for source, _ in rows], value=self.pad_id)
         labels = padded([target for _, target in rows], value=IGNORED)
         return {
             "input_ids": source.input_ids,
@@ -104,7 +105,7 @@ class ExampleBatches:
         return [i for index in mixed for i in whole[index]] + rest
 
 
-def packed_ids(documents: Iterable[Document], tokenizer: AnyTokenizer) -> Tensor:
+def packed_ids(documents: Iterable[Document], tokenizer: BaseTokenizer) -> Tensor:
     """All documents as one row of ids (N,) int32, each closed by eos."""
     ids: list[int] = []
     for document in documents:
@@ -133,17 +134,19 @@ def span_corruption_batches(
             expected=f"at most {ids.shape[0]} tokens",
             found=length,
         )
+    corruption.check_length(length)
 
     def example(index: int, epoch: int) -> Example:
         chunk = ids[index * length : (index + 1) * length]
         return corruption(chunk, keyed_generator(seed, f"noise {index}", epoch))
 
-    return ExampleBatches(count, example, batch_size=batch_size, seed=seed)
+    pad_id = corruption.tokenizer.pad_id
+    return ExampleBatches(count, example, batch_size=batch_size, pad_id=pad_id, seed=seed)
 
 
 def pair_batches(
     pairs: Sequence[tuple[str, str]],
-    tokenizer: AnyTokenizer,
+    tokenizer: BaseTokenizer,
     *,
     batch_size: int,
     prefix: str = "",
@@ -163,6 +166,7 @@ def pair_batches(
         len(encoded),
         lambda index, epoch: encoded[index],
         batch_size=batch_size,
+        pad_id=tokenizer.pad_id,
         seed=seed,
         length_of=lambda index: len(encoded[index][0]),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moezoo.errors import ConfigError
-from moezoo.tokenizer import ByteTokenizer, Tokenizer
+from moezoo.tokenizer import BaseTokenizer
 from moezoo.training.batches import pair_batches
 from moezoo.training.datasets import dataset_rows
 from moezoo.training.loop import evaluate
@@ -95,7 +95,7 @@ def check_metrics(chosen: Task) -> None:
 
 
 def measured(
-    model: nn.Module, tokenizer: Tokenizer | ByteTokenizer, pairs: Sequence[Pair], chosen: Task
+    model: nn.Module, tokenizer: BaseTokenizer, pairs: Sequence[Pair], chosen: Task
 ) -> tuple[dict[str, float], list[str]]:
     """Cross entropy and the task's metrics on pairs, and the answers."""
     batches = pair_batches(
@@ -115,7 +115,7 @@ def measured(
 
 @torch.no_grad()
 def answered(
-    model: Any, tokenizer: Tokenizer | ByteTokenizer, sources: Sequence[str], chosen: Task
+    model: Any, tokenizer: BaseTokenizer, sources: Sequence[str], chosen: Task
 ) -> list[str]:
     """A generated answer for each source."""
     was_training, device = model.training, next(model.parameters()).device
@@ -136,7 +136,7 @@ def answered(
 
 
 def report(
-    model: nn.Module, tokenizer: Tokenizer | ByteTokenizer, pairs: Sequence[Pair], chosen: Task
+    model: nn.Module, tokenizer: BaseTokenizer, pairs: Sequence[Pair], chosen: Task
 ) -> dict[str, float]:
     """Print metrics and a few examples; returns the metrics."""
     metrics, answers = measured(model, tokenizer, pairs, chosen)

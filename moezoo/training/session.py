@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from moezoo.errors import ConfigError, CorruptFile
 from moezoo.models.block import Block
 from moezoo.presets import preset
 from moezoo.registry import Spec
-from moezoo.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
+from moezoo.tokenizer import T5_SENTINELS, BaseTokenizer, Tokenizer, fit, tokenizer_of
 from moezoo.training.batches import Batches
 from moezoo.training.distillation import Distillation, check_student, student_of
 from moezoo.training.loop import likelihood
@@ -51,7 +50,7 @@ class Session:
     """A model with its tokenizer, the settings to train it with, and its teacher if it has one."""
 
     model: nn.Module
-    tokenizer: Tokenizer | ByteTokenizer
+    tokenizer: BaseTokenizer
     settings: TrainingRecipe
     distillation: Distillation | None = None
 
@@ -74,13 +73,7 @@ def prepared(
     model = _model(arguments, settings, teacher)
     tokenizer = _tokenizer(arguments, model, vocabulary_from)
     config: Any = model.config
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            "the tokenizer has more ids than the model has embeddings",
-            field="tokenizer",
-            expected=f"at most {config.vocab_size}",
-            found=tokenizer.vocab_size,
-        )
+    fit(tokenizer, config)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing()  # type: ignore[operator]
     if arguments.compile:
@@ -144,7 +137,7 @@ def execute(
 
 
 def save_with_tokenizer(
-    model: nn.Module, tokenizer: Tokenizer | ByteTokenizer, path: Path, *, overwrite: bool = True
+    model: nn.Module, tokenizer: BaseTokenizer, path: Path, *, overwrite: bool = True
 ) -> None:
     """A checkpoint directory that `moezoo generate` and transformers can use."""
     with replacing_directory(path, overwrite=overwrite) as stage:
@@ -152,11 +145,7 @@ def save_with_tokenizer(
         for file in (stage / "model").iterdir():
             file.rename(stage / file.name)
         (stage / "model").rmdir()
-        if isinstance(tokenizer, Tokenizer):
-            shutil.copyfile(tokenizer.path, stage / "spiece.model")
-        kind = "T5Tokenizer" if isinstance(tokenizer, Tokenizer) else "ByT5Tokenizer"
-        settings = {"tokenizer_class": kind, "extra_ids": tokenizer.num_sentinels}
-        (stage / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        tokenizer.save(stage)
 
 
 def _teacher(arguments: argparse.Namespace) -> nn.Module | None:
@@ -232,10 +221,9 @@ def _files_digest(path: str | None) -> str | None:
 
 def _tokenizer(
     arguments: argparse.Namespace, model: nn.Module, vocabulary_from: Sequence[str] | None
-) -> Tokenizer | ByteTokenizer:
+) -> BaseTokenizer:
     if arguments.tokenizer:
-        path = Path(arguments.tokenizer)
-        return tokenizer_of(path) if path.is_dir() else Tokenizer(path)
+        return tokenizer_of(arguments.tokenizer)
     source = getattr(arguments, "source", None) or arguments.teacher
     if source:
         return tokenizer_of(source)
@@ -246,6 +234,13 @@ def _tokenizer(
         return Tokenizer(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
-    size = min(config.vocab_size - 100, _OWN_VOCABULARY)
+    size = min(config.vocab_size - T5_SENTINELS, _OWN_VOCABULARY)
     lines = (line for text in vocabulary_from for line in text.splitlines() if line.strip())
-    return Tokenizer.train(lines, target, vocab_size=size)
+    eos = config.eos_token_id
+    return Tokenizer.train(
+        lines,
+        target,
+        vocab_size=size,
+        pad_id=config.pad_token_id,
+        eos_id=eos[0] if isinstance(eos, tuple) else eos,
+    )

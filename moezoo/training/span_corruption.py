@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +15,17 @@ from moezoo.errors import ConfigError
 class Sentinels(Protocol):
     """What span corruption needs of a tokenizer."""
 
-    num_sentinels: int
+    @property
+    def num_sentinels(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def mean_span(self) -> float: ...
 
     def sentinel(self, index: int) -> int: ...
 
@@ -30,8 +41,7 @@ def noise_mask(
     """
     if length < 2:
         return torch.zeros(length, dtype=torch.bool)
-    noise = min(max(round(length * density), 1), length - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, length - noise)
+    noise, spans = _noise_and_spans(length, density, mean_span)
     kept_S = _segments(length - noise, spans, generator)
     noise_S = _segments(noise, spans, generator)
     lengths = torch.stack([kept_S, noise_S], dim=1).view(-1)
@@ -44,29 +54,49 @@ class SpanCorruption:
     """Replace spans by sentinels; the target says what stood there.
 
     Args:
-        tokenizer: gives the sentinels. density: share of noise tokens (0.15). mean_span: their mean
-            length (3). eos: closes source and target.
+        tokenizer: gives the sentinels and eos, which closes source and target. density: share of
+            noise tokens (0.15). mean_span: their mean length; None: what the tokenizer's family
+            was pre-trained with (3, ByT5 20).
+
+    Raises ConfigError for a text of more spans than there are sentinels: t5 goes on with ids of
+    ordinary pieces there, which say nothing of what they stand for.
     """
 
     tokenizer: Sentinels
     density: float = 0.15
-    mean_span: float = 3.0
-    eos: int = 1
+    mean_span: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density < 1.0:
             raise ConfigError("density lies in (0, 1)", field="density", found=self.density)
-        if self.mean_span < 1.0:
+        if not 1.0 <= self.span_length < math.inf:
             raise ConfigError("mean_span is at least 1", field="mean_span", found=self.mean_span)
 
     def __call__(self, ids: Tensor, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Source and target ids of a text (L,), both closed by eos."""
-        mask = noise_mask(
-            ids.shape[0], density=self.density, mean_span=self.mean_span, generator=generator
-        )
+        length, mean_span = ids.shape[0], self.span_length
+        self.check_length(length)
+        mask = noise_mask(length, density=self.density, mean_span=mean_span, generator=generator)
+        eos = self.tokenizer.eos_id
         source = self._with_sentinels(ids, mask)
         target = self._with_sentinels(ids, ~mask)
-        return [*source, self.eos], [*target, self.eos]
+        return [*source, eos], [*target, eos]
+
+    def check_length(self, length: int) -> None:
+        """Raises ConfigError for a text of more spans than there are sentinels."""
+        spans = _noise_and_spans(length, self.density, self.span_length)[1] if length > 1 else 0
+        if spans > self.tokenizer.num_sentinels:
+            hint = "Shorten the input (--input-length, --length), or lengthen spans (--mean-span)."
+            if not self.tokenizer.num_sentinels:
+                hint = "Say extra_ids in tokenizer_config.json, or name another tokenizer."
+            raise ConfigError(
+                f"a text of {length} tokens has {spans} masked spans, more than the tokenizer has "
+                "sentinels",
+                field="tokenizer",
+                expected=f"at most {self.tokenizer.num_sentinels}",
+                found=spans,
+                hint=hint,
+            )
 
     def chunk_length(self, input_length: int) -> int:
         """The longest text whose corrupted source has at most `input_length` tokens with eos."""
@@ -77,9 +107,13 @@ class SpanCorruption:
             length -= 1
         return length
 
+    @property
+    def span_length(self) -> float:
+        """Mean tokens per span, as given or as the tokenizer's family was pre-trained with."""
+        return self.tokenizer.mean_span if self.mean_span is None else self.mean_span
+
     def _source_length(self, length: int) -> int:
-        noise = min(max(round(length * self.density), 1), length - 1)
-        spans = min(max(round(noise / self.mean_span), 1), noise, length - noise)
+        noise, spans = _noise_and_spans(length, self.density, self.span_length)
         return length - noise + spans + 1
 
     def _with_sentinels(self, ids: Tensor, dropped: Tensor) -> list[int]:
@@ -90,10 +124,16 @@ class SpanCorruption:
             if not drop:
                 out.append(number)
             elif not inside:
-                out.append(self.tokenizer.sentinel(count % self.tokenizer.num_sentinels))
+                out.append(self.tokenizer.sentinel(count))
                 count += 1
             inside = drop
         return out
+
+
+def _noise_and_spans(length: int, density: float, mean_span: float) -> tuple[int, int]:
+    """How many of at least two tokens are noise, and in how many spans."""
+    noise = min(max(round(length * density), 1), length - 1)
+    return noise, min(max(round(noise / mean_span), 1), noise, length - noise)
 
 
 def _segments(items: int, segments: int, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,8 @@ from moezoo.layer import MoE
 from moezoo.records import Routing
 from moezoo.testing.invariants import D_MODEL, VOCABULARY, Case
 from moezoo.testing.strategies import cases, routing_of
+from moezoo.training.batches import ExampleBatches
+from moezoo.training.span_corruption import SpanCorruption
 from tests.properties.shares import share
 
 few = settings(max_examples=share(4, 10))
@@ -252,3 +254,16 @@ def test_new_tokens_have_the_mean_logit_of_the_old() -> None:
     torch.testing.assert_close(after[..., :VOCABULARY], before)
     mean = before.mean(-1, keepdim=True).expand(-1, -1, 3)
     torch.testing.assert_close(after[..., VOCABULARY:], mean, rtol=1e-3, atol=1e-3)
+
+
+def test_masked_spans_of_bytes_stand_under_the_ids_that_pre_training_counted_down() -> None:
+    corruption = SpanCorruption(moezoo.ByteTokenizer(), mean_span=2.0)
+    _, target = corruption(torch.full((40,), 100), torch.Generator().manual_seed(0))
+    assert [token for token in target if token != 100] == [258, 257, 256, 1]
+
+
+def test_a_batch_is_filled_up_with_the_padding_that_it_was_given() -> None:
+    rows = [([5], [6]), ([5, 5, 5], [6])]
+    batches = ExampleBatches(2, lambda index, epoch: rows[index], batch_size=2, pad_id=7)
+    sources = batches(0)["input_ids"].tolist()
+    assert sorted(sources) == [[5, 5, 5], [5, 7, 7]]

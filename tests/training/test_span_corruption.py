@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import moezoo
+from moezoo.training.batches import span_corruption_batches
 from moezoo.training.span_corruption import SpanCorruption, noise_mask
 from tests.training.text import tokenizer
 
@@ -112,6 +115,39 @@ def test_published_lengths() -> None:
     assert SpanCorruption(tokenizer()).chunk_length(512) == 568
     source, target = SpanCorruption(tokenizer())(torch.full((568,), 5), torch.Generator())
     assert (len(source), len(target)) == (512, 114)
+
+
+def test_sentinels_eos_and_span_length_are_those_of_the_tokenizer() -> None:
+    ours = SpanCorruption(moezoo.ByteTokenizer())
+    source, target = ours(torch.full((600,), 100), torch.Generator().manual_seed(0))
+    spans = round(600 * 0.15 / 20)
+    assert [token for token in target if token != 100] == [*range(258, 258 - spans, -1), 1]
+    assert (len(source), len(target)) == (600 - 90 + spans + 1, 90 + spans + 1)
+    assert ours.chunk_length(1024) > 1024
+    shorter = SpanCorruption(moezoo.ByteTokenizer(), mean_span=30.0)
+    source, _ = shorter(torch.full((600,), 100), torch.Generator().manual_seed(0))
+    assert len(source) == 600 - 90 + 3 + 1
+
+
+def test_more_spans_than_sentinels_are_refused_with_both_numbers() -> None:
+    ours = SpanCorruption(tokenizer())
+    source, target = ours(torch.full((2000,), 5), torch.Generator())
+    sentinels = [tokenizer().sentinel(i) for i in range(100)]
+    assert [token for token in target if token in sentinels] == sentinels
+    with pytest.raises(moezoo.MoezooError, match="at most 100, found 101") as caught:
+        ours(torch.full((2020,), 5), torch.Generator())
+    assert "--mean-span" in str(caught.value)
+    assert len(str(caught.value)) < 300
+    ids = torch.arange(5000) % 300
+    with pytest.raises(moezoo.MoezooError, match="masked spans"):
+        span_corruption_batches(ids, ours, input_length=4000, batch_size=1)
+
+
+def test_a_tokenizer_without_sentinels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "any.model").write_bytes(tokenizer().path.read_bytes())
+    ours = SpanCorruption(moezoo.Tokenizer(tmp_path / "any.model", num_sentinels=0))
+    with pytest.raises(moezoo.MoezooError, match="extra_ids"):
+        ours(torch.full((20,), 5), torch.Generator())
 
 
 @pytest.mark.parametrize("options", [{"density": 0.0}, {"density": 1.0}, {"mean_span": 0.5}])
