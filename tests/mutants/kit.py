@@ -98,3 +98,15 @@ def test_switch_capacity_drops_in_training_and_if_asked_outside(
     layer = SparseMLP(8, 16, 4, capacity=capacity).train(training)
     tokens = Tokens(torch.ones(16, 8))  # all of them want the same expert
     assert int(layer.moe.route(tokens).assignment.kept.sum()) == kept
+
+
+def test_float16_weighs_before_it_rounds() -> None:
+    torch.manual_seed(0)
+    layer = SparseMLP(8, 16, 4, capacity="dropless").eval()
+    x = torch.randn(12, 8).half()
+    with torch.no_grad():
+        layer.moe.router.classifier.weight.zero_()
+        layer.moe.experts.wo.mul_(60_000 / layer.half()(x).float().abs().max())
+        found, expected = layer(x).float(), layer.float()(x.float())
+    assert expected.abs().max() > 50_000
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
