@@ -164,7 +164,9 @@ def _unaccounted(plan: Plan, source: CheckpointSource) -> tuple[list[str], list[
 def _comparable(config: SwitchConfig) -> SwitchConfig:
     """A config without what its file may say in other words, or is free to change."""
     layers = config.decoder_layers
-    return config.replace(capacity=None, router_losses=None, num_decoder_layers=layers)
+    return config.replace(
+        capacity=None, router_losses=None, num_decoder_layers=layers, wo_scale=None
+    )
 
 
 def _bytes(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:

@@ -45,7 +45,9 @@ class SwitchConfig:
     "switch", or "dropless" for routers that bound the load themselves. `shared_expert` holds the
     options of a branch that every token takes (`{}` for the defaults). `router_losses` maps loss
     names to coefficients, or to `{"coefficient": ..., **options}`; None is the router's
-    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's).
+    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's). `wo_scale` is what
+    conversions have multiplied the experts' `wo` by since the model was dense or trained; None: no
+    conversion has made it.
     """
 
     vocab_size: int = 32128
@@ -76,6 +78,7 @@ class SwitchConfig:
     router_losses: dict[str, Any] | None = None
     group: str | int = "batch"
     allow_noncausal: bool = False
+    wo_scale: float | None = None
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
@@ -203,6 +206,8 @@ class SwitchConfig:
                 raise ConfigError(
                     f"{name} must be finite and > 0", field=name, found=getattr(self, name)
                 )
+        if self.wo_scale is not None and not 0 < self.wo_scale < 1e9:
+            raise ConfigError("wo_scale is no factor", field="wo_scale", found=self.wo_scale)
         if self.feed_forward_proj not in ACTIVATIONS:
             hint = did_you_mean(self.feed_forward_proj, ACTIVATIONS)
             raise ConfigError(
@@ -240,6 +245,7 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     ),
     "scale_decoder_outputs": (bool, type(None)),
     "own_embeddings": (tuple,),
+    "wo_scale": (int, float, type(None)),
     **dict.fromkeys(("dropout_rate", "layer_norm_epsilon", "initializer_factor"), (int, float)),
     **dict.fromkeys(("router", "experts"), (str, dict)),
     "capacity": (str, dict, type(None)),
