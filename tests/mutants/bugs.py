@@ -58,6 +58,8 @@ BUGS = [
         "if self.training and self.jitter > 0.0:", "if self.jitter > 0.0:"),
     Bug("jitter added to the logits", ROUTERS + "switch.py", _JITTERED, _ADDED,
         historic=True, quick=True),
+    Bug("a unit weight is 0 / 0 where another's probability underflows", ROUTERS + "switch.py",
+        "probs_TE.detach().clamp(min=tiny)", "probs_TE.detach()"),
     Bug("switch forgets which tokens are real", ROUTERS + "switch.py",
         "probs=probs_TE, real=tokens.real)", "probs=probs_TE, real=None)"),
     Bug("jitter written into the caller's tensor", FUNCTIONS + "gates.py",
