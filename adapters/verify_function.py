@@ -71,7 +71,7 @@ def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
     error = _relative(_outputs(model, ids, plan), expected)
     del model
     if "F16" in made.dtypes:
-        error = max(error, _float16_error(source, made, ids))
+        error = max(error, _float16_error(plan, source, made))
     # As it will run: the capacity policy of the recipe may drop.
     own = load(made.path, dtype=torch.float32, capacity=plan.config.capacity)
     with record(own) as tape:
@@ -135,13 +135,15 @@ def _fill(module: nn.Module, checkpoint: CheckpointSource, layer: str) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def _float16_error(source: CheckpointSource, made: CheckpointSource, ids: Tensor) -> float:
+def _float16_error(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> float:
     """How far logits in float16 are from the dense model's in it; 0 where those are not finite."""
-    expected = _outputs(load(source.path, dtype=torch.float16), ids).float()
+    drop_heads = bool(source.description.dropped)
+    dense = load(source.path, dtype=torch.float16, drop_heads=drop_heads)
+    expected = _outputs(dense, _ids(plan), plan).float()
     if not bool(expected.isfinite().all()):
         return 0.0
     model = load(made.path, dtype=torch.float16, capacity="dropless")
-    return _relative(_outputs(model, ids).float(), expected)
+    return _relative(_outputs(model, _ids(plan), plan).float(), expected)
 
 
 def _disturb(dense: nn.Module, plan: Plan, made: CheckpointSource) -> None:
