@@ -101,7 +101,8 @@ def save(
     if is_quantized(model):
         hint = "Save the model before moezoo.quantize; quantise again after loading."
         raise ConfigError("a quantised model cannot be saved", field="model", hint=hint)
-    family = layout_for(config, layout)
+    dtypes = {dtype_name(parameter.dtype) or "" for parameter in model.parameters()}
+    family = layout_for(config, layout, dtypes=dtypes)
     tensors = {
         plan.name: (plan, tensor_bytes(tensor))
         for plan, tensor in _disk_tensors(model, family.mlp, config.num_experts)

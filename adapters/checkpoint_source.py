@@ -54,6 +54,11 @@ class CheckpointSource:
         table = places[SHARED][None]  # which stands in where there is no shared.weight
         return found if table == SHARED else {**found, table: SHARED}
 
+    @property
+    def dtypes(self) -> set[str]:
+        """Of all its tensors, as "F32"."""
+        return {part.dtype for parts in self.tensors.values() for part in parts}
+
     def __enter__(self) -> CheckpointSource:
         return self
 

@@ -56,7 +56,6 @@ class Plan:
     layout_reason: str
     init: ExpertInit
     router_init: RouterInit
-    scale: float
     moves: tuple[Move, ...] = field(repr=False)
     routers: dict[str, TensorPlan] = field(repr=False)  # by layer
     left_out: Mapping[str, str]  # tensors of the source that are not converted, and why
@@ -75,6 +74,11 @@ class Plan:
                 for target in move.targets[:1]
             )
         )
+
+    @property
+    def scale(self) -> float:
+        """The factor on `wo`."""
+        return self.config.wo_scale or 1.0
 
     @property
     def expressible(self) -> bool:
@@ -139,21 +143,20 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
     router_init = router_inits.build(recipe.router_init)
     init.check(source_config.d_ff, recipe.num_experts)
     router = router_for(init, recipe.router, recipe.num_experts)
-    scale = preserving_scale(init, router, recipe.num_experts, recipe.preserve)
     config = target_config(source_config, recipe, init, router, checkpoint.task)
     check_buildable(config, checkpoint.task)
-    family = layout_for(config, layout)
-    moves = tuple(_moves(checkpoint, config, family, recipe, scale))
+    dtypes = {DTYPES[recipe.dtype]} if recipe.dtype else checkpoint.dtypes
+    family = layout_for(config, layout, dtypes=dtypes)
+    moves = tuple(_moves(checkpoint, config, family, recipe))
     return Plan(
         recipe=recipe,
         config=config,
         source_config=source_config,
         task=checkpoint.task,
         family=family,
-        layout_reason=expressible(config)[1],
+        layout_reason=expressible(config, dtypes)[1],
         init=init,
         router_init=router_init,
-        scale=scale,
         moves=moves,
         routers=dict(_routers(moves, config, family)),
         left_out=checkpoint.left_out,
@@ -165,7 +168,10 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
 def target_config(
     source: SwitchConfig, recipe: Recipe, init: ExpertInit, router: Spec, task: str
 ) -> SwitchConfig:
-    """The config of the upcycled model."""
+    """The config of the upcycled model.
+
+    Raises ConfigError where no factor on `wo` keeps the function, as `preserving_scale`.
+    """
     decoder_layers = 0 if task == "encoder" else source.decoder_layers
     encoder, decoder = placed(
         recipe.layers, encoder_layers=source.num_layers, decoder_layers=decoder_layers
@@ -179,6 +185,7 @@ def target_config(
         router=router.to_json(),
         capacity=recipe.capacity,
         experts="stacked" if width == source.d_ff else experts,
+        wo_scale=preserving_scale(init, router, recipe.num_experts, recipe.preserve),
     )
 
 
@@ -195,8 +202,8 @@ def _moves(
     config: SwitchConfig,
     family: Family,
     recipe: Recipe,
-    scale: float,
 ) -> Iterator[Move]:
+    scale = config.wo_scale or 1.0
     layers = {f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse}
     layers |= {f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse}
     order = {name: i for i, name in enumerate(checkpoint.source.tensors)}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moezoo.adapters.families import family_of, layout_for
 from moezoo.adapters.families.base import TASK_SUFFIX, Weights
+from moezoo.adapters.formats.base import dtype_name
 from moezoo.adapters.names import (
     HEAD,
     MAY_REPEAT,
@@ -72,7 +73,8 @@ def to_transformers(model: nn.Module) -> nn.Module:
     if not isinstance(ours, SwitchConfig) or task is None:
         found = type(model).__name__
         raise ConfigError("not a moezoo model", field="model", found=found)
-    family = layout_for(ours, "huggingface")
+    dtypes = {dtype_name(parameter.dtype) or "" for parameter in model.parameters()}
+    family = layout_for(ours, "huggingface", dtypes=dtypes)
     values = family.write(ours, task)
     (architecture,) = values.pop("architectures")
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)

@@ -164,7 +164,7 @@ def _unaccounted(plan: Plan, source: CheckpointSource) -> tuple[list[str], list[
 def _comparable(config: SwitchConfig) -> SwitchConfig:
     """A config without what its file may say in other words, or is free to change."""
     layers = config.decoder_layers
-    free = {"capacity": None, "expert_capacity": None, "router_losses": None}
+    free = {"capacity": None, "expert_capacity": None, "router_losses": None, "wo_scale": None}
     return config.replace(**free, num_decoder_layers=layers)
 
 

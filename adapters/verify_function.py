@@ -21,12 +21,16 @@ from moezoo.records import Assignment
 
 # Relative error that an exact upcycling may show, by the coarser dtype of the two.
 _TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 5e-3, "BF16": 5e-2}
+_BITS = 40  # between the largest and the smallest number of float16
 _TOKENS, _BATCH, _LENGTH = 64, 2, 24
 
 
 @torch.no_grad()
 def layers_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
-    """Level 3: every sparse layer on its own, one at a time, against the dense one, in float32."""
+    """Level 3: every sparse layer on its own, one at a time, against the dense one, in float32; of
+    a model in float16 in that too, on inputs that take the dense layer's results to the end of its
+    range: there it must give what it gives in float32.
+    """
     errors: dict[str, float] = {}
     for layer in plan.routers:
         dense = DenseMLP(
@@ -42,13 +46,20 @@ def layers_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
         x = torch.randn(1, _TOKENS, plan.config.d_model, generator=generator)
         expected, (found, _) = dense(x), sparse(x)
         errors[layer] = _relative(found, expected)
+        if "F16" in made.dtypes:
+            x = _reaching(dense, x, expected)
+            # Not what the dense layer gives: a large input makes nearly equal rows differ.
+            (expected, _), (found, _) = sparse(x.float()), sparse.half()(x)
+            errors[layer] = max(errors[layer], _relative(found.float(), expected))
     worst = max(errors, key=lambda layer: errors[layer])
     return _judged(3, plan, made, errors[worst], f"layers within {errors[worst]:.1e}", errors)
 
 
 @torch.no_grad()
 def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
-    """Level 4: the whole model on random ids, and how many tokens its own capacity would drop."""
+    """Level 4: the whole model on random ids, and how many tokens its own capacity would drop; in
+    float32, and a model in float16 in that too.
+    """
     ids = _ids(plan)
     drop_heads = bool(source.description.dropped)
     dense = load(source.path, dtype=torch.float32, drop_heads=drop_heads)
@@ -59,6 +70,8 @@ def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
     model = load(made.path, dtype=torch.float32, capacity="dropless")
     error = _relative(_outputs(model, ids, plan), expected)
     del model
+    if "F16" in made.dtypes:
+        error = max(error, _float16_error(plan, source, made))
     # As it will run: the capacity policy of the recipe may drop.
     own = load(made.path, dtype=torch.float32, capacity=plan.config.capacity)
     with record(own) as tape:
@@ -98,6 +111,21 @@ def routers_are_healthy(
     return LevelResult(5, finite, summary, {"layers": layers, "even_entropy": round(even, 4)})
 
 
+def _reaching(dense: DenseMLP, x: Tensor, y: Tensor) -> Tensor:
+    """x in float16, times the power of two that takes the results of `dense` to within a factor of
+    four of its range; `dense`, which gives y for x, is in float16 afterwards.
+    """
+    limit = torch.finfo(torch.float16).max
+    room = limit / float(y.abs().nan_to_num(limit, limit).max().clamp(1e-6, limit))
+    degree = 2 if dense.gated else 1  # what a large input's factor becomes in the result
+    power = math.floor((math.log2(room) - 1.0) / degree)
+    dense.half()
+    # The hidden units may leave the range before the results do; of weights that do, none is left.
+    while power > -_BITS and not bool(dense((x * 2.0**power).half()).isfinite().all()):
+        power -= 1
+    return (x * 2.0**power).half()
+
+
 def _fill(module: nn.Module, checkpoint: CheckpointSource, layer: str) -> None:
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
@@ -105,6 +133,17 @@ def _fill(module: nn.Module, checkpoint: CheckpointSource, layer: str) -> None:
         stacked = ".experts." in f".{name}" and not isinstance(module, DenseMLP)
         state[name] = (torch.stack(parts) if stacked else parts[0]).float()
     module.load_state_dict(state, assign=True)
+
+
+def _float16_error(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> float:
+    """How far logits in float16 are from the dense model's in it; 0 where those are not finite."""
+    drop_heads = bool(source.description.dropped)
+    dense = load(source.path, dtype=torch.float16, drop_heads=drop_heads)
+    expected = _outputs(dense, _ids(plan), plan).float()
+    if not bool(expected.isfinite().all()):
+        return 0.0
+    model = load(made.path, dtype=torch.float16, capacity="dropless")
+    return _relative(_outputs(model, _ids(plan), plan).float(), expected)
 
 
 def _disturb(dense: nn.Module, plan: Plan, made: CheckpointSource) -> None:
@@ -148,7 +187,8 @@ def _judged(
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return math.inf if math.isnan(error) else error
 
 
 def _ids(plan: Plan) -> Tensor:

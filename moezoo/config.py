@@ -51,6 +51,8 @@ class SwitchConfig:
     be several: each ends a sequence, the first closes a target; an empty tuple: none does.
     `expert_capacity` is what a Switch checkpoint says of itself; `capacity="transformers"` follows
     it. `other_fields` is what config.json says besides: kept from file to file, without effect.
+    `wo_scale` is what conversions have multiplied the experts' `wo` by since the model was dense or
+    trained; None: no conversion has made it.
     """
 
     vocab_size: int = 32128
@@ -81,6 +83,7 @@ class SwitchConfig:
     router_losses: dict[str, Any] | None = None
     group: str | int = "batch"
     allow_noncausal: bool = False
+    wo_scale: float | None = None
     pad_token_id: int = 0
     eos_token_id: int | tuple[int, ...] = 1
     decoder_start_token_id: int = 0
@@ -212,6 +215,8 @@ class SwitchConfig:
                 raise ConfigError(
                     f"{name} must be finite and > 0", field=name, found=getattr(self, name)
                 )
+        if self.wo_scale is not None and not 0 < self.wo_scale < 1e9:
+            raise ConfigError("wo_scale is no factor", field="wo_scale", found=self.wo_scale)
         if self.feed_forward_proj not in ACTIVATIONS:
             hint = did_you_mean(self.feed_forward_proj, ACTIVATIONS)
             raise ConfigError(
@@ -260,6 +265,7 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     ),
     "scale_decoder_outputs": (bool, type(None)),
     "own_embeddings": (tuple,),
+    "wo_scale": (int, float, type(None)),
     **dict.fromkeys(("dropout_rate", "layer_norm_epsilon", "initializer_factor"), (int, float)),
     **dict.fromkeys(("router", "experts"), (str, dict)),
     "capacity": (str, dict, type(None)),

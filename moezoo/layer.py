@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from moezoo.capacity.base import CapacityPolicy
 from moezoo.errors import ConfigError, DtypeError, ShapeError
 from moezoo.experts.base import Experts
-from moezoo.functional.dispatch import combine, dispatch, soft_combine, soft_dispatch
+from moezoo.functional.dispatch import (
+    combine,
+    dispatch,
+    soft_combine,
+    soft_dispatch,
+    split_weights,
+)
 from moezoo.ops.eager import is_eager
 from moezoo.pairing import check_pair
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
@@ -82,10 +88,12 @@ class MoE(nn.Module):
         if isinstance(routing.assignment, SoftAssignment):
             slots = soft_dispatch(tokens.x, routing.assignment)
             y_TD = soft_combine(self.experts(slots.x, slots.counts), routing.assignment)
-        elif self._is_alone(routing.assignment):
+        elif self._is_alone(tokens.x, routing.assignment):
             y_TD = self._alone(tokens.x, routing.assignment)
         elif (fused_TD := self._fused(tokens.x, routing.assignment)) is not None:
             y_TD = fused_TD
+        elif self._weighs_first(tokens.x):
+            y_TD = self._weighted(tokens.x, routing.assignment)
         else:
             slots, order = dispatch(tokens.x, routing.assignment)
             y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order)
@@ -114,14 +122,14 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
 
-    def _is_alone(self, assignment: Assignment) -> bool:
+    def _is_alone(self, x_TD: Tensor, assignment: Assignment) -> bool:
         """Whether one token has one pair that the host may look at, and only a value is wanted."""
         if torch.is_grad_enabled() or not is_eager():
             return False
         if assignment.num_pairs != 1 or assignment.num_tokens != 1:
             return False
         plain = type(assignment.expert) is Tensor and assignment.expert.is_cpu
-        return plain and not self._watched()
+        return plain and not self._watched() and not self._weighs_first(x_TD)
 
     def _watched(self) -> bool:
         """Whether somebody has to see the experts being called, or calls them in its own way."""
@@ -129,6 +137,21 @@ class MoE(nn.Module):
         if not isinstance(experts, Experts) or "forward" in vars(experts):
             return True
         return bool(experts._forward_hooks or experts._forward_pre_hooks)
+
+    def _weighs_first(self, x_TD: Tensor) -> bool:
+        """Whether experts multiply by the weights: they compute in float16, whose range their
+        results may leave without them (those of an exact upcycling are E times the layer's).
+        """
+        kind = x_TD.device.type
+        autocast = x_TD.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x_TD.dtype
+        return dtype == torch.float16 and getattr(self.experts, "takes_weights", False)
+
+    def _weighted(self, x_TD: Tensor, assignment: Assignment) -> Tensor:
+        """`dispatch`, experts and `combine`, with the weights where the range is not left."""
+        slots, order = dispatch(x_TD, assignment)
+        weight_N, rest = split_weights(assignment, order)
+        return combine(self.experts(slots.x, slots.counts, weight_N), rest, order)
 
     def _fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
         """What a container makes of tokens without rows sorted by expert, if it can."""

@@ -98,13 +98,19 @@ class Int8Experts(Experts):
     def waits(self) -> bool:
         return True  # for the counts
 
-    def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
+    @property
+    def takes_weights(self) -> bool:
+        return True
+
+    def forward(self, slots: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
         _refuse_training(slots)
         out = slots.new_zeros(slots.shape)
         for expert, rows in runs_of(counts):
             hidden = self.function(self._linear(self._names[0], expert, slots[rows]))
             if self.gated:
                 hidden = hidden * self._linear("wi_1", expert, slots[rows])
+            if weights is not None:
+                hidden = hidden * weights[rows, None].to(hidden.dtype)
             out[rows] = self._linear("wo", expert, hidden)
         return out
 

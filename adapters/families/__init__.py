@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moezoo.adapters.families.base import Family, Weights, registry
 from moezoo.adapters.families.native import NativeFamily
-from moezoo.adapters.families.switch import SwitchFamily
+from moezoo.adapters.families.switch import SwitchFamily, float16_refusal
 from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family, long_t5_refusal
 from moezoo.adapters.foreign import named_model_type
 from moezoo.config import SwitchConfig
@@ -23,25 +23,31 @@ def family_of(values: Mapping[str, Any]) -> Family:
     return registry.build(families[named_model_type(values, families)])
 
 
-def expressible(config: SwitchConfig) -> tuple[Family | None, str]:
-    """The Hugging Face layout that can hold a model, and "", or None and the reason."""
+def expressible(config: SwitchConfig, dtypes: Collection[str] = ()) -> tuple[Family | None, str]:
+    """The Hugging Face layout that can hold a model with weights of `dtypes` ("F16", ...), and "",
+    or None and the reason.
+    """
     reasons = []
+    sparse = bool(config.encoder_sparse or config.decoder_sparse)
+    narrow = float16_refusal(config) if sparse and "F16" in dtypes else None
     for name in _LAYOUTS:
         family = registry.build(name)
         reason = family.refusal(config)
         if reason is None:
-            return family, ""
+            return (family, "") if narrow is None else (None, narrow)
         reasons.append(reason)
-    sparse = bool(config.encoder_sparse or config.decoder_sparse)
     by_position = 2 if config.position_bias_every_layer else 1
     return None, reasons[0] if sparse else reasons[by_position]
 
 
-def layout_for(config: SwitchConfig, layout: str = "auto") -> Family:
+def layout_for(
+    config: SwitchConfig, layout: str = "auto", *, dtypes: Collection[str] = ()
+) -> Family:
     """The family that a model is written in.
 
     Args:
         layout: "auto" (Hugging Face whenever it can express the model), "huggingface" or "moezoo".
+        dtypes: of the weights, as "F16": what is exact in one may overflow in another.
 
     Raises ConfigError for an unknown layout, or for one that cannot hold the model, with the
     reason.
@@ -49,9 +55,9 @@ def layout_for(config: SwitchConfig, layout: str = "auto") -> Family:
     if layout not in ("auto", "huggingface", "moezoo"):
         hint = did_you_mean(layout, ("auto", "huggingface", "moezoo"))
         raise ConfigError(f"unknown layout {layout!r}", field="layout", hint=hint)
-    family, reason = expressible(config)
+    family, reason = expressible(config, dtypes)
     if layout == "huggingface" and family is None:
-        hint = "Use layout='moezoo'."
+        hint = "Use layout='moezoo', or bfloat16." if "F16" in dtypes else "Use layout='moezoo'."
         raise ConfigError(
             f"the Hugging Face layout cannot hold it: {reason}", field="layout", hint=hint
         )

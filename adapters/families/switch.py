@@ -22,8 +22,9 @@ from moezoo.frozen import FrozenDict, thawed
 from moezoo.registry import Spec
 
 UNLIMITED = 1_000_000  # an expert capacity that no sequence reaches
+_FLOAT16 = 65504.0  # the largest number
 # What transformers has no word for and need not know to compute the same in evaluation.
-_OWN = ("capacity", "group", "experts")
+_OWN = ("capacity", "group", "experts", "wo_scale")
 # Fields of published files that transformers reads and never uses (`router_type`,
 # `add_router_probs`, `router_ignore_padding_tokens`, which any value may have) or not at all. Other
 # values of these stand for another function than the one that moezoo computes.
@@ -129,6 +130,20 @@ class SwitchFamily(Family):
         tables = [TABLES[stack] for stack in stacks if stack not in config.own_embeddings]
         tied = task == "conditional_generation" and config.tie_word_embeddings
         return (*tables, HEAD) if tied else tuple(tables)
+
+
+def float16_refusal(config: SwitchConfig) -> str | None:
+    """Why a sparse model in float16 is not for transformers, which rounds an expert's result
+    before the gate multiplies it; None where no conversion has enlarged it.
+    """
+    scale = config.wo_scale or 1.0
+    if scale <= 1.0:
+        return None
+    return (
+        f"in float16 transformers overflows where an expert gives more than {_FLOAT16:,.0f} before "
+        f"the gate: above {_FLOAT16 / scale:,.0f} of the dense layer, whose wo is here times "
+        f"{scale:g}"
+    )
 
 
 def sparse_step(layers: tuple[int, ...], num_layers: int) -> int | None:

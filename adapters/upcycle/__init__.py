@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from moezoo.adapters.upcycle.calibration import Calibration
     from moezoo.adapters.upcycle.convert import ConversionReport
-    from moezoo.adapters.upcycle.recipe import Recipe
 
 
 @overload
@@ -130,20 +129,9 @@ def upcycle(
     if out is not None:
         hint = "Save the result with moezoo.save."
         raise ConfigError("a live model is not written", field="out", hint=hint)
-    return _live(model_or_path, recipe, calibration, drop_heads)
-
-
-def _live(
-    model: nn.Module, recipe: Recipe, calibration: Calibration | None, drop_heads: bool
-) -> nn.Module:
     from moezoo.adapters.upcycle.live import upcycle_model
 
-    made = upcycle_model(model, recipe, calibration=calibration, drop_heads=drop_heads)
-    if recipe.dtype is None:
-        return made
-    import torch
-
-    return made.to(getattr(torch, recipe.dtype))
+    return upcycle_model(model_or_path, recipe, calibration=calibration, drop_heads=drop_heads)
 
 
 def downcycle(

@@ -59,22 +59,27 @@ def dense_config(checkpoint: CheckpointSource) -> SwitchConfig:
         raise ConfigError("the model is dense already", field="source", path=checkpoint.path)
     return config.replace(
         num_experts=0, router="switch", capacity=None, experts="stacked", router_losses=None,
-        router_bias=False,
+        router_bias=False, wo_scale=None,
     )  # fmt: skip
 
 
 def upcycled_scale(checkpoint: CheckpointSource) -> float:
-    """The factor on `wo` that was applied: from the provenance, else what exactness needs."""
-    known = known_scale(checkpoint)
-    if known is not None:
-        return known
-    config = checkpoint.config
+    """The factor on `wo` that was applied, else what exactness needs."""
+    return applied_scale(checkpoint.config.replace(wo_scale=known_scale(checkpoint)))
+
+
+def applied_scale(config: SwitchConfig) -> float:
+    """The factor on `wo` that a config tells, else what exactness needs of its router."""
+    if config.wo_scale is not None:
+        return config.wo_scale
     router = Spec.parse(config.router, kind="router")
     return preserving_scale(expert_inits.build("copy"), router, config.num_experts, "exact")
 
 
 def known_scale(checkpoint: CheckpointSource) -> float | None:
-    """The factor on `wo` between the dense model and this one, if the provenance tells it."""
+    """The factor on `wo` between the dense model and this one, if config or provenance tell it."""
+    if checkpoint.config.wo_scale is not None:
+        return checkpoint.config.wo_scale
     made = checkpoint.description.values.get("moezoo_provenance")
     scale = made.get("wo_scale") if isinstance(made, Mapping) else None
     if scale is None:
@@ -102,12 +107,6 @@ def _known_aliases(checkpoint: CheckpointSource) -> dict[str, str]:
             found=repr(found)[:80],
         )
     return dict(found)
-
-
-def scaled_further(checkpoint: CheckpointSource, factor: float) -> dict[str, float]:
-    """The entry `wo_scale` of a model whose `wo` is `factor` times this one's, if it is known."""
-    known = known_scale(checkpoint)
-    return {} if known is None else {"wo_scale": known * factor}
 
 
 def _outputs(checkpoint: CheckpointSource, mlp: str) -> Iterator[Output]:

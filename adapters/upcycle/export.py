@@ -12,7 +12,7 @@ from moezoo.adapters.formats import TensorInfo, open_source
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.downcycling import dense_config, scaled_further, upcycled_scale
+from moezoo.adapters.upcycle.downcycling import dense_config, known_scale, upcycled_scale
 from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
@@ -52,7 +52,7 @@ def export(
     """
     _check(dtype, wo_scale, vocab_size)
     with open_checkpoint(path, drop_heads=drop_heads) as checkpoint:
-        config = checkpoint.config
+        config = checkpoint.config.replace(wo_scale=known_scale(checkpoint))
         if expert is not None:
             config = dense_config(checkpoint)
             if not 0 <= expert < checkpoint.config.num_experts:
@@ -64,10 +64,9 @@ def export(
                 )
         if vocab_size is not None:
             config = config.replace(vocab_size=vocab_size)
-        family = layout_for(config, layout)
         wanted = None if dtype is None else DTYPES[dtype]
-        scale = scaled_further(checkpoint, 1.0) if expert is None else {}
-        operation = {"operation": "export", "expert": expert, "dtype": dtype, **scale}
+        family = layout_for(config, layout, dtypes={wanted} if wanted else checkpoint.dtypes)
+        operation = {"operation": "export", "expert": expert, "dtype": dtype}
         operation |= {} if vocab_size is None else {"vocab_size": vocab_size}
         return rewrite(
             checkpoint,

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import layout_for
 from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.downcycling import scaled_further
-from moezoo.adapters.upcycle.keyed import keyed_normals
+from moezoo.adapters.upcycle.downcycling import known_scale
+from moezoo.adapters.upcycle.keyed import keyed_generator, keyed_normals
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.errors import ConfigError
 from moezoo.registry import Spec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Relative to a router's rows: it decides between twins and changes nothing else.
 TWIN_NOISE = 5e-7
+_STEPS = 24  # weights of a row that take a step where the dtype is coarser than the noise
 
 
 def grow(
@@ -36,7 +41,8 @@ def grow(
 
     Args:
         noise: deviation of what is added to the router's rows, relative to their root mean square,
-            so that tokens spread over twins; 0 sends all to the first one.
+            so that tokens spread over twins; 0 sends all to the first one. Where the rows' dtype
+            is coarser (bfloat16, float16), a few weights of each row move by one step of it.
 
     Raises ConfigError for a dense model or a router that does not choose one expert per token.
     """
@@ -46,15 +52,17 @@ def grow(
         )
     with open_checkpoint(path) as checkpoint:
         scale = _scale(checkpoint, factor)
-        config = checkpoint.config.replace(num_experts=checkpoint.config.num_experts * factor)
-        family = layout_for(config)
+        config = checkpoint.config.replace(
+            num_experts=checkpoint.config.num_experts * factor,
+            wo_scale=(known_scale(checkpoint) or 1.0) * scale,
+        )
+        family = layout_for(config, dtypes=checkpoint.dtypes)
         outputs = list(_outputs(checkpoint, family.mlp, factor, scale, noise, seed))
         operation = {
             "operation": "grow",
             "factor": factor,
             "noise": noise,
             "seed": seed,
-            **scaled_further(checkpoint, scale),
         }
         return rewrite(
             checkpoint,
@@ -115,9 +123,36 @@ def _rows(
 
     (info,) = checkpoint.tensors[name]
     rows = checkpoint.source.tensor(info.name)
-    repeated = torch.cat([rows] * factor).double()
-    if not name.endswith(".bias"):
-        std = noise * float(rows.double().square().mean().sqrt())
-        draws = keyed_normals(seed, f"{name}.grow", repeated.numel(), std)
-        repeated += torch.tensor(draws, dtype=torch.float64).view(repeated.shape)
-    return tensor_bytes(repeated.to(rows.dtype))
+    repeated = torch.cat([rows] * factor)
+    if name.endswith(".bias") or noise == 0:
+        return tensor_bytes(repeated)
+    if noise < torch.finfo(rows.dtype).eps:
+        return tensor_bytes(stepped(repeated, noise, seed=seed, name=f"{name}.grow"))
+    std = noise * float(rows.double().square().mean().sqrt())
+    draws = torch.tensor(keyed_normals(seed, f"{name}.grow", repeated.numel(), std))
+    return tensor_bytes((repeated.double() + draws.view(repeated.shape)).to(rows.dtype))
+
+
+def stepped(rows: Tensor, noise: float, *, seed: int, name: str) -> Tensor:
+    """Rows (E, D) with noise that is finer than their dtype: in each, the weights nearest to zero,
+    whose steps are the finest, become the next number up or down.
+
+    As many of D take a step of epsilon as give the sum over all the deviation that noise on each
+    would; at least enough to decide between twins whatever the token.
+    """
+    import torch
+
+    experts, width = rows.shape
+    share = (noise / torch.finfo(rows.dtype).eps) ** 2
+    count = min(width, max(_STEPS, round(width * share)))
+    place = rows.float().abs().topk(count, dim=1, largest=False).indices
+    up = torch.rand(experts, count, generator=keyed_generator(seed, name)) < 0.5
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    bits = rows.contiguous().view(words)
+    sign = torch.iinfo(words).min  # of a float: its highest bit, above what orders its size
+    chosen = bits.gather(1, place)
+    size = chosen & ~sign
+    # Zero has no size to lose: it becomes the smallest number of either sign.
+    moved = torch.where(up | (size == 0), size + 1, size - 1) | (chosen & sign)
+    moved = torch.where((size == 0) & ~up, moved | sign, moved)
+    return bits.scatter(1, place, moved).view(rows.dtype)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from moezoo.adapters.plan import target_config
 from moezoo.adapters.upcycle.calibration import Calibration, LayerSample, collected_inputs
+from moezoo.adapters.upcycle.downcycling import applied_scale
+from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.inits import expert_inits, router_inits
-from moezoo.adapters.upcycle.preservation import preserving_scale, router_for
-from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.upcycle.preservation import router_for
+from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
+from moezoo.adapters.upcycle.scaling import out_of_range
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
-from moezoo.registry import Spec
 
 
 @torch.no_grad()
@@ -44,7 +46,6 @@ def upcycle_model(
     init = expert_inits.build(recipe.init)
     init.check(source.d_ff, recipe.num_experts)
     router = router_for(init, recipe.router, recipe.num_experts)
-    scale = preserving_scale(init, router, recipe.num_experts, recipe.preserve)
     config = target_config(source, recipe, init, router, task)
     layers = sparse_mlps(config)
     dense = model.state_dict()
@@ -54,7 +55,12 @@ def upcycle_model(
     }
     inputs = _inputs(model, recipe, calibration, layers)
     for layer in layers:
-        state.update(_layer(dense, layer, recipe, scale, inputs.get(layer)))
+        state.update(_layer(dense, layer, recipe, applied_scale(config), inputs.get(layer)))
+    if recipe.dtype is not None:
+        state = {
+            name: cast(tensor, DTYPES[recipe.dtype], name) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
     _load(sparse, state)
     return sparse.train(model.training)
 
@@ -64,7 +70,8 @@ def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Modul
 
     Args:
         model: a moezoo Switch model whose experts are equal within each layer.
-        scale: the factor on `wo` to undo; None: the one that `preserve="exact"` gives the router.
+        scale: the factor on `wo` to undo; None: the config's, and without one what
+            `preserve="exact"` gives the router.
 
     Raises TensorMismatch naming the layer whose experts differ (merge them first), ConfigError for
     a model without sparse layers.
@@ -73,10 +80,10 @@ def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Modul
     layers = sparse_mlps(config)
     if not layers:
         raise ConfigError("the model is dense already", field="model")
-    if scale is None:
-        router = Spec.parse(config.router, kind="router")
-        scale = preserving_scale(expert_inits.build("copy"), router, config.num_experts, "exact")
-    target = config.replace(num_experts=0, experts="stacked", router="switch", capacity=None)
+    scale = applied_scale(config) if scale is None else scale
+    target = config.replace(
+        num_experts=0, experts="stacked", router="switch", capacity=None, wo_scale=None
+    )
     dense = build(target, task=task, device="meta")
     state = model.state_dict()
     made = {name: state[name].clone() for name in dense.state_dict() if name in state}
@@ -141,7 +148,7 @@ def _layer(
     state: dict[str, Tensor] = {}
     for matrix in matrices:
         stack = torch.stack([expert[matrix] for expert in made])
-        state[f"{layer}.experts.{matrix}"] = stack * scale if matrix == "wo" else stack
+        state[f"{layer}.experts.{matrix}"] = scaled(stack, scale) if matrix == "wo" else stack
     width = matrices["wo"].shape[0]
     drawn = router_inits.build(recipe.router_init).rows(
         count,
@@ -155,6 +162,14 @@ def _layer(
     rows = torch.tensor(drawn, dtype=torch.float32).view(count, width)[init.router_rows(count)]
     state[f"{layer}.router.classifier.weight"] = rows.to(like.device, like.dtype)
     return state
+
+
+def scaled(stack: Tensor, factor: float) -> Tensor:
+    """`stack` times `factor`. Raises NonFiniteWeights where a weight leaves the dtype's range."""
+    product = stack * factor
+    if bool((product.isinf() & stack.isfinite()).any()):
+        raise out_of_range(str(stack.dtype).removeprefix("torch."), factor)
+    return product
 
 
 def _inputs(

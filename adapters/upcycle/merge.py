@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
@@ -57,7 +57,7 @@ def merge(
         ]
         _check_alike(branches)
         plan = make_plan(branches[0], recipe, layout=layout)
-        operation = {"operation": "merge", "recipe": recipe.to_dict(), "wo_scale": plan.scale}
+        operation: dict[str, Any] = {"operation": "merge", "recipe": recipe.to_dict()}
         inputs: LayerInputs = {}
         if plan.router_init.needs_inputs:
             inputs = layer_inputs(branches[0], calibration, list(plan.routers))

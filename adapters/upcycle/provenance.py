@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible
 from moezoo.adapters.formats import Source
 from moezoo.adapters.plan import Plan, layout_words
+from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.watch import hash_names
 from moezoo.config import SwitchConfig
 
@@ -116,7 +118,6 @@ def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> 
         "active per token": f"{plan.active_parameters:,}",
         **_shape_rows(plan.config),
         "layout": plan.layout,
-        "factor on `wo`": f"{plan.scale:g}",
         "verification": verification or "not verified; run `moezoo verify OUT --against SRC`",
     }
     recipe = provenance.to_dict()["recipe"]
@@ -127,15 +128,18 @@ def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> 
 
 
 def rewritten_card(
-    config: SwitchConfig, family: Family, parameters: int, made: Mapping[str, Any]
+    config: SwitchConfig,
+    family: Family,
+    outputs: Sequence[TensorPlan],
+    made: Mapping[str, Any],
 ) -> str:
-    """README.md of a checkpoint made from others (`rewritten`)."""
+    """README.md of a checkpoint of the tensors `outputs`, made from others (`rewritten`)."""
     operation = {k: v for k, v in made.items() if k not in ("moezoo_version", "made_from")}
     sparse = bool(config.encoder_sparse or config.decoder_sparse)
     rows = {
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(math.prod(plan.shape) for plan in outputs):,}",
         **(_shape_rows(config) if sparse else {"feed-forward": config.feed_forward_proj}),
-        "layout": layout_words(family, expressible(config)[1]),
+        "layout": layout_words(family, expressible(config, {plan.dtype for plan in outputs})[1]),
     }
     sources = made["made_from"]
     names = " and ".join(entry["source"] for entry in sources)
@@ -154,6 +158,7 @@ def _shape_rows(config: SwitchConfig) -> dict[str, str]:
         "sparse encoder layers": _listed(config.encoder_sparse),
         "sparse decoder layers": _listed(config.decoder_sparse),
         "feed-forward": config.feed_forward_proj,
+        "factor on `wo`": f"{config.wo_scale or 1.0:g}",
     }
 
 

@@ -5,7 +5,6 @@ shrink, merge and export.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -95,10 +94,8 @@ def rewrite(
             refuse_change(c.source, stamped)
         values = family.write(config, checkpoint.task)
         values["dtype"] = dtype_word(output.plan for output in outputs)
-        parameters = sum(
-            math.prod(output.plan.shape) for output in outputs if output.plan.name not in wanted
-        )
-        _describe(stage, values, made, rewritten_card(config, family, parameters, made))
+        plans = [output.plan for output in outputs if output.plan.name not in wanted]
+        _describe(stage, values, made, rewritten_card(config, family, plans, made))
         carry_files(checkpoint.source.directory, stage)
         if check is not None:
             check(stage)

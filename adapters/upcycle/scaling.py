@@ -139,7 +139,7 @@ def _one_by_one(content: bytes | memoryview, dtype: str, factor: float) -> bytes
         math.isinf(product) and math.isfinite(value)
         for product, value in zip(products, values, strict=True)
     ):
-        raise _overflow(dtype, factor)
+        raise out_of_range(dtype, factor)
     return _little(products)
 
 
@@ -157,15 +157,16 @@ def _scaled_word(word: int, dtype: str, factor: float) -> int:
         if dtype == "F16":
             return int.from_bytes(struct.pack("<e", product), "little")
     except OverflowError:
-        raise _overflow(dtype, factor) from None
+        raise out_of_range(dtype, factor) from None
     (bits,) = struct.unpack("<I", struct.pack("<f", product))
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     if rounded & 0x7F80 == 0x7F80:
-        raise _overflow(dtype, factor)
+        raise out_of_range(dtype, factor)
     return int(rounded)
 
 
-def _overflow(dtype: str, factor: float) -> NonFiniteWeights:
+def out_of_range(dtype: str, factor: float) -> NonFiniteWeights:
+    """The error of a weight that `factor` would make infinite."""
     return NonFiniteWeights(
         f"a weight times {factor:g} leaves the range of {dtype}",
         hint="Convert to a wider dtype (bfloat16 or float32), or upcycle with preserve='none'.",

@@ -13,18 +13,19 @@ from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.names import disk_names
-from moezoo.adapters.shapes import matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.downcycling import scaled_further
+from moezoo.adapters.upcycle.downcycling import known_scale
+from moezoo.adapters.upcycle.likeness import Group, distances, joined
+from moezoo.adapters.upcycle.regating import shares, wo_factors
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.records import Assignment
-from moezoo.registry import Spec
 from moezoo.traces import Trace
 
 METHODS = ("merge", "prune")
-Groups = Mapping[str, tuple[tuple[int, ...], ...]]  # by layer: the old experts of each new one
+Groups = Mapping[str, tuple[Group, ...]]  # by layer: the old experts of each new one
+Factors = Mapping[str, list[float]]  # by layer: of each new one, on `wo`
 
 
 def shrink(
@@ -40,14 +41,17 @@ def shrink(
 
     Args:
         trace: a recorded run; how many tokens an expert got is its weight in a merge, and decides
-            which experts go in a prune. None: all weigh the same (merge only).
+            which experts go in a prune. None: all weigh the same (merge only). Probabilities in it
+            say how the router weighs real tokens (`traces.of(tape, probs=True)`).
         method: "merge" joins the two likest experts again and again, their weights and router rows
             averaged by use; "prune" keeps the most used ones.
 
-    Equal experts merge exactly: shrinking what `grow` made gives the function back (their `wo` is
-    divided by their number, as they no longer share a probability).
+    With fewer experts the router weighs those that remain in another way, which a factor on their
+    `wo` makes up for (`regating.wo_factors`). Equal experts of equal rows merge exactly: shrinking
+    what `grow` made to what it was, or a fresh upcycling to any number, gives the function back.
 
-    Raises ConfigError for a dense model, an unknown method, or a trace of another model.
+    Raises ConfigError for a dense model, an unknown method, a trace of another model, or a router
+    that chooses more experts than remain.
     """
     if method not in METHODS:
         hint = did_you_mean(method, METHODS)
@@ -59,25 +63,30 @@ def shrink(
         layers = _sparse_layers(config, num_experts)
         use = {layer: _use(trace, layer, config.num_experts) for layer in layers}
         groups = {
-            layer: _merged(checkpoint, layer, num_experts, use[layer])
+            layer: joined(distances(checkpoint, layer), num_experts)
             if method == "merge"
             else _kept(use[layer], num_experts)
             for layer in layers
         }
-        router = Spec.parse(config.router, kind="router")
-        shared = router.name == "switch" and router.options.get("weight") != "unit"
-        target = config.replace(num_experts=num_experts)
-        family = layout_for(target)
+        factors = {
+            layer: wo_factors(checkpoint, layer, made, use[layer], trace)
+            for layer, made in groups.items()
+        }
+        mean = float(torch.tensor(list(factors.values()), dtype=torch.float64).mean())
+        target = config.replace(
+            num_experts=num_experts, wo_scale=(known_scale(checkpoint) or 1.0) * mean
+        )
+        family = layout_for(target, dtypes=checkpoint.dtypes)
         operation = {
             "operation": "shrink",
             "method": method,
             "groups": {layer: [list(group) for group in made] for layer, made in groups.items()},
-            **_scale(checkpoint, groups, shared=shared),
+            "wo_factors": factors,
         }
         return rewrite(
             checkpoint,
             out,
-            list(_outputs(checkpoint, family.mlp, groups, use, shared=shared)),
+            list(_outputs(checkpoint, family.mlp, groups, use, factors)),
             config=target,
             family=family,
             operation=operation,
@@ -99,12 +108,6 @@ def _sparse_layers(config: SwitchConfig, num_experts: int) -> list[str]:
     return layers
 
 
-def _scale(checkpoint: CheckpointSource, groups: Groups, *, shared: bool) -> dict[str, float]:
-    """The factor on `wo` afterwards, where all experts have the same."""
-    sizes = {len(group) for made in groups.values() for group in made} if shared else {1}
-    return scaled_further(checkpoint, 1.0 / sizes.pop()) if len(sizes) == 1 else {}
-
-
 def _use(trace: Trace | None, layer: str, num_experts: int) -> Tensor:
     """Tokens that each expert got, (E,); at least one each, so that averages stay defined."""
     if trace is None:
@@ -124,45 +127,9 @@ def _use(trace: Trace | None, layer: str, num_experts: int) -> Tensor:
     return counts.clamp(min=1)
 
 
-def _kept(use: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
+def _kept(use: Tensor, count: int) -> tuple[Group, ...]:
     best = use.argsort(descending=True, stable=True)[:count].sort().values
     return tuple((int(expert),) for expert in best)
-
-
-def _merged(
-    checkpoint: CheckpointSource, layer: str, count: int, use: Tensor
-) -> tuple[tuple[int, ...], ...]:
-    """Join the two likest groups until `count` are left, smaller groups first among equals."""
-    distance = _distances(checkpoint, layer)
-    groups: list[tuple[int, ...]] = [(expert,) for expert in range(len(use))]
-    while len(groups) > count:
-        best = min(
-            ((_apart(distance, one, other), len(one) + len(other), i, j)
-             for i, one in enumerate(groups)
-             for j, other in enumerate(groups[:i])),
-        )  # fmt: skip
-        first, second = sorted(best[2:])
-        joined = tuple(sorted((*groups[first], *groups[second])))
-        groups = [g for k, g in enumerate(groups) if k not in (first, second)] + [joined]
-    return tuple(sorted(groups))
-
-
-def _apart(distance: Tensor, one: Sequence[int], other: Sequence[int]) -> float:
-    return float(distance[list(one)][:, list(other)].max())
-
-
-def _distances(checkpoint: CheckpointSource, layer: str) -> Tensor:
-    """Squared distances (E, E) between experts, one pair in memory at a time."""
-    count = checkpoint.config.num_experts
-    distance = torch.zeros(count, count)
-    for matrix in matrix_names(checkpoint.config):
-        parts = checkpoint.tensors[f"{layer}.experts.{matrix}"]
-        for i in range(count):
-            one = checkpoint.source.tensor(parts[i].name).float()
-            for j in range(i):
-                other = checkpoint.source.tensor(parts[j].name).float()
-                distance[i, j] += (one - other).square().sum()
-    return distance + distance.T
 
 
 def _outputs(
@@ -170,17 +137,15 @@ def _outputs(
     mlp: str,
     groups: Groups,
     use: Mapping[str, Tensor],
-    *,
-    shared: bool,
+    factors: Factors,
 ) -> Iterator[Output]:
     for name, parts in checkpoint.tensors.items():
         layer = name.rpartition(".mlp.")[0] + ".mlp"
         made = groups.get(layer, ())
         names = disk_names(name, mlp=mlp, num_experts=len(made) or 1)
         if ".mlp.experts." in name:
-            for target, group in zip(names, made, strict=True):
-                # Likes that shared one probability have it to themselves once they are one.
-                factor = 1.0 / len(group) if shared and name.endswith(".wo") else 1.0
+            for target, group, wo in zip(names, made, factors[layer], strict=True):
+                factor = wo if name.endswith(".wo") else 1.0
                 plan = TensorPlan(target, parts[0].dtype, parts[0].shape)
                 if len(group) == 1:
                     yield Output(plan, parts[group[0]], factor)
@@ -195,24 +160,22 @@ def _outputs(
 
 
 def _average(
-    checkpoint: CheckpointSource, name: str, group: Sequence[int], use: Tensor, factor: float
+    checkpoint: CheckpointSource, name: str, group: Group, use: Tensor, factor: float
 ) -> memoryview:
     first = checkpoint.source.tensor(checkpoint.tensors[name][group[0]].name)
-    total, weight = torch.zeros_like(first, dtype=torch.float64), float(use[list(group)].sum())
-    for expert in group:
-        part = checkpoint.source.tensor(checkpoint.tensors[name][expert].name)
-        total += part.double() * (float(use[expert]) / weight)
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for expert, share in zip(group, shares(group, use).tolist(), strict=True):
+        total += checkpoint.source.tensor(checkpoint.tensors[name][expert].name).double() * share
     return tensor_bytes((total * factor).to(first.dtype))
 
 
 def _rows(
-    checkpoint: CheckpointSource, name: str, groups: Sequence[Sequence[int]], use: Tensor
+    checkpoint: CheckpointSource, name: str, groups: Sequence[Group], use: Tensor
 ) -> memoryview:
     (info,) = checkpoint.tensors[name]
     rows = checkpoint.source.tensor(info.name)
     merged = []
     for group in groups:
-        weight = use[list(group)].double()
-        shares = (weight / weight.sum()).view(-1, *[1] * (rows.dim() - 1))
-        merged.append((rows[list(group)].double() * shares).sum(0))
+        part = shares(group, use).view(-1, *[1] * (rows.dim() - 1))
+        merged.append((rows[list(group)].double() * part).sum(0))
     return tensor_bytes(torch.stack(merged).to(rows.dtype))

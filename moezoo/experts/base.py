@@ -10,15 +10,21 @@ from moezoo.registry import Registry
 
 
 class Experts(nn.Module):
-    """Runs expert e over its `counts[e]` rows; it sees neither tokens nor weights.
+    """Runs expert e over its `counts[e]` rows; it sees neither tokens nor, but in float16, weights.
 
     Attributes: num_experts; d_model (input and output width); row_wise: a row's output depends on
-    that row alone.
+    that row alone; takes_weights: `forward` takes the rows' weights (N,) as a third argument and
+    multiplies by them before it rounds a result to the dtype. A layer passes them in float16,
+    whose range an expert's result may leave where the weighted one does not.
     """
 
     num_experts: int
     d_model: int
     row_wise: bool = True
+
+    @property
+    def takes_weights(self) -> bool:
+        return False
 
     @property
     def waits(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
+from moezoo.functional.composed_mlp import composed_mlp
 from moezoo.functional.dropout import Dropout
 from moezoo.functional.fused_experts import fused_experts, worth_fusing
 from moezoo.functional.grouped_mlp import grouped_mlp, lone_mlp
@@ -60,9 +61,16 @@ class StackedExperts(Experts):
         for parameter in self.parameters():
             truncated_normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
-    def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
+    @property
+    def takes_weights(self) -> bool:
+        return type(self).forward is StackedExperts.forward  # another's may know nothing of them
+
+    def forward(self, slots: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
         p = self.dropout.p if self.dropout.training else 0.0
         inner = self._inner()
+        if weights is not None:
+            matrices = (*inner, self.wo)
+            return composed_mlp(slots, counts, matrices, self.function, p, gate_N=weights)
         return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)
 
     def alone(self, row: Tensor, expert: int) -> Tensor:

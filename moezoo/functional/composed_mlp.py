@@ -22,16 +22,24 @@ def composed_mlp(
     function: Activation,
     p: float,
     mask: Tensor | None = None,
+    gate_N: Tensor | None = None,
 ) -> Tensor:
-    """`grouped_mlp` composed of `grouped_linear`; a mask (N, F) takes the place of dropout."""
+    """`grouped_mlp` composed of `grouped_linear`; a mask (N, F) takes the place of dropout.
+
+    gate_N: (N,), a factor of each row, on the hidden units: what comes after is linear, and no
+    result without it is ever rounded to the dtype.
+    """
     *inner, outer = weights
     first = grouped_linear(x, inner[0], counts)
     if mask is None and len(inner) == 1 and function is F.relu:
-        return grouped_linear(relu_dropout(first, p, training=True), outer, counts)
-    hidden = function(first)
-    for weight in inner[1:]:
-        hidden = hidden * grouped_linear(x, weight, counts)
-    hidden = dropout(hidden, p, training=True) if mask is None else hidden * mask
+        hidden = relu_dropout(first, p, training=True)
+    else:
+        hidden = function(first)
+        for weight in inner[1:]:
+            hidden = hidden * grouped_linear(x, weight, counts)
+        hidden = dropout(hidden, p, training=True) if mask is None else hidden * mask
+    if gate_N is not None:
+        hidden = hidden * gate_N[:, None].to(hidden.dtype)
     return grouped_linear(hidden, outer, counts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,16 @@ def combine(y_ND: Tensor, assignment: Assignment, order: Order) -> Tensor:
         return _collected(weighted_ND, order.token, order.rows)
     out_TD = y_ND.new_zeros(a.num_tokens, y_ND.shape[1])
     return out_TD.index_add(0, order.token, weighted_ND)
+
+
+def split_weights(assignment: Assignment, order: Order) -> tuple[Tensor, Assignment]:
+    """Weights of rows (N,) as far as they are at most 1, for experts that multiply by them, and
+    the assignment with what is left of each for `combine`. The product of both is the weight.
+    """
+    weight_N = assignment.weight
+    above_N = weight_N > 1.0
+    rest = replace(assignment, weight=torch.where(above_N, weight_N, 1.0))
+    return torch.where(above_N, 1.0, weight_N)[order.pair], rest
 
 
 def _sorted_pairs(key_N: Tensor, num_experts: int) -> Tensor:

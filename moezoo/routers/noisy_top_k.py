@@ -80,6 +80,12 @@ class NoisyTopKRouter(Router):
         last_in_T1, first_out_T1 = top_TK[:, -2:-1], top_TK[:, -1:]
         # The k-th highest score of the others: one further down for those who are in themselves.
         bar_TE = torch.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
-        tiny = torch.finfo(scale_TE.dtype).tiny
-        chance_TE: Tensor = torch.special.ndtr((clean_TE - bar_TE) / scale_TE.clamp(min=tiny))
-        return chance_TE
+        scale_TE = scale_TE.clamp(min=torch.finfo(scale_TE.dtype).eps ** 3)
+        # Past 40 deviations the chance is 0 or 1 in every dtype; infinite gaps (by scores of
+        # -infinity) and quotients, whose gradients would be NaN, are never formed.
+        far_TE = 40.0 * scale_TE.detach()
+        never_TE = clean_TE == float("-inf")
+        gap_TE = torch.where(never_TE, 0.0, clean_TE) - bar_TE
+        gap_TE = torch.minimum(torch.maximum(gap_TE, -far_TE), far_TE)
+        chance_TE = torch.special.ndtr(gap_TE / scale_TE)
+        return torch.where(never_TE, 0.0, chance_TE)

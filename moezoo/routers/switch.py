@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,7 +74,10 @@ class SwitchRouter(Router):
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = self.logits(tokens.x)
         probs_TE = gate_probs(logits_TE)
-        gate_TE = probs_TE / probs_TE.detach() if self.weight == "unit" else probs_TE
+        # At least tiny: where a probability underflows, 0 / 0 would reach the gradients as NaN.
+        tiny = torch.finfo(probs_TE.dtype).tiny
+        unit = self.weight == "unit"
+        gate_TE = probs_TE / probs_TE.detach().clamp(min=tiny) if unit else probs_TE
         assignment = token_choice(probs_TE, gate_TE, 1, tokens)
         return Routing(assignment, logits=logits_TE, probs=probs_TE, real=tokens.real)
 

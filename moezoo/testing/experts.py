@@ -49,6 +49,8 @@ def experts_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     }
     if checks.build(Case(device=device)).row_wise:
         invariants["rows"] = ("a row's output depends on that row alone", checks.rows)
+    if checks.build(Case(device=device)).takes_weights:
+        invariants["weights"] = ("weights multiply the rows, gradients too", checks.weights)
     return Promises(checks.label, invariants, cases(max_group=10, max_experts=5, device=device))
 
 
@@ -99,6 +101,21 @@ class _Checks:
         changed[0] += 1.0
         found, expected = experts(changed, counts), experts(slots, counts)
         close(found[1:], expected[1:], "rows other than the changed one", atol=1e-9)
+
+    def weights(self, case: Case) -> None:
+        experts, (slots, counts) = self.build(case), inputs(case)
+        source = case.generator(6)
+        weights = torch.rand(len(slots), generator=source, dtype=torch.float64).to(case.device)
+        weights.requires_grad_()
+        found, expected = experts(slots, counts, weights), experts(slots, counts)
+        close(found, expected * weights[:, None], "weighted rows", atol=1e-9)
+        wants = [weights, *experts.parameters()]
+        ours, theirs = (
+            torch.autograd.grad(rows.square().sum(), wants, retain_graph=True)
+            for rows in (found, expected * weights[:, None])
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            close(one, other, "their gradients", atol=1e-9)
 
     def unhit(self, case: Case) -> None:
         experts, (slots, counts) = self.build(case), inputs(case)

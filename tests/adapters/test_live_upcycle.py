@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +74,56 @@ def test_downcycling_gives_the_same_bytes_back(num_experts: int, feed_forward_pr
     assert back.state_dict().keys() == expected.keys()
     for name, tensor in back.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+ROUTERS: list[Any] = [
+    "switch",
+    {"name": "switch", "weight": "unit"},
+    {"name": "top_k", "k": 2},
+    {"name": "top_k", "k": 2, "normalize": "none"},
+]
+
+
+@pytest.mark.parametrize(
+    ("feed_forward_proj", "dtype"),
+    [("relu", torch.float32), ("gated-gelu", torch.bfloat16), ("relu", torch.float16)],
+)
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("preserve", ["exact", "none"])
+def test_downcycling_undoes_what_was_applied_and_nothing_else(
+    feed_forward_proj: str, preserve: str, router: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = dense(feed_forward_proj=feed_forward_proj).to(dtype)
+    sparse = moezoo.upcycle(model, num_experts=8, router=router, preserve=preserve)
+    moezoo.save(sparse, tmp_path / "saved")
+    moezoo.save(moezoo.load(tmp_path / "saved"), tmp_path / "again")
+    expected = model.state_dict()
+    for made in (sparse, copy.deepcopy(sparse), moezoo.load(tmp_path / "again")):
+        back = moezoo.downcycle(made)
+        assert back.config.wo_scale is None and back.config.encoder_sparse == ()
+        for name, tensor in back.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    moezoo.downcycle(tmp_path / "again", tmp_path / "back")
+    for name, tensor in moezoo.load(tmp_path / "back").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_factor_goes_to_transformers_and_comes_back() -> None:
+    pytest.importorskip("transformers")
+    from moezoo.adapters.transformers import from_transformers, to_transformers
+
+    for preserve, factor in (("exact", 4.0), ("none", 1.0)):
+        sparse = moezoo.upcycle(dense(), num_experts=4, preserve=preserve)
+        assert sparse.config.wo_scale == factor
+        assert from_transformers(to_transformers(sparse)).config.wo_scale == factor
+
+
+def test_a_factor_that_is_none_is_refused() -> None:
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(moezoo.MoezooError, match="wo_scale is no factor"):
+            TINY.replace(wo_scale=value)
+    with pytest.raises(moezoo.MoezooError, match="wo_scale has the wrong type"):
+        TINY.replace(wo_scale="4")
 
 
 def test_experts_that_differ_cannot_be_downcycled_silently() -> None:

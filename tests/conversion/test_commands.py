@@ -97,7 +97,9 @@ def test_every_verb_works_on_every_container(
     assert plan["carried"] == [n for n in CARRIED if (source / n).exists()]
     written = sum(group["bytes_written"] for group in plan["groups"])
     assert plan["bytes_written"] == written
-    assert plan["container"] == layout.split()[0] and plan["expressible"] == (family == "t5")
+    # In float16 transformers' Switch would overflow where the dense model does not.
+    fits = family == "t5" and layout != "gguf F16"
+    assert plan["container"] == layout.split()[0] and plan["expressible"] == fits
     assert run("upcycle", source, up, "--experts", 4) == 0
     assert run("verify", up, "--against", source) == 0
     found = stored(up)
@@ -106,13 +108,14 @@ def test_every_verb_works_on_every_container(
     assert stored(back) == stored(source)
     assert run("export", up, ours, "--layout", "moezoo") == 0
     assert json.loads((ours / "config.json").read_text())["model_type"] == "moezoo"
-    if family == "t5":
+    if fits:
         assert run("export", ours, near, "--layout", "huggingface") == 0
         assert stored(near) == found
         assert (near / "config.json").read_text().count('"switch_transformers"') == 1
     else:
         assert run("export", ours, near, "--layout", "huggingface") == 2
-        assert "no gated experts" in capsys.readouterr().err
+        reason = "no gated experts" if family != "t5" else "in float16 transformers overflows"
+        assert reason in capsys.readouterr().err
     assert run("grow", up, more, "--factor", 2) == 0
     assert relative(logits(more), logits(up)) <= 1e-5
     assert run("downcycle", more, tmp_path / "again") == 0

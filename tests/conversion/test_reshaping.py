@@ -62,6 +62,50 @@ def test_twins_share_the_tokens(sparse: Path, tmp_path: Path) -> None:
         assert bool((load.min(0).values[busy] > 0).all())
 
 
+BARS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_no_twin_is_dead_in_any_dtype_and_the_function_stays(
+    std: float, factor: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = moezoo.SwitchConfig(
+        vocab_size=61, d_model=64, d_kv=4, d_ff=32, num_heads=2, num_layers=2, num_experts=3
+    )
+    model = moezoo.build(config, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("classifier.weight"):
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    moezoo.save(model.to(dtype), tmp_path / "a")
+    grow(tmp_path / "a", tmp_path / "out", factor=factor)
+    before, after = (moezoo.load(tmp_path / n, capacity="dropless") for n in ("a", "out"))
+    x = torch.randn(1, 3000 * factor, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for layer in ("encoder.blocks.1.mlp", "decoder.blocks.1.mlp"):
+        with torch.no_grad():
+            expected, routed = before.get_submodule(layer)(x)
+            found, routing = after.get_submodule(layer)(x)
+        offered = torch.bincount(routed.assignment.expert, minlength=3)
+        load = torch.bincount(routing.assignment.expert, minlength=3 * factor).view(factor, 3)
+        assert bool((load * factor > 0.2 * offered).all())
+        error = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        assert float(error.median()) <= BARS[dtype]
+
+
+def test_twins_of_a_fresh_upcycling_in_float16_are_told_apart(tmp_path: Path) -> None:
+    source = dense_t5(tmp_path / "t5", d_model=64)
+    moezoo.upcycle(source, tmp_path / "up", num_experts=4, dtype="float16")
+    grow(tmp_path / "up", tmp_path / "out", factor=2)
+    x = torch.randn(1, 4000, 64, generator=torch.Generator().manual_seed(0)).half()
+    with torch.no_grad():
+        _, routing = moezoo.load(tmp_path / "out").get_submodule("encoder.blocks.1.mlp")(x)
+    load = torch.bincount(routing.assignment.expert, minlength=8)
+    assert int(load.min()) > 100
+
+
 def test_shrinking_what_was_grown_gives_the_function_back(sparse: Path, tmp_path: Path) -> None:
     grow(sparse, tmp_path / "large", factor=2)
     shrink(tmp_path / "large", tmp_path / "small", num_experts=3)

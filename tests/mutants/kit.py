@@ -7,6 +7,7 @@ import torch
 
 from moezoo.functional.assign import best_experts, token_choice
 from moezoo.records import Tokens
+from moezoo.routers import SwitchRouter
 from moezoo.sparse_mlp import SparseMLP
 from moezoo.testing import check_experts, check_loss, check_policy, check_router
 from tests.properties.small_world import admits, by_rank, by_token, rerouted, served, table, world
@@ -98,3 +99,22 @@ def test_switch_capacity_drops_in_training_and_if_asked_outside(
     layer = SparseMLP(8, 16, 4, capacity=capacity).train(training)
     tokens = Tokens(torch.ones(16, 8))  # all of them want the same expert
     assert int(layer.moe.route(tokens).assignment.kept.sum()) == kept
+
+
+def test_float16_weighs_before_it_rounds() -> None:
+    torch.manual_seed(0)
+    layer = SparseMLP(8, 16, 4, capacity="dropless").eval()
+    x = torch.randn(12, 8).half()
+    with torch.no_grad():
+        layer.moe.router.classifier.weight.zero_()
+        layer.moe.experts.wo.mul_(60_000 / layer.half()(x).float().abs().max())
+        found, expected = layer(x).float(), layer.float()(x.float())
+    assert expected.abs().max() > 50_000
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
+def test_a_unit_weight_has_a_gradient_where_others_underflow() -> None:
+    router = SwitchRouter(4, 3, weight="unit")
+    x = torch.full((2, 4), 1e4, requires_grad=True)
+    router(Tokens(x)).assignment.weight.sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all())
