@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moezoo.adapters.checkpoint_source import task_of
 from moezoo.adapters.description import Description, describe
 from moezoo.adapters.families import layout_for
+from moezoo.adapters.families.base import eos_value
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
 from moezoo.adapters.names import HEAD, SHARED, disk_names
@@ -291,8 +292,9 @@ def _dtype_word(model: nn.Module) -> str:
 
 
 def _generation(config: SwitchConfig) -> dict[str, Any]:
-    names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-    return {name: getattr(config, name) for name in names}
+    names = ("decoder_start_token_id", "pad_token_id")
+    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return values | {"eos_token_id": eos_value(config)}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

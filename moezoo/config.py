@@ -45,7 +45,8 @@ class SwitchConfig:
     "switch", or "dropless" for routers that bound the load themselves. `shared_expert` holds the
     options of a branch that every token takes (`{}` for the defaults). `router_losses` maps loss
     names to coefficients, or to `{"coefficient": ..., **options}`; None is the router's
-    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's).
+    `default_losses`, for most routers load_balance 0.01 and z 0 (the paper's). `eos_token_id` may
+    be several: each ends a sequence, the first closes a target; an empty tuple: none does.
     """
 
     vocab_size: int = 32128
@@ -77,11 +78,12 @@ class SwitchConfig:
     group: str | int = "batch"
     allow_noncausal: bool = False
     pad_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 1
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("encoder_sparse_layers", "decoder_sparse_layers", "own_embeddings"):
+        stacks = ("encoder_sparse_layers", "decoder_sparse_layers", "own_embeddings")
+        for name in (*stacks, "eos_token_id"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -92,6 +94,11 @@ class SwitchConfig:
     def decoder_layers(self) -> int:
         """Number of decoder blocks (`num_decoder_layers`, or as many as the encoder has)."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence; the first one closes a target."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def scales_logits(self) -> bool:
@@ -192,8 +199,13 @@ class SwitchConfig:
                 name, getattr(self, name), 0 if name == "num_decoder_layers" else 1, 10_000
             )
         _check_range("num_experts", self.num_experts, 0, _MAX_SIZE)
-        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        for name in ("pad_token_id", "decoder_start_token_id"):
             _check_range(name, getattr(self, name), 0, self.vocab_size - 1)
+        for token in self.eos_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                reason = "eos_token_id must be an id or a list of ids"
+                raise ConfigError(reason, field="eos_token_id", found=repr(self.eos_token_id)[:80])
+            _check_range("eos_token_id", token, 0, self.vocab_size - 1)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ConfigError(
                 "dropout_rate lies in [0, 1)", field="dropout_rate", found=self.dropout_rate
@@ -228,9 +240,10 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "num_experts")
         + ("relative_attention_num_buckets", "relative_attention_max_distance")
-        + ("pad_token_id", "eos_token_id", "decoder_start_token_id"),
+        + ("pad_token_id", "decoder_start_token_id"),
         (int,),
     ),
+    "eos_token_id": (int, tuple),
     "num_decoder_layers": (int, type(None)),
     **dict.fromkeys(("encoder_sparse_layers", "decoder_sparse_layers"), (str, tuple)),
     "feed_forward_proj": (str,),

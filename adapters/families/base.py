@@ -79,7 +79,6 @@ _SHARED_FIELDS = (
     "layer_norm_epsilon",
     "initializer_factor",
     "pad_token_id",
-    "eos_token_id",
     "decoder_start_token_id",
 )
 _REQUIRED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
@@ -93,13 +92,23 @@ def shared_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: values[name] for name in _SHARED_FIELDS if values.get(name) is not None}
     if values.get("num_decoder_layers") is not None:
         fields["num_decoder_layers"] = values["num_decoder_layers"]
+    if "eos_token_id" in values:
+        eos = values["eos_token_id"]
+        fields["eos_token_id"] = () if eos is None else eos
     return fields
+
+
+def eos_value(config: SwitchConfig) -> int | list[int] | None:
+    """What config.json says for `eos_token_id`: an id, a list, or null for none."""
+    eos = config.eos_token_id
+    return (list(eos) or None) if isinstance(eos, tuple) else eos
 
 
 def written_fields(config: SwitchConfig, task: str, prefix: str) -> dict[str, Any]:
     """The inverse of `shared_fields`, with what transformers wants besides."""
     fields = {name: getattr(config, name) for name in _SHARED_FIELDS}
     fields["num_decoder_layers"] = config.decoder_layers
+    fields["eos_token_id"] = eos_value(config)
     fields["architectures"] = [prefix + TASK_SUFFIX[task]]
     fields["is_encoder_decoder"] = task != "encoder"
     fields["tie_word_embeddings"] = config.tie_word_embeddings

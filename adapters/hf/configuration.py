@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from moezoo.adapters.families.base import eos_value
 from moezoo.adapters.families.native import FORMAT, NativeFamily
 from moezoo.config import SwitchConfig
 
-_REPEATED = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+_REPEATED = ("vocab_size", "pad_token_id", "decoder_start_token_id")
 
 
 class MoezooConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -29,7 +30,7 @@ class MoezooConfig(PreTrainedConfig):  # type: ignore[misc]
     use_cache: bool = True
     vocab_size: int | None = None
     pad_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -37,6 +38,7 @@ class MoezooConfig(PreTrainedConfig):  # type: ignore[misc]
         self.moezoo_config = switch.to_dict()
         for name in _REPEATED:
             setattr(self, name, getattr(switch, name))
+        self.eos_token_id = eos_value(switch)
         # The wrapped model shares its own weights; transformers has nothing to tie.
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
