@@ -15,6 +15,7 @@ from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.models import SwitchForConditionalGeneration
 from moezoo.registry import Spec
 
 
@@ -56,7 +57,7 @@ def upcycle_model(
     for layer in layers:
         state.update(_layer(dense, layer, recipe, scale, inputs.get(layer)))
     _load(sparse, state)
-    return sparse.train(model.training)
+    return _as_before(sparse, model)
 
 
 def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Module:
@@ -91,7 +92,7 @@ def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Modul
             undo = scale if matrix == "wo" else 1.0
             made[f"{layer}.{matrix}.weight"] = experts[0] / undo
     _load(dense, made)
-    return dense.train(model.training)
+    return _as_before(dense, model)
 
 
 def sparse_mlps(config: SwitchConfig) -> list[str]:
@@ -167,6 +168,13 @@ def _inputs(
         reason = "this router initialisation needs sample text"
         raise ConfigError(reason, field="calibration", hint=hint)
     return collected_inputs(model, calibration, layers)
+
+
+def _as_before(made: nn.Module, model: nn.Module) -> nn.Module:
+    """A converted model in the mode of its source, with what that says about generating."""
+    if isinstance(made, SwitchForConditionalGeneration):
+        made.generation = model.generation  # type: ignore[assignment]
+    return made.train(model.training)
 
 
 def _load(model: nn.Module, state: dict[str, Any]) -> None:

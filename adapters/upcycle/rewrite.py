@@ -98,7 +98,7 @@ def rewrite(
             math.prod(output.plan.shape) for output in outputs if output.plan.name not in wanted
         )
         _describe(stage, values, made, rewritten_card(config, family, parameters, made))
-        carry_files(checkpoint.source.directory, stage)
+        carry_files(checkpoint, stage)
         if check is not None:
             check(stage)
     return final

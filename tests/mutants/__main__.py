@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITE = [
     "tests/properties/test_references.py",
     "tests/properties/test_in_use.py",
+    "tests/properties/test_generation.py",
     "tests/mutants/kit.py",
 ]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
