@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from moezoo.adapters.checkpoint_source import task_of
 from moezoo.adapters.description import Description, describe
 from moezoo.adapters.families import layout_for
-from moezoo.adapters.families.fields import eos_value
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
+from moezoo.adapters.generation import NAME, read_generation, written_generation
 from moezoo.adapters.names import HEAD, SHARED, disk_names
 from moezoo.adapters.tensor_files import TensorPlan, write_tensors
 from moezoo.adapters.writer import replacing_directory
 from moezoo.building import TASKS, build, usable_device
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
+from moezoo.models import SwitchForConditionalGeneration
 from moezoo.ops.memory import large_empty
 from moezoo.quantization import is_quantized
 
@@ -64,6 +65,10 @@ def load(
         model = build(config, task=chosen, device="meta")
         tensors = _Tensors(source, description, device, dtype, allow_nonfinite)
         _fill(model, tensors, chosen)
+        if isinstance(model, SwitchForConditionalGeneration):
+            stored = read_generation(source.directory, description.values)
+            said = {name: overrides[name] for name in stored.values if name in overrides}
+            model.generation = stored.replace(**said)
     return model.eval()
 
 
@@ -114,8 +119,8 @@ def save(
     with replacing_directory(path, overwrite=overwrite, bytes_needed=total) as stage:
         values = {**family.write(config, task), "dtype": _dtype_word(model)}
         _write_json(stage / "config.json", values)
-        if task == "conditional_generation" and family.model_types[0] != "moezoo":
-            _write_json(stage / "generation_config.json", _generation(config))
+        if isinstance(model, SwitchForConditionalGeneration):
+            _write_json(stage / NAME, written_generation(config, model.generation))
         metadata = {"format": "pt"}
         write_tensors(stage, tensors, max_shard_size=max_shard_size, metadata=metadata)
 
@@ -290,12 +295,6 @@ def _disk_tensors(
 
 def _dtype_word(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _generation(config: SwitchConfig) -> dict[str, Any]:
-    names = ("decoder_start_token_id", "pad_token_id")
-    values: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return values | {"eos_token_id": eos_value(config)}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,8 @@ from moezoo.adapters.names import (
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
+from moezoo.generation_options import StoredGeneration
+from moezoo.models import SwitchForConditionalGeneration
 
 
 @torch.no_grad()
@@ -57,6 +60,9 @@ def from_transformers(model: nn.Module, *, drop_heads: bool = False) -> nn.Modul
     twin.load_state_dict(_stacked(state), strict=True, assign=True)
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
+    if isinstance(twin, SwitchForConditionalGeneration) and model.generation_config is not None:
+        stored: Any = model.generation_config
+        twin.generation = StoredGeneration.of(json.loads(stored.to_json_string()))
     return twin.train(model.training)
 
 
@@ -93,6 +99,8 @@ def to_transformers(model: nn.Module) -> nn.Module:
     missing = [n for n in missing if n not in MAY_REPEAT]
     assert not missing, f"transformers wants {missing}"
     assert not unexpected, f"transformers does not know {unexpected}"
+    if isinstance(model, SwitchForConditionalGeneration):
+        twin.generation_config.update(allow_custom_entries=True, **model.generation.values)
     return cast(nn.Module, twin.train(model.training))
 
 

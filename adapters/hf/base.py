@@ -17,6 +17,7 @@ from moezoo.adapters.hf.configuration import MoezooConfig
 from moezoo.adapters.names import MAY_REPEAT, SHARED, is_stray, memory_name
 from moezoo.building import TASKS, build
 from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.models import SwitchForConditionalGeneration
 from moezoo.models.resizing import resize_embeddings
 
 _INNER = "model."
@@ -58,7 +59,10 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 found=type(model).__name__,
             )
         switch: Any = model.config
-        return cls(MoezooConfig.of(switch, task=cls.task), model).train(model.training)
+        made = cls(MoezooConfig.of(switch, task=cls.task), model).train(model.training)
+        if isinstance(model, SwitchForConditionalGeneration):
+            made.generation_config.update(allow_custom_entries=True, **model.generation.values)
+        return made
 
     @classmethod
     def from_pretrained(

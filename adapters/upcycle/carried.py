@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import regular_file
+from moezoo.adapters.generation import NAME, read_generation, written_generation
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.tokenizer_files import TOKENIZER_FILES
 
-_CARRIED = sorted([*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json"])
+_CARRIED = sorted([*TOKENIZER_FILES, NAME, "preprocessor_config.json"])
 _WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def carry_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and generation files byte for byte; returns their names."""
+def carry_files(checkpoint: CheckpointSource, target: Path) -> list[str]:
+    """Copy tokenizer and generation files byte for byte; returns their names. What an old
+    config.json says about generating becomes a generation_config.json.
+    """
+    source = checkpoint.source.directory
     carried = carried_files(source)
     for name in carried:
         regular_file(source / name)
         shutil.copyfile(source / name, target / name)
+    stored = read_generation(source, checkpoint.description.values)
+    if NAME not in carried and stored.values:
+        values = written_generation(checkpoint.config, stored)
+        write_text(target / NAME, json.dumps(values, indent=2, sort_keys=True))
     return carried
 
 

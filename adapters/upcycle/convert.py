@@ -151,7 +151,7 @@ def write_description(
     write_text(directory / "config.json", json.dumps(values, indent=2, sort_keys=True))
     write_text(directory / "recipe.json", plan.recipe.to_json())
     write_text(directory / "README.md", model_card(plan, provenance, verification))
-    carry_files(checkpoint.source.directory, directory)
+    carry_files(checkpoint, directory)
 
 
 def _fill(

@@ -18,6 +18,7 @@ from moezoo.adapters.upcycle.scaling import out_of_range
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.models import SwitchForConditionalGeneration
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def upcycle_model(
             for name, tensor in state.items()
         }
     _load(sparse, state)
-    return sparse.train(model.training)
+    return _as_before(sparse, model)
 
 
 def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Module:
@@ -98,7 +99,7 @@ def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Modul
             undo = scale if matrix == "wo" else 1.0
             made[f"{layer}.{matrix}.weight"] = experts[0] / undo
     _load(dense, made)
-    return dense.train(model.training)
+    return _as_before(dense, model)
 
 
 def sparse_mlps(config: SwitchConfig) -> list[str]:
@@ -182,6 +183,13 @@ def _inputs(
         reason = "this router initialisation needs sample text"
         raise ConfigError(reason, field="calibration", hint=hint)
     return collected_inputs(model, calibration, layers)
+
+
+def _as_before(made: nn.Module, model: nn.Module) -> nn.Module:
+    """A converted model in the mode of its source, with what that says about generating."""
+    if isinstance(made, SwitchForConditionalGeneration):
+        made.generation = model.generation  # type: ignore[assignment]
+    return made.train(model.training)
 
 
 def _load(model: nn.Module, state: dict[str, Any]) -> None:

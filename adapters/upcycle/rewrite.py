@@ -96,7 +96,7 @@ def rewrite(
         values["dtype"] = dtype_word(output.plan for output in outputs)
         plans = [output.plan for output in outputs if output.plan.name not in wanted]
         _describe(stage, values, made, rewritten_card(config, family, plans, made))
-        carry_files(checkpoint.source.directory, stage)
+        carry_files(checkpoint, stage)
         if check is not None:
             check(stage)
     return final

@@ -68,8 +68,18 @@ def settings_of(path: str | Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
+def as_written(text: str) -> Any:
+    """The type of a flag whose value is JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _typed(parser: argparse.ArgumentParser, action: argparse.Action, name: str, value: Any) -> Any:
     """The value as the flag would have it; ends with a usage error for another kind."""
+    if action.type is as_written:
+        return value
     if isinstance(value, dict):
         value = [f"{key}={json.dumps(inner)}" for key, inner in value.items()]
     wants = "a list" if action.nargs == "*" else "true or false" if action.nargs == 0 else "a value"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,18 @@ from moezoo.layer import MoE
 from moezoo.models.attention import key_mask
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
+from moezoo.models.decoding import Decoding
 from moezoo.models.position import PositionBias
 from moezoo.models.stack import Stack
 from moezoo.ops.backends import never_waits
 from moezoo.ops.eager import is_eager
-
-if TYPE_CHECKING:
-    from moezoo.models.switch import SwitchForConditionalGeneration
 
 FIRST_SIZE = 64
 _KNOWN = ("moezoo.", "torch.nn.modules.")
 _RECORDING = threading.Lock()  # a process may record one graph at a time
 
 
-def may_be_a_graph(model: nn.Module, memory: Tensor) -> bool:
+def may_be_a_graph(model: Decoding, memory: Tensor) -> bool:
     """Whether a graph of a model's decoder computes what calling it would: on a GPU, in evaluation,
     of modules whose Python code does nothing else, without hooks, outside autocast and tracing.
     """
@@ -42,9 +40,7 @@ def may_be_a_graph(model: nn.Module, memory: Tensor) -> bool:
     globally = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     if any(globally) or type(model.decoder) is not Stack:
         return False
-    from moezoo.models.switch import SwitchForConditionalGeneration as Known
-
-    if getattr(type(model), "head", None) is not Known.head or "head" in vars(model):
+    if not type(model).head.__module__.startswith(_KNOWN) or "head" in vars(model):
         return False
     parts = [part for name, part in model.named_children() if name != "encoder"]
     if any(p.device != memory.device for part in parts for p in part.parameters()):
@@ -106,7 +102,7 @@ class GraphStep:
 
     def __init__(
         self,
-        model: SwitchForConditionalGeneration,
+        model: Decoding,
         memory: Tensor,
         memory_mask: Tensor | None,
         *,
@@ -142,6 +138,15 @@ class GraphStep:
     def reorder(self, rows: Tensor) -> None:
         """Continue from the given rows."""
         self.cache.reorder(rows)
+
+    def resume(self, cache: DecoderCache) -> None:
+        """Go on after the tokens of another cache of the same rows."""
+        while self.cache.buffers.shape[3] < cache.length:
+            self._grow()
+        self.length = cache.length
+        for layer, pair in cache.self_attention.items():
+            for place, kept in enumerate(pair, 2 * layer):
+                self.cache.buffers[place, :, :, : self.length] = kept[:, :, : self.length]
 
     def _compute(self) -> Tensor:
         x, bias = self.table(self.token), None
@@ -187,7 +192,7 @@ class GraphStep:
         old = self.cache
         self.cache = self._cache(2 * old.buffers.shape[3])
         self.cache.cross_attention = old.cross_attention
-        self.cache.buffers[:, :, :, : self.length] = old.buffers
+        self.cache.buffers[:, :, :, : self.length] = old.buffers[:, :, :, : self.length]
         self.cache.position.fill_(self.length)
         self.biases = self._last_rows()
         if self.graphed:

@@ -24,11 +24,11 @@ def embedded(
         raise ConfigError(reason, field=name, expected="exactly one", found=found)
     if ids is not None:
         check_ids(ids, table.num_embeddings, name)
-        _check_device(ids, table.weight, name)
+        check_device(ids, table.weight, name)
         return table(ids.long())  # type: ignore[no-any-return]
     assert embeds is not None
     check_hidden(embeds, table.embedding_dim, embeds_name)
-    _check_device(embeds, table.weight, embeds_name)
+    check_device(embeds, table.weight, embeds_name)
     if mask is None or mask.shape != embeds.shape[:2]:
         return embeds
     return torch.where(mask.bool()[:, :, None], embeds, embeds.new_zeros(()))
@@ -67,6 +67,13 @@ def check_hidden(x: Tensor, d_model: int, name: str) -> None:
         raise ShapeError(f"{name} has the wrong shape", field=name, expected=wanted, found=found)
     if not x.is_floating_point():
         raise DtypeError(f"{name} must be floating", field=name, found=x.dtype)
+
+
+def check_device(x: Tensor, weight: Tensor, name: str) -> None:
+    """Refuse a tensor that is not where the weights are."""
+    if x.device.type != weight.device.type:
+        found = f"{name} on {x.device}, weights on {weight.device}"
+        raise ConfigError("input and model are on different devices", field=name, found=found)
 
 
 def check_batch(x: Tensor, rows: int, name: str, other: str) -> None:
@@ -130,12 +137,6 @@ def _check_integers(ids: Tensor, name: str) -> None:
     _check_tensor(ids, name)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DtypeError(f"{name} must be integers", field=name, found=ids.dtype)
-
-
-def _check_device(x: Tensor, weight: Tensor, name: str) -> None:
-    if x.device.type != weight.device.type:
-        found = f"{name} on {x.device}, weights on {weight.device}"
-        raise ConfigError("input and model are on different devices", field=name, found=found)
 
 
 def _check_range(ids: Tensor, low: int, high: int, name: str) -> None:

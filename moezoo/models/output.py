@@ -28,3 +28,20 @@ class SwitchOutput:
     encoder_last_hidden_state: Tensor | None = None
     routing: tuple[Routing, ...] = ()
     past_key_values: DecoderCache | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Sequences (B * n, L) of target ids and how they were scored.
+
+    scores: for each generated token the scores (R, V) after all rules; R = B * n, or B * num_beams
+    for beam search, whose scores are log probabilities. sequences_scores (B * n,): the sum of the
+    tokens' log probabilities by these; of beam search over length ** length_penalty, which ranks
+    beams. beam_indices (B * n, steps): of beam search, the row of `scores` that each token came
+    from, -1 after the end.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] = ()
+    sequences_scores: Tensor | None = None
+    beam_indices: Tensor | None = None

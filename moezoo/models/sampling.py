@@ -1,119 +1,109 @@
-"""Which token comes next: rules that change scores, and the choice itself."""
+"""The next token from scores: the likeliest, or one that is drawn among the likely."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from moezoo.errors import ConfigError
+from moezoo.generation_options import GenerationOptions
+from moezoo.models.logits_rules import Rule
+
+_TOP_H_AMONG = 100  # as in transformers
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to generate; see `generate` for each option. Raises ConfigError naming the option."""
-
-    max_new_tokens: int = 20
-    min_new_tokens: int = 0
-    num_beams: int = 1
-    num_return_sequences: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    use_cache: bool = True
-
-    def __post_init__(self) -> None:
-        for name, low in _WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                wanted = f"a whole number >= {low}"
-                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
-        for name in ("temperature", "repetition_penalty", "top_p", "length_penalty"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or (value <= 0 and name != "length_penalty"):
-                wanted = "a finite number" if name == "length_penalty" else "a finite number > 0"
-                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
-        if self.top_p > 1.0:
-            raise ConfigError("top_p lies in (0, 1]", field="top_p", found=self.top_p)
-        for name in ("do_sample", "use_cache", "early_stopping"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and (name, value) != ("early_stopping", "never"):
-                wanted = "true, false" + (' or "never"' if name == "early_stopping" else "")
-                raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
-        self._check_together()
-
-    def _check_together(self) -> None:
-        if self.do_sample and self.num_beams > 1:
-            hint = "Sample with num_beams=1, or search with do_sample=False."
-            raise ConfigError(
-                "sampling and beam search exclude each other", field="num_beams", hint=hint
-            )
-        if not self.do_sample and self.num_return_sequences > self.num_beams:
-            hint = "Raise num_beams, or pass do_sample=True."
-            found = self.num_return_sequences
-            reason = "num_return_sequences is larger than num_beams"
-            raise ConfigError(reason, field="num_return_sequences", found=found, hint=hint)
-        if self.min_new_tokens > self.max_new_tokens:
-            reason = f"min_new_tokens is larger than max_new_tokens = {self.max_new_tokens}"
-            raise ConfigError(reason, field="min_new_tokens", found=self.min_new_tokens)
+def warpers_of(options: GenerationOptions) -> list[Rule]:
+    """What shapes a draw, in transformers' order; nothing where nothing is drawn."""
+    rules: list[Rule] = []
+    if options.do_sample:
+        # Beams need a token that goes on beside those that end.
+        keep = 1 if options.num_beams == 1 else max(len(options.eos_token_ids) + 1, 2)
+        if options.temperature != 1.0:
+            rules.append(lambda ids, scores: scores / options.temperature)
+        if options.top_h is not None:
+            rules.append(partial(_top_h, share=options.top_h))
+        if options.top_k:
+            rules.append(partial(_top_k, k=max(options.top_k, keep)))
+        if options.top_p < 1.0:
+            rules.append(partial(_top_p, share=options.top_p, keep=keep))
+        if options.min_p is not None:
+            rules.append(partial(_min_p, share=options.min_p, keep=keep))
+        if options.typical_p < 1.0:
+            rules.append(partial(_typical, share=options.typical_p, keep=keep))
+        if 0.0 < options.epsilon_cutoff < 1.0:
+            rules.append(partial(_epsilon, least=options.epsilon_cutoff, keep=keep))
+        if 0.0 < options.eta_cutoff < 1.0:
+            rules.append(partial(_eta, least=options.eta_cutoff, keep=keep))
+    if options.renormalize_logits:
+        rules.append(lambda ids, scores: scores.log_softmax(-1))
+    return rules
 
 
-_WHOLE_NUMBERS = {
-    "max_new_tokens": 1,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "top_k": 0,
-    "no_repeat_ngram_size": 0,
-}
+def drawn(scores: Tensor, count: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """`count` different columns (R, count) of scores (R, N), each drawn by its probability."""
+    return torch.multinomial(scores.softmax(-1), count, generator=generator)
 
 
-def adjusted(scores: Tensor, ids: Tensor, options: GenerationOptions, eos: int) -> Tensor:
-    """Scores (B, V) after the rules that look at the tokens so far (B, L), the start token
-    included.
-    """
-    if options.repetition_penalty != 1.0:
-        seen = scores.gather(1, ids)
-        penalty = options.repetition_penalty
-        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
-        scores = scores.scatter(1, ids, seen)
-    if options.no_repeat_ngram_size:
-        scores = scores.masked_fill(_repeats(ids, scores, options.no_repeat_ngram_size), -torch.inf)
-    if ids.shape[1] - 1 < options.min_new_tokens:
-        scores = scores.clone()
-        scores[:, eos] = -torch.inf
-    return scores
+def _top_k(ids: Tensor, scores: Tensor, *, k: int) -> Tensor:
+    return scores.masked_fill(scores < _kth(scores, k), -torch.inf)
 
 
-def sampled(scores: Tensor, options: GenerationOptions) -> Tensor:
-    """One token (B,) drawn from scores (B, V) after temperature, top-k and top-p."""
-    scores = scores / options.temperature
-    if options.top_k:
-        kth = scores.topk(min(options.top_k, scores.shape[-1])).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if options.top_p < 1.0:
-        ordered, order = scores.sort(dim=-1)
-        # Drop the unlikely tail whose mass is at most 1 - top_p; the likeliest token always stays.
-        tail = ordered.softmax(-1).cumsum(-1) <= 1.0 - options.top_p
-        tail[:, -1] = False
-        scores = scores.masked_fill(tail.scatter(1, order, tail), -torch.inf)
-    return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+def _top_p(ids: Tensor, scores: Tensor, *, share: float, keep: int) -> Tensor:
+    ordered, order = scores.sort(dim=-1)
+    # Drop the unlikely tail whose mass is at most 1 - share.
+    tail = ordered.softmax(-1).cumsum(-1) <= 1.0 - share
+    tail[:, -keep:] = False
+    return scores.masked_fill(tail.scatter(1, order, tail), -torch.inf)
 
 
-def _repeats(ids: Tensor, scores: Tensor, size: int) -> Tensor:
-    """True (B, V) for tokens that would complete an n-gram seen before."""
-    count = torch.zeros_like(scores, dtype=torch.int32)
-    length = ids.shape[1]
-    if length < size:
-        return count > 0
-    grams = ids.unfold(1, size, 1)
-    repeated = (grams[:, :, :-1] == ids[:, None, length - size + 1 :]).all(-1)
-    return count.scatter_add(1, grams[:, :, -1], repeated.to(torch.int32)) > 0
+def _min_p(ids: Tensor, scores: Tensor, *, share: float, keep: int) -> Tensor:
+    probs = scores.softmax(-1)
+    dropped = probs < share * probs.amax(-1, keepdim=True)
+    dropped.scatter_(1, probs.topk(min(keep, probs.shape[1])).indices, False)
+    return scores.masked_fill(dropped, -torch.inf)
+
+
+def _top_h(ids: Tensor, scores: Tensor, *, share: float) -> Tensor:
+    """Top-H sampling: the likeliest tokens whose entropy sums up to a share of all."""
+    values, order = scores.topk(min(_TOP_H_AMONG, scores.shape[1]))
+    parts = _entropy_parts(values.log_softmax(-1))
+    kept = parts.cumsum(-1) <= share * parts.sum(-1, keepdim=True)
+    kept[:, 0] = True
+    dropped = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, ~kept)
+    return scores.masked_fill(dropped, -torch.inf)
+
+
+def _typical(ids: Tensor, scores: Tensor, *, share: float, keep: int) -> Tensor:
+    """Locally typical sampling (arXiv 2202.00666)."""
+    log_probs = scores.log_softmax(-1)
+    entropy = _entropy_parts(log_probs).sum(-1, keepdim=True)
+    surprise, order = (-log_probs - entropy).abs().sort(dim=-1)
+    mass = scores.gather(1, order).softmax(-1).cumsum(-1)
+    last = (mass < share).sum(1, keepdim=True).clamp_(max=scores.shape[1] - 1)
+    dropped = surprise > surprise.gather(1, last)
+    dropped[:, :keep] = False
+    return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+
+
+def _epsilon(ids: Tensor, scores: Tensor, *, least: float, keep: int) -> Tensor:
+    """Epsilon sampling (arXiv 2210.15191)."""
+    dropped = (scores.softmax(-1) < least) & (scores < _kth(scores, keep))
+    return scores.masked_fill(dropped, -torch.inf)
+
+
+def _eta(ids: Tensor, scores: Tensor, *, least: float, keep: int) -> Tensor:
+    """Eta sampling (arXiv 2210.15191): the bound falls with the entropy."""
+    entropy = _entropy_parts(scores.log_softmax(-1)).sum(-1, keepdim=True)
+    bound = (least**0.5 * torch.exp(-entropy)).clamp(max=least)
+    dropped = (scores.softmax(-1) < bound) & (scores < _kth(scores, keep))
+    return scores.masked_fill(dropped, -torch.inf)
+
+
+def _kth(scores: Tensor, k: int) -> Tensor:
+    return scores.topk(min(k, scores.shape[1])).values[:, -1:]
+
+
+def _entropy_parts(log_probs: Tensor) -> Tensor:
+    """-p log p, 0 where p is."""
+    return -(log_probs.exp() * log_probs).nan_to_num(nan=0.0)

@@ -17,6 +17,7 @@ from moezoo.functional.dropout import Dropout
 from moezoo.layer import MoE
 from moezoo.models.attention import Attention, key_mask
 from moezoo.models.block import Block
+from moezoo.models.cache import DecoderCache
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import RMSNorm
 from moezoo.models.position import PositionBias
@@ -108,8 +109,7 @@ class DecoderStep:
     def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """Hidden states (R, D) for embeddings x (R, D) of the next tokens (R, 1); x is used up."""
         if self.length == self.cache.shape[1]:
-            self.cache = torch.cat([self.cache, torch.zeros_like(self.cache)], 1)
-            self.biases = self._position_biases()
+            self._grow()
         end = self.length + 1
         new = self.cache[:, self.length].view(self.cache.shape[0], self.rows, -1).unbind(0)
         keys = self.cache[::2, :end].permute(0, 2, 3, 1).unbind(0)
@@ -129,6 +129,20 @@ class DecoderStep:
         layers, _, _, width = self.cache.shape
         filled = self.cache[:, : self.length].view(layers, -1, self.rows, self.heads, width)
         filled.copy_(filled.index_select(2, rows))
+
+    def resume(self, cache: DecoderCache) -> None:
+        """Go on after the tokens of another cache of the same rows."""
+        while self.cache.shape[1] < cache.length:
+            self._grow()
+        self.length = cache.length
+        for layer, pair in cache.self_attention.items():
+            for place, kept in enumerate(pair, 2 * layer):
+                positions = kept[:, :, : self.length].permute(2, 0, 1, 3)
+                self.cache[place, : self.length] = positions.flatten(1, 2)
+
+    def _grow(self) -> None:
+        self.cache = torch.cat([self.cache, torch.zeros_like(self.cache)], 1)
+        self.biases = self._position_biases()
 
     def _position_biases(self) -> list[Tensor]:
         """(R * H, 1, size) of each table that there is: the bias of the last of `size` positions,

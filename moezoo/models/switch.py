@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, ShapeError
+from moezoo.generation_options import StoredGeneration
 from moezoo.models.cache import DecoderCache
 from moezoo.models.generate import generate
 from moezoo.models.initialize import initialize
@@ -197,6 +198,7 @@ class SwitchForConditionalGeneration(SwitchModel):
     """Encoder, decoder and language-model head: translation, summarisation, span corruption."""
 
     lm_head: nn.Linear | None
+    generation = StoredGeneration()  # what the checkpoint says about it
 
     def _make_head(self, config: SwitchConfig) -> None:
         tied = config.tie_word_embeddings

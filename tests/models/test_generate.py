@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import moezoo
+from moezoo.generation_options import GenerationOptions
 from moezoo.models.cache import DecoderCache
-from moezoo.models.sampling import GenerationOptions, adjusted, sampled
+from moezoo.models.logits_rules import Prompt, applied, rules_of
+from moezoo.models.sampling import drawn, warpers_of
 from tests.models.tiny import source, tiny
 
 
@@ -68,28 +73,38 @@ def test_use_cache_returns_a_cache_that_continues() -> None:
     assert model(ids, decoder_input_ids=target).past_key_values is None
 
 
+def sampled(scores: Tensor, **options: Any) -> Tensor:
+    rules = warpers_of(GenerationOptions(do_sample=True, **options))
+    return drawn(applied(rules, scores[:, :0].long(), scores))[:, 0]
+
+
+def ruled(scores: Tensor, ids: Tensor, **options: Any) -> Tensor:
+    """Scores by rules where the decoder began with the first of ids."""
+    chosen = GenerationOptions(eos_token_id=1, **options)
+    return applied(rules_of(chosen, Prompt(ids[:, :1]), vocabulary=8), ids, scores)
+
+
 def test_top_k_and_top_p_keep_the_likeliest_tokens_only() -> None:
     torch.manual_seed(0)
     scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    assert set(sampled(scores, GenerationOptions(do_sample=True, top_k=2)).tolist()) == {0, 1}
-    assert set(sampled(scores, GenerationOptions(do_sample=True, top_p=0.7)).tolist()) == {0, 1}
-    assert set(sampled(scores, GenerationOptions(do_sample=True, top_p=0.01)).tolist()) == {0}
-    drawn = sampled(scores, GenerationOptions(do_sample=True)).bincount(minlength=4) / 4000
+    assert set(sampled(scores, top_k=2).tolist()) == {0, 1}
+    assert set(sampled(scores, top_p=0.7).tolist()) == {0, 1}
+    assert set(sampled(scores, top_p=0.01).tolist()) == {0}
+    drawn = sampled(scores).bincount(minlength=4) / 4000
     torch.testing.assert_close(drawn, scores[0].exp(), atol=0.04, rtol=0)
-    warm = sampled(scores, GenerationOptions(do_sample=True, temperature=0.25)).bincount() / 4000
+    warm = sampled(scores, temperature=0.25).bincount() / 4000
     assert warm[0] > 0.8
 
 
 def test_rules_forbid_what_they_say() -> None:
     ids = torch.tensor([[0, 5, 6, 5]])
     scores = torch.zeros(1, 8)
-    no_bigram = adjusted(scores, ids, GenerationOptions(no_repeat_ngram_size=2), eos=1)
+    no_bigram = ruled(scores, ids, no_repeat_ngram_size=2)
     assert no_bigram.isinf().nonzero().tolist() == [[0, 6]]
-    too_short = adjusted(scores, ids, GenerationOptions(min_new_tokens=4), eos=1)
+    too_short = ruled(scores, ids, min_new_tokens=4)
     assert too_short.isinf().nonzero().tolist() == [[0, 1]]
-    assert not adjusted(scores, ids, GenerationOptions(min_new_tokens=3), eos=1).isinf().any()
-    penalty = GenerationOptions(repetition_penalty=2.0)
-    found = adjusted(torch.tensor([[1.0, 1, 1, 1, 1, 4, -4, 1]]), ids, penalty, eos=1)
+    assert not ruled(scores, ids, min_new_tokens=3).isinf().any()
+    found = ruled(torch.tensor([[1.0, 1, 1, 1, 1, 4, -4, 1]]), ids, repetition_penalty=2.0)
     assert found.tolist() == [[0.5, 1, 1, 1, 1, 2, -8, 1]]
 
 
@@ -129,3 +144,145 @@ def test_generation_of_empty_batches_and_sources_works() -> None:
         assert model.generate(source(2, 0), num_beams=beams).shape[0] == 2
         none = torch.zeros(2, 3, dtype=torch.long)
         assert model.generate(source(2, 3), none, num_beams=beams).shape[0] == 2
+
+
+class Heard:
+    """A streamer that remembers."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        assert not self.ended
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_hears_the_prompt_and_every_token() -> None:
+    heard = Heard()
+    found = tiny().generate(source(3), max_new_tokens=6, streamer=heard)
+    assert torch.equal(torch.cat([heard.values[0], torch.stack(heard.values[1:], 1)], 1), found)
+    assert heard.ended
+    with pytest.raises(moezoo.MoezooError, match="nothing to stream"):
+        tiny().generate(source(), num_beams=2, streamer=Heard())
+
+
+def test_transformers_streamers_processors_and_criteria_work() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, ids = tiny(), source(1)
+    banned = transformers.LogitsProcessorList(
+        [transformers.SuppressTokensLogitsProcessor(list(range(5, 61)))]
+    )
+    stop = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(max_length=4)])
+    for beams in (1, 3):
+        asked = {"num_beams": beams, "logits_processor": banned, "stopping_criteria": stop}
+        found = model.generate(ids, **asked, min_new_tokens=6)
+        assert found.shape[1] == 4
+        assert int(found.max()) < 5
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_criteria_of_rows_end_those_rows(beams: int) -> None:
+    model, ids = tiny(eos_token_id=()), source(3)
+
+    def after_four(ids: Tensor, scores: object) -> Tensor:
+        return torch.tensor(ids.shape[1] >= 4).expand(ids.shape[0])
+
+    asked = {"num_beams": beams, "max_new_tokens": 9}
+    assert model.generate(ids, **asked).shape[1] == 10
+    assert model.generate(ids, **asked, stopping_criteria=[after_four]).shape[1] == 4
+    assert model.generate(ids, **asked, max_time=0.0).shape[1] == 2
+    with pytest.raises(moezoo.MoezooError, match="takes functions"):
+        model.generate(ids, stopping_criteria=[7])
+
+
+def test_rules_of_the_caller_come_last_and_return_scores() -> None:
+    model, ids = tiny(), source(2)
+    only_seven = torch.full((61,), -torch.inf).index_fill(0, torch.tensor([7]), 0.0)
+    found = model.generate(
+        ids, logits_processor=lambda ids, scores: scores + only_seven, max_new_tokens=3
+    )
+    assert found[:, 1:].tolist() == [[7, 7, 7]] * 2
+    with pytest.raises(moezoo.MoezooError, match="returned no scores"):
+        model.generate(ids, logits_processor=lambda ids, scores: None)
+    allowed = {0: [5, 6], 1: [8]}
+    found = model.generate(
+        ids, num_beams=2, max_new_tokens=3, prefix_allowed_tokens_fn=lambda row, _: allowed[row]
+    )
+    assert set(found[0, 1:].tolist()) <= {5, 6}
+    assert set(found[1, 1:].tolist()) == {8}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_generator_of_its_own_draws_the_same_again(beams: int) -> None:
+    model, ids = tiny(), source(2)
+    state = torch.get_rng_state()
+    asked = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 8, "num_beams": beams}
+    first, second = (
+        model.generate(ids, **asked, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_scores_of_greedy_search_add_up_over_what_was_generated() -> None:
+    model, ids = tiny(), source(3)
+    found = model.generate(ids, max_new_tokens=6, return_scores=True)
+    expected = []
+    for row, tokens in enumerate(found.sequences[:, 1:].tolist()):
+        end = tokens.index(1) + 1 if 1 in tokens else len(tokens)
+        steps = range(end)
+        expected.append(sum(found.scores[s].log_softmax(-1)[row, tokens[s]] for s in steps))
+    torch.testing.assert_close(found.sequences_scores, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ({"decoder_input_ids": torch.zeros(3, 2).long()}, "decoder_input_ids"),
+        ({"decoder_input_ids": torch.full((2, 2), 61)}, "decoder_input_ids"),
+        ({"decoder_input_ids": torch.zeros(2, 25).long(), "max_length": 25}, "max_length"),
+        ({"decoder_attention_mask": torch.ones(2, 1)}, "decoder_attention_mask"),
+        ({"bad_words_ids": [[3, 61]]}, "bad_words_ids"),
+        ({"decoder_start_token_id": 61}, "decoder_start_token_id"),
+        ({"num_beam": 2}, "num_beam"),
+    ],
+)
+def test_impossible_prompts_and_ids_are_named(inputs: dict[str, Any], field: str) -> None:
+    with pytest.raises(moezoo.MoezooError) as caught:
+        tiny().generate(source(), **inputs)
+    assert caught.value.field == field
+
+
+def test_what_looks_at_the_source_needs_its_ids() -> None:
+    model, ids = tiny(), source()
+    embeds = model.shared(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds), model.generate(ids))
+    for name, value in (("encoder_repetition_penalty", 1.5), ("encoder_no_repeat_ngram_size", 2)):
+        with pytest.raises(moezoo.MoezooError, match=f"{name} looks at the source's ids"):
+            model.generate(inputs_embeds=embeds, **{name: value})
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_search_asks_the_device_once_a_step(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for a device: truth, numbers and lists of tensors."""
+    model, ids = tiny(num_experts=0), source(4)
+    waits: list[str] = []
+    for name in ("__bool__", "item", "tolist", "__float__", "__int__", "nonzero"):
+        method = getattr(Tensor, name)
+
+        def counted(self: Tensor, *inputs: Any, name: str = name, method: Any = method) -> Any:
+            waits.append(name)
+            return method(self, *inputs)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    numbers = []
+    for steps in (3, 8):
+        waits.clear()
+        asked = {"max_new_tokens": steps, "min_new_tokens": steps, "num_beams": beams}
+        model.generate(ids, **asked, repetition_penalty=1.2, no_repeat_ngram_size=2)
+        numbers.append(len(waits))
+    assert numbers[1] - numbers[0] == 5

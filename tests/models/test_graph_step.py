@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moezoo.models import generate, graph_step
-from moezoo.models.generate import Stepper
+from moezoo.models import graph_step
+from moezoo.models import stepper as steppers
 from moezoo.models.graph_step import GraphStep, may_be_a_graph
+from moezoo.models.stepper import Stepper
 from tests.models.test_step import MODELS, scores
 from tests.models.tiny import source, tiny
 
@@ -21,7 +22,7 @@ def eagerly(self: Stepper, *_: object) -> GraphStep:
 
 def of_the_cache(patch: pytest.MonkeyPatch, model: torch.nn.Module, **sizes: Any) -> list[Tensor]:
     with patch.context() as context:
-        context.setattr(generate, "steps_apart", lambda *_: False)
+        context.setattr(steppers, "steps_apart", lambda *_: False)
         return scores(model, **sizes)
 
 
@@ -34,22 +35,23 @@ def test_each_token_has_the_logits_of_the_decoder(
     model = tiny(**MODELS[name]).eval()
     asked = {"rows": sizes[0], "copies": sizes[1], "masked": sizes[0] > 1}
     expected = of_the_cache(monkeypatch, model, **asked, steps=10)
-    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
-    monkeypatch.setattr(generate, "_WORTH_A_GRAPH", 0)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "_WORTH_A_GRAPH", 0)
     monkeypatch.setattr(Stepper, "_graph", eagerly)
     monkeypatch.setattr(graph_step, "FIRST_SIZE", 4)  # and twice that, and once more
     for found, wanted in zip(scores(model, **asked, steps=10), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prompt", [None, source(3, 9, seed=2)])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
 def test_generated_tokens_are_the_same(
-    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, int], prompt: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny().eval(), source(3)
-    asked = {"max_new_tokens": 12, "num_beams": options.get("num_beams", 1)}
+    asked = {"max_new_tokens": 12, "decoder_input_ids": prompt, **options}
     expected = model.generate(ids, **asked)
-    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
     monkeypatch.setattr(Stepper, "_graph", eagerly)
     monkeypatch.setattr(graph_step, "FIRST_SIZE", 4)
     assert torch.equal(model.generate(ids, **asked), expected)
@@ -59,7 +61,7 @@ def test_few_tokens_are_not_worth_a_graph(monkeypatch: pytest.MonkeyPatch) -> No
     def record(self: Stepper) -> None:
         raise AssertionError("recorded")
 
-    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
     monkeypatch.setattr(Stepper, "_graph", record)
     model = tiny().eval()
     model.generate(source(), max_new_tokens=7)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import moezoo
-from moezoo.models import generate
-from moezoo.models.generate import Stepper
+from moezoo.models import stepper as steppers
 from moezoo.models.step import steps_apart
+from moezoo.models.stepper import Stepper
 from tests.models.tiny import source, tiny
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -35,13 +35,13 @@ def stepper(model: nn.Module, *, rows: int, copies: int = 1, masked: bool = Fals
     mask = torch.ones_like(ids)
     mask[-1, 3:] = 0 if masked else 1
     memory, real, _ = model._encode(ids, mask)
-    return Stepper(model, memory, real, copies=copies, use_cache=True)
+    return Stepper(model, memory, real, rows=rows * copies, use_cache=True)
 
 
 def scores(model: nn.Module, steps: int = 6, **sizes: Any) -> list[Tensor]:
     """Of each step after random tokens, the rows put in another order on the way."""
     step = stepper(model, **sizes)
-    ids = step.start()
+    ids = torch.zeros(step.rows, 1, dtype=torch.int64)
     random = torch.Generator().manual_seed(4)
     found = []
     for number in range(steps):
@@ -69,7 +69,7 @@ def test_it_equals_the_decoder_token_by_token(
     masked = rows > 1
     assert stepper(model, rows=rows, copies=copies).step is not None
     found = scores(model, rows=rows, copies=copies, masked=masked)
-    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
     expected = scores(model, rows=rows, copies=copies, masked=masked)
     # A last bit more or less may round to another of 255 levels.
     tolerance = 0.2 if rounded else 1e-4
@@ -77,11 +77,29 @@ def test_it_equals_the_decoder_token_by_token(
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["switch", "dense", "two choices", "as transformers", "deep"])
+def test_it_goes_on_after_a_prompt_as_the_modules_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny(**MODELS[name]), source(2)
+    prompt = source(2, 40, seed=3)  # longer than the first buffer
+    asked = {"decoder_input_ids": prompt, "max_new_tokens": 6, "min_new_tokens": 6}
+    found = [model.generate(ids, **asked, num_beams=n, return_scores=True) for n in (1, 3)]
+    with torch.no_grad():
+        assert stepper(model, rows=2).step is not None
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    for beams, ours in zip((1, 3), found, strict=True):
+        theirs = model.generate(ids, **asked, num_beams=beams, return_scores=True)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for score, expected in zip(ours.scores, theirs.scores, strict=True):
+            torch.testing.assert_close(score, expected, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_it_keeps_every_key_when_its_buffer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     found = scores(model, steps=70, rows=2)
-    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
     for ours, theirs in zip(found, scores(model, steps=70, rows=2), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -126,7 +144,7 @@ def test_hooks_in_the_decoder_fire_as_often_as_without_it(monkeypatch: pytest.Mo
         return seen, out
 
     found = fired()
-    monkeypatch.setattr(generate, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
     expected = fired()
     assert found[0] == expected[0]
     assert torch.equal(found[1], expected[1])

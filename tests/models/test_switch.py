@@ -127,11 +127,11 @@ def test_sampling_draws_from_the_allowed_tokens_only() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_beams": 0}, "num_beams"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
-        ({"do_sample": True, "num_beams": 2}, "num_beams"),
+        ({"do_sample": True, "num_beams": 2, "num_return_sequences": 3}, "num_return_sequences"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
     ],
 )

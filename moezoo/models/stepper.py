@@ -1,0 +1,93 @@
+"""Scores of the next token, by the fastest way that a model, a device and a prompt allow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moezoo.models.cache import DecoderCache
+from moezoo.models.decoding import Decoding
+from moezoo.models.graph_step import GraphStep, may_be_a_graph
+from moezoo.models.step import DecoderStep, steps_apart
+
+_WORTH_A_GRAPH = 8  # tokens: recording one takes as long as a few of them
+
+
+class Stepper:
+    """Scores of the next token for a batch of prefixes, rows of a source side by side.
+
+    Args:
+        memory, real: the encoder's output (B, Lm, D) and its real tokens (B, Lm).
+        rows: R, a multiple of B.
+        prompt_real: (R, L) real tokens of what the decoder begins with; None: all.
+        tokens: how many to expect.
+    """
+
+    def __init__(
+        self,
+        model: Decoding,
+        memory: Tensor,
+        real: Tensor | None,
+        *,
+        rows: int,
+        prompt_real: Tensor | None = None,
+        use_cache: bool,
+        tokens: int = 0,
+    ) -> None:
+        self.model, self.memory, self.real, self.rows = model, memory, real, rows
+        self.prompt_real, self.table = prompt_real, model.decoder.table(model.shared)
+        self.cache = DecoderCache() if use_cache else None
+        self.step: DecoderStep | GraphStep | None = None
+        if not use_cache or not rows or prompt_real is not None:
+            return
+        if steps_apart(model.decoder, memory):
+            self.step = DecoderStep(model.decoder, memory, real, rows=rows)
+        elif tokens >= _WORTH_A_GRAPH:
+            self.step = self._graph()
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """float32 logits (R, V) of the token after ids (R, L); L grows by one with every call.
+
+        They may be overwritten by the next call.
+        """
+        newest = ids[:, -1:]
+        if self.step is None or self.step.length != ids.shape[1] - 1:
+            return self._by_modules(ids)
+        if isinstance(self.step, GraphStep):
+            return self.step(newest)
+        return self.model.head(self.step(self.table(newest[:, 0]), newest)).float()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Continue from the given rows of the batch."""
+        if self.step is not None:
+            self.step.reorder(rows)
+        elif self.cache is not None:
+            self.cache.reorder(rows)
+
+    def _by_modules(self, ids: Tensor) -> Tensor:
+        """What the decoder's modules say; a step goes on from there."""
+        new = ids if self.cache is None else ids[:, self.cache.length :]
+        real = self.prompt_real
+        if real is not None:
+            real = F.pad(real, (0, ids.shape[1] - real.shape[1]), value=True)
+        hidden, _ = self.model.decoder(
+            self.table(new),
+            real,
+            token_ids=new,
+            memory=self.memory,
+            memory_mask=self.real,
+            cache=self.cache,
+        )
+        if self.step is not None and self.cache is not None:
+            self.step.resume(self.cache)
+            self.cache = None
+        return self.model.head(hidden[:, -1]).float()
+
+    def _graph(self) -> GraphStep | None:
+        if not may_be_a_graph(self.model, self.memory):
+            return None
+        try:
+            return GraphStep(self.model, self.memory, self.real, rows=self.rows)
+        except torch.OutOfMemoryError:  # a graph keeps memory of its own
+            return None
