@@ -68,7 +68,7 @@ def _counts(assignment: Assignment | SoftAssignment) -> Tensor:
     """Kept pairs per expert (E,); every soft expert is fed by every group."""
     if isinstance(assignment, SoftAssignment):
         groups, _, experts, slots = assignment.dispatch.shape
-        return torch.full((experts,), groups * slots)
+        return torch.full((experts,), groups * slots, device="cpu")
     kept = assignment.kept.to(torch.int64)
     count_E = torch.zeros(assignment.num_experts, dtype=torch.int64, device=kept.device)
     return count_E.index_add_(0, assignment.expert, kept).cpu()
