@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,14 @@ def test_what_is_built_on_meta_and_reset_is_what_the_constructor_makes(
     torch.manual_seed(5)
     late.reset_parameters()
     assert_same_state(late, direct)
+
+
+@every_part
+def test_every_part_survives_pickling(make: Callable[[], nn.Module]) -> None:
+    part = make()
+    twin = pickle.loads(pickle.dumps(part))
+    assert_same_state(twin, part)
+    twin.reset_parameters()
 
 
 @every_part
