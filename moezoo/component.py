@@ -50,18 +50,13 @@ class Component(nn.Module):
                 self._buffers[name] = buffer.float()
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        if tensor is not None and _is_half(tensor):
+        """As in torch, which assigns to a buffer by this method too."""
+        before = self._buffers.get(name)
+        if tensor is not None and before is not None and not before.is_floating_point():
+            tensor = tensor.to(before.dtype)
+        elif tensor is not None and _is_half(tensor):
             tensor = tensor.float()
         super().register_buffer(name, tensor, persistent)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.get("_buffers", {}).get(name)
-        if before is not None and isinstance(value, Tensor):
-            if not before.is_floating_point():
-                value = value.to(before.dtype)
-            elif _is_half(value):
-                value = value.float()
-        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
         before = dict(self._buffers)

@@ -29,7 +29,8 @@ def masked_mean(value_T: Tensor, real: Tensor | None) -> Tensor:
 
 def z_loss(logits_TE: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean over real tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return masked_mean(_wide(logits_TE).logsumexp(dim=-1).square(), real)
+    logits_TE = _wide(logits_TE)
+    return masked_mean(logits_TE.logsumexp(dim=-1).square(), real)
 
 
 def squared_variation(value_E: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ BUGS = [
         "self._buffers[name] = buffer.to(after.device, torch.float32)", "pass",
         historic=True, quick=True),
     Bug("a state dict in half precision takes balancing buffers along", "moezoo/component.py",
-        "elif _is_half(value):", "elif None:", historic=True),
+        "elif tensor is not None and _is_half(tensor):", "elif None:", historic=True),
     Bug("resetting forgets what is below", "moezoo/component.py",
         "            redraw(child)\n        self.reset_own()",
         "            pass\n        self.reset_own()"),
