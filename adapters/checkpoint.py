@@ -173,9 +173,11 @@ class _Tensors:
             )
         return full
 
-    def placed(self, tensor: Tensor) -> Tensor:
-        """On the wanted device and in the wanted dtype; no copy when it is there already."""
-        wanted = self.dtype if tensor.is_floating_point() else None
+    def placed(self, tensor: Tensor, *, cast: bool = True) -> Tensor:
+        """On the wanted device and in the wanted dtype; no copy when it is there already. A buffer
+        is not cast: its module knows which precision its steps need.
+        """
+        wanted = self.dtype if cast and tensor.is_floating_point() else None
         return tensor.to(device=self.device or "cpu", dtype=wanted or tensor.dtype)
 
 
@@ -185,6 +187,7 @@ def _fill(model: nn.Module, tensors: _Tensors, task: str) -> None:
     """
     description = tensors.description
     state: dict[str, Tensor] = {}
+    buffers = {name for name, _ in model.named_buffers()}
     for name, parameter in model.state_dict().items():
         places = description.places.get(name)
         if places is None:
@@ -192,7 +195,7 @@ def _fill(model: nn.Module, tensors: _Tensors, task: str) -> None:
         if None in places:
             floating = parameter.is_floating_point()
             found = tensors.get(places[None], tuple(parameter.shape), floating=floating)
-            state[name] = tensors.placed(found)
+            state[name] = tensors.placed(found, cast=name not in buffers)
         else:
             state[name] = _stacked(name, parameter, places, tensors)
     unused = sorted(set(description.places) - set(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -53,11 +54,7 @@ def build(
     config = config.replace(**overrides)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError("seed must be a whole number", field="seed", found=repr(seed))
-    if seed is None:
-        return _construct(TASKS[task], config, device, dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return _construct(TASKS[task], config, device, dtype)
+    return _construct(TASKS[task], config, device, dtype, seed)
 
 
 def _construct(
@@ -65,17 +62,72 @@ def _construct(
     config: SwitchConfig,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    seed: int | None,
 ) -> nn.Module:
+    """The model, first without memory, then in its dtype on its device, then drawn.
+
+    Nothing global is touched, so threads may build at once: torch's modes are a thread's own.
+    """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError("dtype must be a floating torch.dtype", field="dtype", found=repr(dtype))
     place = torch.get_default_device() if device is None else usable_device(device)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        with place, _Unfilled() if place.type == "meta" else nullcontext():
-            return model(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"), _Unfilled():
+        made: Any = model(config)
+    made.to(dtype or torch.get_default_dtype())
+    if place.type != "meta":
+        made.to_empty(device=place)
+        with place, nullcontext() if seed is None else _Seeded(seed):
+            made.reset_parameters()
+    built: nn.Module = made.eval()
+    return built
+
+
+class _Seeded(TorchFunctionMode):
+    """Random numbers from a seed instead of torch's global generators, which other threads use;
+    they are the same as after `torch.manual_seed`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.sources: dict[torch.device, torch.Generator] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if _draws(func) and kwargs.get("generator") is None:
+            given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            device = kwargs.get("device") if given is None else given.device
+            kwargs["generator"] = self._source(device)
+        return func(*args, **kwargs)
+
+    def _source(self, device: torch.device | str | None) -> torch.Generator:
+        place = torch.get_default_device() if device is None else torch.device(device)
+        if place not in self.sources:
+            self.sources[place] = torch.Generator(place).manual_seed(self.seed)
+        return self.sources[place]
+
+
+_DRAWING = frozenset(
+    (
+        "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "log_normal_",
+        "geometric_", "normal", "bernoulli", "multinomial", "rand", "randn", "randint", "randperm",
+    )
+)  # fmt: skip
+
+
+def _draws(func: Callable[..., Any]) -> bool:
+    """Whether a function takes a generator: of `torch.nn.init` too, whose inner calls are not
+    seen.
+    """
+    if getattr(func, "__module__", "") == "torch.nn.init":
+        return "generator" in inspect.signature(func).parameters
+    return getattr(func, "__name__", "") in _DRAWING
 
 
 class _Unfilled(TorchFunctionMode):

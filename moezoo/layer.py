@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.capacity.base import CapacityPolicy
+from moezoo.component import Component
 from moezoo.errors import ConfigError, DtypeError, ShapeError
 from moezoo.experts.base import Experts
 from moezoo.functional.dispatch import (
@@ -26,7 +27,7 @@ from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router
 
 
-class MoE(nn.Module):
+class MoE(Component):
     """Router, capacity policy and experts as one layer; takes modules, never names.
 
     Args:

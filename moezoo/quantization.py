@@ -46,6 +46,9 @@ class Quantization:
         return "\n".join(lines)
 
 
+_FORWARDS = (nn.Linear.forward, Linear.forward)  # what Int8Linear computes, whatever draws it
+
+
 class Int8Linear(nn.Module):
     """y = x W^T + b with W rounded row by row; see `moezoo.ops.int8.int8_linear`."""
 
@@ -190,7 +193,7 @@ def _replaced(model: nn.Module) -> Iterator[str]:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or _reason(model, name) is not None:
             continue
-        if type(module) in (nn.Linear, Linear):
+        if isinstance(module, nn.Linear) and type(module).forward in _FORWARDS:
             made.setdefault(module, Int8Linear(module.weight, module.bias))
         elif type(module) is StackedExperts:
             made.setdefault(module, Int8Experts(module))

@@ -36,7 +36,7 @@ class Tape:
         activation checkpointing, or a block run under no_grad).
         """
         self._check_gradient()
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for name, weight in weights.items():
             values = self._values(name)
             if values:

@@ -156,7 +156,7 @@ class SoftAssignment:
         _require(same, name, 1, "dispatch and combine are both (G, S, E, P)")
         groups, size = self.dispatch.shape[:2]
         flags = (
-            torch.ones(groups, size, dtype=torch.bool)
+            torch.ones(groups, size, dtype=torch.bool, device="cpu")
             if real is None
             else real.view(groups, size).cpu()
         )

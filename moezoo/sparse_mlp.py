@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from moezoo import experts as expert_containers
 from moezoo import routers
 from moezoo.assemble import make_capacity, make_shared
+from moezoo.component import Component
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts
 from moezoo.layer import MoE
 from moezoo.pairing import check_causal
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(Component):
     """A mixture of experts in the place of a transformer's MLP: x (..., D) -> y (..., D).
 
     Args:

@@ -332,7 +332,7 @@ def _call_difference(
     experts = max(one.num_experts, other.num_experts)
     dense = []
     for a in (one, other):
-        flat = torch.full((a.num_tokens * experts,), -1.0, dtype=a.weight.dtype)
+        flat = a.weight.new_full((a.num_tokens * experts,), -1.0)
         key_N = (a.token * experts + a.expert)[a.kept]
         dense.append(flat.index_copy(0, key_N, a.weight[a.kept]).view(a.num_tokens, experts))
     mine_TE, theirs_TE = dense[0] >= 0, dense[1] >= 0

@@ -203,7 +203,7 @@ class Source(abc.ABC):
                 self._maps[info.path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
-            return torch.empty(info.shape, dtype=dtype)
+            return torch.empty(info.shape, dtype=dtype, device="cpu")
         flat = torch.frombuffer(
             self._maps[info.path], dtype=torch.uint8, count=info.nbytes, offset=info.offset
         )

@@ -66,7 +66,7 @@ class Array:
                 found=f"{len(content)} bytes",
             )
         if not content:
-            return torch.empty(self.shape, dtype=dtype)
+            return torch.empty(self.shape, dtype=dtype, device="cpu")
         own = (
             isinstance(content, memoryview) and not content.readonly
         )  # bytes are not to be changed

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from moezoo.component import Component
 from moezoo.records import Assignment, Routing
 from moezoo.registry import Registry
 
 
-class CapacityPolicy(nn.Module):
+class CapacityPolicy(Component):
     """Turns a proposed routing into the admitted assignment.
 
     A policy may clear `kept`, reorder pairs, or move a pair that it cleared itself (reroute);

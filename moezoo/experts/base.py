@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moezoo.component import Component
 from moezoo.records import Assignment
 from moezoo.registry import Registry
 
 
-class Experts(nn.Module):
+class Experts(Component):
     """Runs expert e over its `counts[e]` rows; it sees neither tokens nor, but in float16, weights.
 
     Attributes: num_experts; d_model (input and output width); row_wise: a row's output depends on

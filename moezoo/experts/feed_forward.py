@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moezoo.component import Component
 from moezoo.errors import ConfigError
 from moezoo.functional.activations import activation as activation_of
+from moezoo.functional.drawn import DrawnLinear, FanIn
 
 
-class FeedForward(nn.Module):
+class FeedForward(Component):
     """y = fn(x wi^T) wo^T, or (fn(x wi_0^T) * (x wi_1^T)) wo^T, without biases.
+
+    Weights start as those of `StackedExperts`: truncated normals of standard deviation
+    1 / sqrt(fan-in), which is D for wi and F for wo.
 
     Args:
         d_model, d_ff: widths; wi is (F, D), wo (D, F).
@@ -30,15 +35,12 @@ class FeedForward(nn.Module):
         self.d_model, self.d_ff = d_model, d_ff
         self.function, self.gated = activation_of(activation)
         if self.gated:
-            self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
-            self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
+            self.wi_0 = DrawnLinear(d_model, d_ff, FanIn())
+            self.wi_1 = DrawnLinear(d_model, d_ff, FanIn())
         else:
-            self.wi = nn.Linear(d_model, d_ff, bias=False)
-        self.wo = nn.Linear(d_ff, d_model, bias=False)
+            self.wi = DrawnLinear(d_model, d_ff, FanIn())
+        self.wo = DrawnLinear(d_ff, d_model, FanIn())
         self.dropout = nn.Dropout(dropout)
-        for parameter in self.parameters():
-            std = parameter.shape[-1] ** -0.5
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.component import Component
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.experts.feed_forward import FeedForward
+from moezoo.functional.drawn import normal_
 from moezoo.ops.grouped_linear import grouped_linear
 
 
-class LowRank(nn.Module):
+class LowRank(Component):
     """x -> scale * B_e A_e x for rows sorted by expert (LoRA, arXiv 2106.09685, eq. 3).
 
     Args:
@@ -27,9 +29,13 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.empty(num_experts, rank, inputs))
-        self.b = nn.Parameter(torch.zeros(num_experts, outputs, rank))
-        nn.init.normal_(self.a, std=inputs**-0.5)
+        self.b = nn.Parameter(torch.empty(num_experts, outputs, rank))
         self.scale = scale
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        normal_(self.a, std=self.a.shape[-1] ** -0.5)
+        nn.init.zeros_(self.b)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """(N, inputs), counts (E,) -> (N, outputs), zero in rows of nobody."""

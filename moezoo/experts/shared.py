@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moezoo.component import Component
 from moezoo.experts.feed_forward import FeedForward
 from moezoo.functional.gates import gate_logits
 
 
-class SharedExpert(nn.Module):
+class SharedExpert(Component):
     """y = FFN(x), or sigmoid(x w_g) FFN(x): the shared expert of DeepSeekMoE (2401.06066, eq. 9).
 
     Pass it as `MoE(..., shared=SharedExpert(...))`. The gate is Qwen2-MoE's; it computes in

@@ -9,10 +9,10 @@ from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
 from moezoo.functional.activations import activation as activation_of
 from moezoo.functional.composed_mlp import composed_mlp
+from moezoo.functional.drawn import FanIn
 from moezoo.functional.dropout import Dropout
 from moezoo.functional.fused_experts import fused_experts, worth_fusing
 from moezoo.functional.grouped_mlp import grouped_mlp, lone_mlp
-from moezoo.functional.truncated_normal import truncated_normal_
 from moezoo.records import Assignment
 
 
@@ -54,12 +54,16 @@ class StackedExperts(Experts):
         else:
             self.wi = nn.Parameter(torch.empty(inner))
         self.wo = nn.Parameter(torch.empty(outer))
-        self.reset_parameters()
+        self.initial = FanIn()
+        self.reset_own()
 
-    def reset_parameters(self) -> None:
-        """Truncated normals of variance 1 / fan-in."""
-        for parameter in self.parameters():
-            truncated_normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    def reset_own(self) -> None:
+        """Truncated normals of standard deviation 1 / sqrt(fan-in), as in `FeedForward`; in a model
+        times its scale.
+        """
+        for parameter in self._parameters.values():
+            assert parameter is not None
+            self.initial(parameter)
 
     @property
     def takes_weights(self) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts, registry
+from moezoo.functional.drawn import normal_
 from moezoo.functional.gates import gate_logits
 
 
@@ -60,8 +61,12 @@ class ZeroExperts(Experts):
         if self.constant:
             self.value = nn.Parameter(torch.empty(self.constant, d_model))
             self.mixer = nn.Parameter(torch.empty(self.constant, 2, d_model))
-            nn.init.normal_(self.value, std=d_model**-0.5)
-            nn.init.normal_(self.mixer, std=d_model**-0.5)
+            self.reset_own()
+
+    def reset_own(self) -> None:
+        if self.constant:
+            normal_(self.value, std=self.d_model**-0.5)
+            normal_(self.mixer, std=self.d_model**-0.5)
 
     def expert_sizes(self) -> tuple[int, tuple[int, ...]]:
         common, real = self.experts.expert_sizes()

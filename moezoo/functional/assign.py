@@ -97,7 +97,7 @@ def _best_by_windows(choice_TE: Tensor, k: int, width: int) -> Tensor:
     num_tokens, num_experts = choice_TE.shape
     windows = choice_TE.view(-1, width)
     most_TW = choice_TE.view(num_tokens, -1, width).amax(-1)
-    first_T = torch.arange(num_tokens) * (num_experts // width)
+    first_T = torch.arange(num_tokens, device=choice_TE.device) * (num_experts // width)
     expert_TK = first_T.new_empty(num_tokens, k)
     for choice in range(k):
         window_T = most_TW.max(-1).indices  # the first with the maximum has the first maximum

@@ -44,7 +44,8 @@ def kept(shape: torch.Size, threshold: int) -> Tensor:
     global generator. (A product with int8 is twice as fast as one with bool, thrice as `where`.)
     """
     count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), None)
     first = threshold - LEVELS // 2  # the lowest draw that stays
     # Two vector instructions; a comparison, whose result has one byte less, has none.
     stays = words.view(torch.int16)[:count].clamp_(first - 1, first).sub_(first - 1)

@@ -13,6 +13,11 @@ from moezoo.functional.collective import num_ranks, summed_over_ranks
 from moezoo.records import Assignment
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least: in half precision a mean over tokens would be rounded or overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def masked_mean(value_T: Tensor, real: Tensor | None) -> Tensor:
     """The mean of (T,) over real tokens; 0 when there are none."""
     if real is None:
@@ -24,6 +29,7 @@ def masked_mean(value_T: Tensor, real: Tensor | None) -> Tensor:
 
 def z_loss(logits_TE: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean over real tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    logits_TE = _wide(logits_TE)
     return masked_mean(logits_TE.logsumexp(dim=-1).square(), real)
 
 
@@ -38,7 +44,7 @@ def squared_variation(value_E: Tensor) -> Tensor:
 
 def importance(assignment: Assignment) -> Tensor:
     """CV^2 of the weight that every expert gets from the kept pairs (1701.06538, eq. 6-7)."""
-    weight_N = torch.where(assignment.kept, assignment.weight, 0.0)
+    weight_N = torch.where(assignment.kept, _wide(assignment.weight), 0.0)
     total_E = weight_N.new_zeros(assignment.num_experts)
     return squared_variation(total_E.index_add(0, assignment.expert, weight_N))
 
@@ -55,7 +61,8 @@ def expert_fractions(
     size = a.num_tokens if group_size is None else group_size
     groups = a.num_tokens // size if size else 0
     key_N = (a.token // max(size, 1)) * a.num_experts + a.expert
-    count = torch.zeros(groups * a.num_experts, dtype=a.weight.dtype, device=a.weight.device)
+    dtype = torch.promote_types(a.weight.dtype, torch.float32)  # which counts every pair
+    count = torch.zeros(groups * a.num_experts, dtype=dtype, device=a.weight.device)
     count.index_add_(0, key_N, a.kept.to(count.dtype))
     return count.view(groups, a.num_experts) / group_counts(a.num_tokens, real, size, count)
 
@@ -79,6 +86,7 @@ def load_balance(
 
     f is the share of tokens sent to expert e, P its mean probability; k at uniform routing.
     """
+    probs_TE = _wide(probs_TE)
     num_tokens, num_experts = probs_TE.shape
     size = num_tokens if group_size is None else group_size
     if num_tokens == 0:
@@ -119,6 +127,7 @@ def global_load_balance(
     A rank's value is its part times the number of ranks, so that the mean over ranks, of values and
     of gradients, is the loss of all tokens together. Every rank must call it.
     """
+    probs_TE = _wide(probs_TE)
     counted = torch.where(assignment.kept, 1.0, 0.0).to(probs_TE.dtype)
     load_E = counted.new_zeros(assignment.num_experts)
     load_E = load_E.index_add(0, assignment.expert, counted)

@@ -8,6 +8,8 @@ least loss, which keeps the assignment optimal for its new loads.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def balanced_assignment(score_NE: Tensor) -> Tensor:
     score_NE = torch.nan_to_num(score_NE.detach().to("cpu", torch.float64))
     num_rows, num_experts = score_NE.shape
     if num_rows == 0 or num_experts == 1:
-        return torch.zeros(num_rows, dtype=torch.int64)
+        return torch.zeros(num_rows, dtype=torch.int64, device="cpu")
     return _Transport(score_NE).solve()
 
 
@@ -42,14 +44,14 @@ class _Transport:
         price_E = _rough_prices(score_NE)
         self.expert_N = (score_NE - price_E).argmax(dim=1)
         # The dearest experts are the most wanted: giving them the spare seats is optimal as well.
-        self.seated = torch.zeros(self.num_experts, dtype=torch.bool)
+        self.seated = torch.zeros(self.num_experts, dtype=torch.bool, device="cpu")
         self.seated[price_E.argsort(descending=True, stable=True)[:spare]] = True
         load_E = torch.bincount(self.expert_N, minlength=self.num_experts)
-        self.surplus = torch.zeros(self.num_experts + 1, dtype=torch.int64)
+        self.surplus = torch.zeros(self.num_experts + 1, dtype=torch.int64, device="cpu")
         self.surplus[:-1] = load_E - floor - self.seated.long()
         nodes = self.num_experts + 1
-        self.cost = torch.full((nodes, nodes), _INFINITY, dtype=torch.float64)
-        self.mover = torch.zeros(nodes, nodes, dtype=torch.int64)
+        self.cost = torch.full((nodes, nodes), _INFINITY, dtype=torch.float64, device="cpu")
+        self.mover = torch.zeros(nodes, nodes, dtype=torch.int64, device="cpu")
         self.tolerance = 1e-13 * max(float(score_NE.abs().max()), 1e-300)
         for expert in range(self.num_experts):
             self._refresh(expert)
@@ -115,7 +117,7 @@ def _rough_prices(score_NE: Tensor) -> Tensor:
     spread = float(score_NE.max() - score_NE.min())
     if spread == 0.0:
         return price_E
-    aim = torch.tensor(num_rows / num_experts, dtype=torch.float64).log()
+    aim = math.log(num_rows / num_experts)
     for divisor in (4.0, 16.0, 64.0, 256.0, 1024.0):
         temperature = spread / divisor
         for _ in range(8):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from moezoo.component import Component
 from moezoo.records import Routing
 from moezoo.registry import Registry
 
 
-class RouterLoss(nn.Module):
+class RouterLoss(Component):
     """One unweighted scalar per routing. `needs` names the Routing fields that must be there
     ("logits", "probs",
     "assignment") or, as "losses.NAME", an entry that the router computes itself."""

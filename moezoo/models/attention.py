@@ -31,7 +31,8 @@ class Attention(nn.Module):
         inner = config.num_heads * config.d_kv
         self.num_heads, self.d_kv, self.layer = config.num_heads, config.d_kv, layer
         self.dropout = config.dropout_rate
-        self.q = Linear(config.d_model, inner)
+        # Smaller by sqrt(d_kv): T5 does not divide the scores by it.
+        self.q = Linear(config.d_model, inner, gain=config.d_kv**-0.5)
         self.k = Linear(config.d_model, inner)
         self.v = Linear(config.d_model, inner)
         self.o = Linear(inner, config.d_model)
@@ -41,6 +42,7 @@ class Attention(nn.Module):
                 config.num_heads,
                 max_distance=config.relative_attention_max_distance,
                 bidirectional=not decoder,
+                std=config.initializer_factor * config.d_model**-0.5,
             )
             if position_bias
             else None

@@ -12,7 +12,7 @@ from moezoo.layer import MoE
 from moezoo.models.attention import Attention
 from moezoo.models.cache import DecoderCache
 from moezoo.models.feed_forward import DenseMLP
-from moezoo.models.norm import RMSNorm
+from moezoo.models.norm import norm_of
 from moezoo.records import Routing
 
 _FLOAT16_MARGIN = 1000.0
@@ -24,12 +24,12 @@ class Block(nn.Module):
     def __init__(self, config: SwitchConfig, *, decoder: bool, layer: int) -> None:
         super().__init__()
         own_bias = layer == 0 or config.position_bias_every_layer
-        self.attention_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.attention_norm = norm_of(config)
         self.attention = Attention(config, decoder=decoder, layer=layer, position_bias=own_bias)
         if decoder:
-            self.cross_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+            self.cross_norm = norm_of(config)
             self.cross_attention = Attention(config, decoder=True, layer=layer)
-        self.mlp_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.mlp_norm = norm_of(config)
         sparse = layer in (config.decoder_sparse if decoder else config.encoder_sparse)
         self.mlp: MoE | DenseMLP
         if sparse:

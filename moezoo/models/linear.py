@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moezoo.functional.drawn import FanIn
 from moezoo.ops.linear import linear
 from moezoo.ops.products import Prepared
 
 
 class Linear(nn.Linear):
-    """y = x W^T with W (out, in); zero until `initialize` draws the weights of a whole model."""
+    """y = x W^T with W (out, in), of standard deviation gain / sqrt(in), times the model's scale
+    (`initialize`).
+    """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, gain: float = 1.0) -> None:
+        self.initial = FanIn(gain=gain)  # the constructor draws
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        # Drawn once, by `initialize`: the default draw would double the time to build a model.
-        nn.init.zeros_(self.weight)
+        self.initial(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)

@@ -6,16 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.config import SwitchConfig
 from moezoo.functional.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight; the mean is taken in float32 (or float64)."""
 
-    def __init__(self, d_model: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, d_model: int, *, eps: float = 1e-6, initial: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.eps, self.initial = eps, initial
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.initial)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
@@ -29,3 +34,9 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def norm_of(config: SwitchConfig) -> RMSNorm:
+    """The norm of a config's width, epsilon and initial weight."""
+    width, factor = config.d_model, config.initializer_factor
+    return RMSNorm(width, eps=config.layer_norm_epsilon, initial=factor)

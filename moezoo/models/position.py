@@ -7,7 +7,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from moezoo.models.embedding import Embedding
 
 
 def relative_buckets(
@@ -35,13 +37,19 @@ def relative_buckets(
     return bucket + torch.where(distance < max_exact, distance, far)
 
 
-class PositionBias(nn.Embedding):
+class PositionBias(Embedding):
     """The table (buckets, H) and its expansion to an additive attention bias."""
 
     def __init__(
-        self, num_buckets: int, num_heads: int, *, max_distance: int, bidirectional: bool
+        self,
+        num_buckets: int,
+        num_heads: int,
+        *,
+        max_distance: int,
+        bidirectional: bool,
+        std: float = 1.0,
     ) -> None:
-        super().__init__(num_buckets, num_heads)
+        super().__init__(num_buckets, num_heads, std=std)
         self.max_distance = max_distance
         self.bidirectional = bidirectional
 

@@ -61,7 +61,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 def mean_row(blocks: Iterable[Tensor]) -> Tensor:
     """The mean (D,) float64 of rows that come in blocks (N, D)."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device="cpu"), 0
     for rows in blocks:
         total, count = total + rows.double().sum(0), count + rows.shape[0]
     return total / max(count, 1)

@@ -15,7 +15,7 @@ from moezoo.functional.dropout import Dropout
 from moezoo.models.attention import causal_mask, key_mask, merged_bias
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
-from moezoo.models.norm import RMSNorm
+from moezoo.models.norm import norm_of
 from moezoo.records import Routing
 
 
@@ -33,7 +33,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, decoder=decoder, layer=layer) for layer in range(layers)
         )
-        self.final_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.final_norm = norm_of(config)
         self.dropout = Dropout(config.dropout_rate)
         own = ("decoder" if decoder else "encoder") in config.own_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model) if own else None

@@ -14,6 +14,7 @@ from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, ShapeError
 from moezoo.generation_options import StoredGeneration
 from moezoo.models.cache import DecoderCache
+from moezoo.models.embedding import Embedding
 from moezoo.models.generate import generate
 from moezoo.models.initialize import initialize
 from moezoo.models.inputs import (
@@ -39,10 +40,14 @@ class SwitchEncoderModel(nn.Module):
     def __init__(self, config: SwitchConfig) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model, std=config.initializer_factor)
         self.encoder = Stack(config, decoder=False)
         self.router_losses = ModelLosses(config, [self.encoder])
         initialize(self, config)
+
+    def reset_parameters(self) -> None:
+        """Draw every weight, and set every buffer, as the constructor does."""
+        initialize(self, self.config)
 
     def gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute blocks in backward instead of keeping their activations."""
@@ -80,12 +85,16 @@ class SwitchModel(nn.Module):
                 "an encoder-decoder needs a decoder layer", field="num_decoder_layers"
             )
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model, std=config.initializer_factor)
         self.encoder = Stack(config, decoder=False)
         self.decoder = Stack(config, decoder=True)
         self.router_losses = ModelLosses(config, [self.encoder, self.decoder])
         self._make_head(config)
         initialize(self, config)
+
+    def reset_parameters(self) -> None:
+        """Draw every weight, and set every buffer, as the constructor does."""
+        initialize(self, self.config)
 
     def _make_head(self, config: SwitchConfig) -> None:
         """A model without a head has none."""

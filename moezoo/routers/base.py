@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from moezoo.component import Component
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.registry import Registry
 
 
-class Router(nn.Module):
+class Router(Component):
     """Turns tokens into a routing.
 
-    A subclass declares its properties; the conformance kit tests what they imply.
+    A subclass declares its properties; the conformance kit tests what they imply. One with
+    parameters or buffers of its own sets them in `reset_own` (see `Component`).
 
     Class or instance attributes:
         causal: a token's proposed pairs depend on that token alone (or on earlier ones in its
@@ -27,6 +28,8 @@ class Router(nn.Module):
             BASE).
         deterministic: the same tokens give the same routing, in training too.
         batch_invariant: a token's pairs do not depend on the other tokens of the batch.
+        straight_through: weights carry a gradient that their values do not follow, such as that of
+            p / stopgrad(p), which is 1.
         own_losses: names of the losses that the router returns in `Routing.losses`.
         default_losses: coefficients by loss name for configs that name none (the paper's 0.01).
     """
@@ -39,6 +42,7 @@ class Router(nn.Module):
     owns_capacity: bool = False
     deterministic: bool = True
     batch_invariant: bool = True
+    straight_through: bool = False
     own_losses: frozenset[str] = frozenset()
     default_losses: Mapping[str, float] = MappingProxyType({"load_balance": 0.01, "z": 0.0})
 
@@ -79,15 +83,24 @@ class Router(nn.Module):
         recomputation under activation checkpointing would do it twice and route differently.
         """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # Balancing buffers stay float32 in a bfloat16 model: their small steps would be lost.
-        before = {name: b for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = buffer.to(after.device)
-        return self
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "adapt" in vars(cls):
+            cls.adapt = _in_float32(cls.adapt)  # type: ignore[method-assign, assignment]
+
+
+Adapt = Callable[[Any, Sequence[Routing]], None]
+
+
+def _in_float32(adapt: Adapt) -> Adapt:
+    """`adapt` on buffers whose small steps are not lost, even where a tool has cast their data."""
+
+    @functools.wraps(adapt)
+    def widened(self: Router, routings: Sequence[Routing]) -> None:
+        self.widen_buffers()
+        adapt(self, routings)
+
+    return widened
 
 
 registry: Registry[Router] = Registry("router", Router, "moezoo.routers")

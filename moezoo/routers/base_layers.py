@@ -59,7 +59,7 @@ def _balanced(logits_TE: Tensor, tokens: Tokens) -> Tensor:
     Runs on the CPU: a linear assignment has no parallel form worth having at these sizes.
     """
     score_TE = logits_TE.cpu()
-    expert_T = torch.zeros(tokens.num_tokens, dtype=torch.int64)
+    expert_T = torch.zeros(tokens.num_tokens, dtype=torch.int64, device="cpu")
     real_T = torch.ones_like(expert_T, dtype=torch.bool)
     if tokens.real is not None:
         real_T = tokens.real.cpu()

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.drawn import DrawnLinear, orthogonal_
 from moezoo.functional.gates import gate_logits
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.checks import check_number, check_whole
 from moezoo.routers.soft import unit_rows
-from moezoo.routers.switch import check_sizes, classifier
+from moezoo.routers.switch import check_sizes
 
 
 @registry.register("cosine")
@@ -46,9 +47,13 @@ class CosineRouter(Router):
         check_whole("low_dim", low_dim, 1)
         self.d_model, self.num_experts, self.k = d_model, num_experts, k
         self.projection = nn.Linear(d_model, low_dim, bias=False)
-        self.classifier = classifier(low_dim, num_experts)
-        nn.init.orthogonal_(self.classifier.weight)
-        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+        self.classifier = DrawnLinear(low_dim, num_experts, orthogonal_)
+        self.first_temperature = float(temperature)
+        self.temperature = nn.Parameter(torch.empty(()))
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        nn.init.constant_(self.temperature, self.first_temperature)
 
     @property
     def choices(self) -> int:

@@ -62,8 +62,13 @@ class ExpertThresholdRouter(Router):
         self.d_model, self.num_experts = d_model, num_experts
         self.classifier = classifier(d_model, num_experts, bias=bias)
         self.factor, self.decay, self.max_choices = float(factor), decay, max_choices
-        self.register_buffer("threshold", torch.full((num_experts,), 1.0 / num_experts))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("threshold", torch.empty(num_experts))
+        self.register_buffer("num_updates", torch.empty((), dtype=torch.int64))
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        self.threshold.fill_(1.0 / self.num_experts)
+        self.num_updates.zero_()
 
     @property
     def choices(self) -> int:

@@ -56,11 +56,20 @@ class HashRouter(Router):
         check_one_of("table", table, ("random", "balanced", "frequency"))
         check_whole("seed", seed, 0, 2**63 - 1)
         self.d_model, self.num_experts, self.vocab_size = d_model, num_experts, vocab_size
-        if table == "frequency":
-            drawn = _by_frequency(_checked(frequencies, vocab_size), num_experts)
+        self.kind, self.seed = table, seed
+        self.frequencies = _checked(frequencies, vocab_size) if table == "frequency" else ()
+        self.register_buffer("table", torch.empty(vocab_size, dtype=torch.int64))
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        if self.table.is_meta:
+            return  # a table takes its time, and nobody would read this one
+        if self.kind == "frequency":
+            drawn = _by_frequency(self.frequencies, self.num_experts)
         else:
-            drawn = _drawn(vocab_size, num_experts, seed, balanced=table == "balanced")
-        self.register_buffer("table", drawn.to(torch.get_default_device()))
+            balanced = self.kind == "balanced"
+            drawn = _drawn(self.vocab_size, self.num_experts, self.seed, balanced=balanced)
+        self.table.copy_(drawn)
 
     def forward(self, tokens: Tokens) -> Routing:
         if tokens.ids is None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.drawn import DrawnLinear
 from moezoo.functional.gates import gate_logits
 from moezoo.functional.losses import squared_variation
 from moezoo.records import Routing, Tokens
@@ -37,8 +38,8 @@ class NoisyTopKRouter(Router):
         check_sizes(d_model, num_experts, k)
         self.d_model, self.num_experts, self.k = d_model, num_experts, k
         self.classifier = classifier(d_model, num_experts, bias=bias)
-        self.noise = nn.Linear(d_model, num_experts, bias=False)
-        nn.init.zeros_(self.noise.weight)  # as in the paper: equal noise for everybody at first
+        # As in the paper: equal noise for everybody at first.
+        self.noise = DrawnLinear(d_model, num_experts, nn.init.zeros_)
 
     @property
     def choices(self) -> int:

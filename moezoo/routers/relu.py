@@ -66,7 +66,12 @@ class ReLURouter(Router):
         self.d_model, self.num_experts, self.k = d_model, num_experts, float(k)
         self.classifier = classifier(d_model, num_experts, bias=bias)
         self.alpha, self.balance, self.max_choices = alpha, balance, max_choices
-        self.register_buffer("coefficient", torch.tensor(float(coefficient)))
+        self.first_coefficient = float(coefficient)
+        self.register_buffer("coefficient", torch.empty(()))
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        self.coefficient.fill_(self.first_coefficient)
 
     @property
     def choices(self) -> int:

@@ -66,9 +66,13 @@ class SigmoidTopKRouter(Router):
         _check_groups(groups, groups_per_token, num_experts, k)
         self.d_model, self.num_experts, self.k = d_model, num_experts, k
         self.classifier = classifier(d_model, num_experts, bias=bias)
-        self.register_buffer("expert_bias", torch.zeros(num_experts))
+        self.register_buffer("expert_bias", torch.empty(num_experts))
         self.score, self.normalize, self.scale = score, normalize, scale
         self.bias_rate, self.groups, self.groups_per_token = bias_rate, groups, groups_per_token
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        self.expert_bias.zero_()
 
     @property
     def choices(self) -> int:

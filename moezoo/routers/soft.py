@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.functional.drawn import normal_
 from moezoo.functional.gates import gate_dtype, gate_logits
 from moezoo.records import Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router, registry
@@ -44,8 +43,13 @@ class SoftRouter(Router):
         self.d_model, self.num_experts, self.slots = d_model, num_experts, slots
         self.normalize = normalize
         self.phi = nn.Parameter(torch.empty(num_experts * slots, d_model))
-        nn.init.normal_(self.phi, std=1.0 / math.sqrt(d_model))
-        self.scale = nn.Parameter(torch.ones(())) if normalize else None
+        self.scale = nn.Parameter(torch.empty(())) if normalize else None
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        normal_(self.phi, std=self.d_model**-0.5)
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
 
     @property
     def choices(self) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import token_choice
+from moezoo.functional.drawn import DrawnLinear, normal_
 from moezoo.functional.gates import gate_logits, gate_probs, jittered
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -17,13 +19,11 @@ from moezoo.routers.base import Router, registry
 ROUTER_INIT_STD = 0.02
 
 
-def classifier(d_model: int, num_experts: int, *, bias: bool = False) -> nn.Linear:
-    """The linear gate (E, D), drawn from N(0, 0.02) as the published models are."""
-    layer = nn.Linear(d_model, num_experts, bias=bias)
-    nn.init.normal_(layer.weight, std=ROUTER_INIT_STD)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+def classifier(d_model: int, num_experts: int, *, bias: bool = False) -> DrawnLinear:
+    """The linear gate (E, D) with weights of standard deviation 0.02, as in the published models,
+    and a bias of zero.
+    """
+    return DrawnLinear(d_model, num_experts, partial(normal_, std=ROUTER_INIT_STD), bias=bias)
 
 
 @registry.register("switch")
@@ -64,6 +64,7 @@ class SwitchRouter(Router):
         self.jitter = jitter
         self.weight = weight
         self.deterministic = jitter == 0.0
+        self.straight_through = weight == "unit"
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Expert scores (T, E) in float32 (or float64)."""

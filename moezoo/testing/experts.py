@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from moezoo import experts as containers
 from moezoo.experts.base import Experts
+from moezoo.testing.gradients import (
+    DTYPES,
+    HALVES,
+    Outcome,
+    check_gradients,
+    check_narrow,
+    leaves_of,
+)
 from moezoo.testing.invariants import D_MODEL, Case, Invariant, Promises, close, same, seeded
+from moezoo.testing.state import check_copies, state_invariants
 from moezoo.testing.strategies import cases
 
 D_FF = 8
@@ -40,18 +50,27 @@ def experts_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     """What `check_experts` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
+        **state_invariants(lambda case: checks.construct(case.num_experts)),
         "rows of nobody": ("rows past the counts come out as zero", checks.rows_of_nobody),
         "alone": ("an expert's rows come out as if it were run alone", checks.alone),
         "unhit": ("an expert without rows gets a zero gradient, never None", checks.unhit),
         "input": ("slots and counts are never changed", checks.input_unchanged),
         "dtype": ("float64 goes in and out, and zero rows work", checks.dtype),
-        "gradcheck": ("gradients are right in float64", checks.gradcheck),
+        "gradcheck": (
+            "gradients of slots and of every parameter are right in float64",
+            checks.gradcheck,
+        ),
+        "dtypes": ("half precision gives float64's rows and gradients, rounded", checks.dtypes),
+        "lone row": ("one row without a gradient comes out as with one", checks.lone_row),
+        "copies": ("a deep copy and a loaded state dict compute alike", checks.copies),
     }
     if checks.build(Case(device=device)).row_wise:
         invariants["rows"] = ("a row's output depends on that row alone", checks.rows)
     if checks.build(Case(device=device)).takes_weights:
         invariants["weights"] = ("weights multiply the rows, gradients too", checks.weights)
-    return Promises(checks.label, invariants, cases(max_group=10, max_experts=5, device=device))
+    once = frozenset({"reset", "buffers"})
+    strategy = cases(max_group=10, max_experts=5, device=device)
+    return Promises(checks.label, invariants, strategy, once, Case(device=device))
 
 
 class _Checks:
@@ -65,15 +84,18 @@ class _Checks:
 
     def build(self, case: Case) -> Experts:
         with seeded(case.seed):
-            if isinstance(self.subject, (str, dict)):
-                sizes = {"d_model": D_MODEL, "d_ff": D_FF, "num_experts": case.num_experts}
-                made = containers.build(self.subject, **sizes)
-            else:
-                made = self.subject(D_MODEL, D_FF, case.num_experts)
+            made = self.construct(case.num_experts)
             with torch.no_grad():
                 for parameter in made.parameters():
                     parameter.normal_()
         return made.double().eval().to(case.device)
+
+    def construct(self, num_experts: int) -> Experts:
+        """The container as its constructor makes it."""
+        if isinstance(self.subject, (str, dict)):
+            sizes = {"d_model": D_MODEL, "d_ff": D_FF, "num_experts": num_experts}
+            return containers.build(self.subject, **sizes)
+        return self.subject(D_MODEL, D_FF, num_experts)
 
     def rows_of_nobody(self, case: Case) -> None:
         slots, counts = inputs(case)
@@ -144,11 +166,40 @@ class _Checks:
         assert empty.shape == (0, D_MODEL), f"no rows came out as {tuple(empty.shape)}"
 
     def gradcheck(self, case: Case) -> None:
-        if case.num_tokens > 5:
-            return
         experts, (slots, counts) = self.build(case), inputs(case)
-        slots = slots.requires_grad_()
-        torch.autograd.gradcheck(lambda x: experts(x, counts), (slots,), eps=1e-7, atol=1e-4)
+        leaves = leaves_of(experts, slots=slots)
+        check_gradients(lambda: Outcome([experts(slots, counts)]), leaves, case)
+
+    def dtypes(self, case: Case) -> None:
+        slots, counts = inputs(case)
+        for dtype in DTYPES:
+            narrow = self.build(case).to(dtype)
+            sides = []
+            for experts in (narrow, copy.deepcopy(narrow).double()):
+                x = slots.to(dtype).to(next(iter(experts.parameters()), slots).dtype)
+                leaves = leaves_of(experts, slots=x)
+                sides.append((Outcome([experts(x, counts)]), leaves))
+            (found,) = sides[0][0].values
+            assert found.dtype == dtype, f"{dtype} came out as {found.dtype}"
+            check_narrow(sides[0], sides[1], dtype, case)
+
+    def lone_row(self, case: Case) -> None:
+        slots, _ = inputs(case)
+        for dtype in (torch.float64, *DTYPES):
+            experts, row = self.build(case).to(dtype), slots[:1].to(dtype)
+            for expert in range(case.num_experts if len(row) else 0):
+                counts = torch.zeros(case.num_experts, dtype=torch.int64, device=case.device)
+                counts[expert] = 1
+                expected = experts(row, counts).detach()
+                with torch.no_grad():
+                    found, whole = experts.alone(row, expert), experts(row, counts)
+                room = 1e-9 if dtype == torch.float64 else 0.1 if dtype in HALVES else 1e-4
+                close(found, expected, f"a lone row of expert {expert} in {dtype}", atol=room)
+                close(whole, expected, f"without a gradient, in {dtype}", atol=room)
+
+    def copies(self, case: Case) -> None:
+        slots, counts = inputs(case)
+        check_copies(self.build, lambda experts: [experts(slots, counts)], case)
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
@@ -99,7 +99,7 @@ class Case:
 
     def noise(self, *shape: int, purpose: int = 1) -> Tensor:
         """Further random numbers of this case."""
-        return torch.randn(*shape, generator=self.generator(purpose)).to(self.device)
+        return torch.randn(shape, generator=self.generator(purpose)).to(self.device)
 
 
 @contextmanager
@@ -132,12 +132,15 @@ class Promises:
     """What a component promises.
 
     Attributes: component (its name), invariants (by name: the claim, and what checks a case), cases
-    (the strategy that draws them).
+    (the strategy that draws them), once (names of invariants that `sample`, a single case, says
+    enough about).
     """
 
     component: str
     invariants: Mapping[str, tuple[str, Invariant]]
     cases: SearchStrategy[Case]
+    once: frozenset[str] = frozenset()
+    sample: Case = Case()
 
     def verify(self, examples: int | None = None) -> None:
         """Check each invariant. Raises InvariantBroken for the first broken one."""
@@ -149,6 +152,13 @@ class Promises:
         where no more can be drawn. Raises InvariantBroken.
         """
         claim, invariant = self.invariants[name]
+        if name in self.once:
+            failure = _failure(invariant, self.sample)
+            if failure is not None:
+                raise InvariantBroken(
+                    self.component, name, claim, self.sample, failure[0]
+                ) from None
+            return 1
         return _verify_one(self.component, name, claim, invariant, self.cases, examples)
 
 
@@ -166,17 +176,17 @@ def _verify_one(
     def holds(case: Case) -> None:
         nonlocal count
         count += 1
-        try:
-            invariant(case)
-        except (AssertionError, MoezooError, RuntimeError, ValueError, IndexError) as error:
-            reason = str(error).strip().splitlines()
-            said = reason[0] if reason else repr(error)
-            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            last.append((case, kind + said))
-            raise
+        failure = _failure(invariant, case)
+        if failure is not None:
+            last.append((case, failure[0]))
+            raise failure[1]
 
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
-    run = settings(deadline=None, database=None, print_blob=False, suppress_health_check=quiet)
+    # Not Phase.explain, which runs the case again for hundreds of variants that nobody reads.
+    phases = (Phase.generate, Phase.shrink)
+    run = settings(
+        deadline=None, database=None, print_blob=False, suppress_health_check=quiet, phases=phases
+    )
     if examples is not None:
         run = settings(run, max_examples=examples)
     try:
@@ -188,6 +198,18 @@ def _verify_one(
         case, reason = last[-1]
         raise InvariantBroken(component, name, claim, case, reason) from None
     return count
+
+
+def _failure(invariant: Invariant, case: Case) -> tuple[str, Exception] | None:
+    """What a case breaks, in words, and the error; None when it holds."""
+    try:
+        invariant(case)
+    except (AssertionError, MoezooError, RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()
+        said = reason[0] if reason else repr(error)
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return kind + said, error
+    return None
 
 
 def same(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from moezoo.layer import MoE
 from moezoo.pairing import causality_refusal
 from moezoo.records import Assignment
+from moezoo.testing.gradients import DTYPES, Outcome, Side, check_gradients, check_narrow, leaves_of
 from moezoo.testing.invariants import D_MODEL, Case, Invariant, Promises, close, same, seeded
+from moezoo.testing.state import check_copies, state_invariants
 from moezoo.testing.strategies import cases
 
 Subject = Callable[[int, int], MoE]
@@ -44,6 +47,11 @@ def layer_promises(subject: Subject, *, label: str | None = None, device: str = 
         "padding": ("padding comes out as 0 and changes nothing, NaN or not", checks.padding),
         "input": ("x is never changed; y is like x", checks.input_unchanged),
         "dropped": ("a token without a kept pair gives 0 and no gradient", checks.dropped),
+        "gradient": ("gradients of x and of every parameter are right in float64", checks.gradient),
+        "inference": ("without a gradient it computes what it does with one", checks.inference),
+        "dtypes": ("half precision gives float64's y and gradients, rounded", checks.dtypes),
+        "copies": ("a deep copy and a loaded state dict compute alike", checks.copies),
+        **state_invariants(lambda case: checks.construct(case)),
     }
     sample = checks.build(Case(device=device))
     if not sample.router.soft and causality_refusal(sample.router, sample.capacity) is None:
@@ -52,9 +60,9 @@ def layer_promises(subject: Subject, *, label: str | None = None, device: str = 
             checks.prefill,
         )
     name = label or str(getattr(subject, "__name__", "layer"))
-    return Promises(
-        name, invariants, cases(max_group=6, max_groups=2, max_experts=4, device=device)
-    )
+    strategy = cases(max_group=6, max_groups=2, max_experts=4, device=device)
+    once = frozenset({"reset", "buffers", "dtypes", "copies"})
+    return Promises(name, invariants, strategy, once, Case(device=device, groups=2, padded=True))
 
 
 class _Checks:
@@ -65,11 +73,59 @@ class _Checks:
 
     def build(self, case: Case) -> MoE:
         with seeded(case.seed):
-            layer = self.subject(D_MODEL, case.num_experts)
+            layer = self.construct(case)
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter.normal_()
         return layer.double().train(case.training).to(case.device)
+
+    def construct(self, case: Case) -> MoE:
+        """The layer as its constructor makes it."""
+        return self.subject(D_MODEL, case.num_experts)
+
+    def outcome(self, case: Case, layer: MoE, x: Tensor) -> Outcome:
+        """y and who went where."""
+        _, mask, ids = self.inputs(case)
+        y, a = self.run(case, layer, x, mask, ids)
+        return Outcome([y], [] if a is None else [a.token, a.expert, a.kept])
+
+    def gradient(self, case: Case) -> None:
+        layer = self.build(case)
+        if case.ties or not case.num_tokens:
+            return
+        x = self.inputs(case)[0]
+        leaves = leaves_of(layer, x=x)
+        if layer.router.straight_through:  # weights carry what their values do not follow
+            leaves = {n: p for n, p in leaves.items() if n != "x" and not n.startswith("router.")}
+        check_gradients(lambda: self.outcome(case, layer, x), leaves, case)
+
+    def inference(self, case: Case) -> None:
+        layer = self.build(case)
+        x, mask, ids = self.inputs(case)
+        some = slice(0, 1)
+        lone = x[some, some], None if mask is None else mask[some, some], ids[some, some]
+        for given in ((x, mask, ids), lone):
+            y, _ = self.run(case, layer, *given)
+            with torch.no_grad():
+                found, _ = self.run(case, layer, *given)
+            close(found, y.detach(), "y without a gradient", atol=1e-8)
+
+    def dtypes(self, case: Case) -> None:
+        x = self.inputs(case)[0]
+        for dtype in DTYPES:
+            narrow = self.build(case).to(dtype)
+            sides: list[Side] = []
+            for layer in (narrow, copy.deepcopy(narrow).double()):
+                given = x.to(dtype).to(torch.float64 if sides else dtype)
+                leaves = leaves_of(layer, x=given)
+                sides.append((self.outcome(case, layer, given), leaves))
+            (y,) = sides[0][0].values
+            assert y.dtype == dtype, f"{dtype} came out as {y.dtype}"
+            check_narrow(sides[0], sides[1], dtype, case)
+
+    def copies(self, case: Case) -> None:
+        x = self.inputs(case)[0]
+        check_copies(self.build, lambda layer: self.outcome(case, layer, x).values, case)
 
     def inputs(self, case: Case) -> tuple[Tensor, Tensor | None, Tensor]:
         """x (B, L, D) float64, mask (B, L) or None, token ids (B, L)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from moezoo import losses
 from moezoo.losses.base import RouterLoss
-from moezoo.records import Routing
+from moezoo.records import Assignment, Routing
+from moezoo.testing.gradients import DTYPES, Outcome, check_gradients, check_narrow
 from moezoo.testing.invariants import Case, Invariant, Promises, close
+from moezoo.testing.state import check_copies, state_invariants
 from moezoo.testing.strategies import cases, routing_of, without
 
 Subject = str | dict[str, Any] | type[RouterLoss] | Callable[[], RouterLoss]
@@ -47,8 +50,15 @@ def loss_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     }
     if not any(need.startswith("losses.") for need in checks.build().needs):
         invariants["padding"] = ("padding does not count", checks.padding)
-        invariants["gradient"] = ("the gradient is finite and not None", checks.gradient)
-    return Promises(checks.label, invariants, cases(max_group=8, device=device))
+    invariants |= {
+        "gradient": ("the gradient of scores and weights is right in float64", checks.gradient),
+        "dtypes": ("half precision gives float64's loss and gradient, rounded", checks.dtypes),
+        "copies": ("a deep copy and a loaded state dict give the same loss", checks.copies),
+        **state_invariants(lambda case: checks.build()),
+    }
+    strategy = cases(max_group=8, device=device)
+    once = frozenset({"reset", "buffers"})
+    return Promises(checks.label, invariants, strategy, once, Case(device=device))
 
 
 class _Checks:
@@ -107,15 +117,53 @@ class _Checks:
         close(self.build()(routing), value, "with padding instead of without it")
 
     def gradient(self, case: Case) -> None:
+        leaves = self.leaves(case, torch.float64)
+        loss = self.build().train(case.training)
+        check_gradients(lambda: Outcome([loss(self.of_leaves(case, leaves))]), leaves, case)
+        if self.reads_scores(loss) and case.num_tokens:
+            value = loss(self.of_leaves(case, leaves))
+            assert value.requires_grad, "no gradient reaches the routing"
+
+    def dtypes(self, case: Case) -> None:
+        loss = self.build().train(case.training)
+        for dtype in DTYPES:
+            narrow = self.leaves(case, dtype)
+            wide = {name: leaf.detach().double().requires_grad_() for name, leaf in narrow.items()}
+            sides = [(Outcome([loss(self.of_leaves(case, x))]), x) for x in (narrow, wide)]
+            (value,) = sides[0][0].values
+            assert value.dtype == torch.float32, f"the loss of {dtype} scores is {value.dtype}"
+            check_narrow(sides[0], sides[1], dtype, case)
+
+    def copies(self, case: Case) -> None:
         routing = self.routing(case)
-        assert routing.logits is not None
-        leaf: Tensor = routing.logits.clone().requires_grad_()
-        probs = leaf.softmax(-1)
-        value = self.build()(
-            Routing(routing.assignment, logits=leaf, probs=probs, real=routing.real)
+        check_copies(lambda _: self.build(), lambda loss: [loss(routing)], case)
+
+    def reads_scores(self, loss: RouterLoss) -> bool:
+        """Whether a loss is computed here, from what routers give everybody."""
+        return not any(need.startswith("losses.") for need in loss.needs)
+
+    def leaves(self, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a loss may differentiate: scores (T, E), and what the router computed itself."""
+        scores = case.noise(case.num_tokens, case.num_experts, purpose=2).to(dtype)
+        leaves = {"logits": scores.requires_grad_()}
+        for number, need in enumerate(sorted(self.build().needs)):
+            if need.startswith("losses."):
+                own = case.noise(purpose=60 + number).abs()
+                leaves[need] = own.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        return leaves
+
+    def of_leaves(self, case: Case, leaves: Mapping[str, Tensor]) -> Routing:
+        """The routing of a case whose probabilities and weights follow from the leaves."""
+        plain = self.routing(case)
+        a = plain.assignment
+        assert isinstance(a, Assignment)
+        probs = leaves["logits"].softmax(-1)
+        weight = probs[a.token, a.expert]
+        own = {n.removeprefix("losses."): leaf for n, leaf in leaves.items() if n != "logits"}
+        return replace(
+            plain,
+            assignment=replace(a, weight=weight),
+            logits=leaves["logits"],
+            probs=probs,
+            losses=own,
         )
-        if case.num_tokens == 0 or not value.requires_grad:
-            return
-        value.backward()
-        assert leaf.grad is not None, "no gradient reaches the logits"
-        assert bool(torch.isfinite(leaf.grad).all()), "the gradient is not finite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,9 @@ from moezoo.capacity.dropless import Dropless
 from moezoo.errors import ConfigError
 from moezoo.records import Assignment, Routing
 from moezoo.registry import Spec
+from moezoo.testing.gradients import DTYPES, Outcome, check_gradients
 from moezoo.testing.invariants import Case, Invariant, Promises, same, seeded
+from moezoo.testing.state import state_invariants
 from moezoo.testing.strategies import cases, routing_of, without
 
 Subject = str | dict[str, Any] | type[CapacityPolicy] | Callable[[int], CapacityPolicy]
@@ -55,13 +58,18 @@ def policy_promises(subject: Subject, *, device: str = "cpu") -> Promises:
         "roomy": ("capacity for all equals dropless bit for bit", checks.roomy),
         "input": ("the proposed routing is never changed", checks.input_unchanged),
         "groups": ("a group is admitted as if it were alone", checks.groups),
+        "gradient": ("gradients of weights and scores are right in float64", checks.gradient),
+        "dtypes": ("weights of any dtype keep it, and who is kept", checks.dtypes),
+        **state_invariants(lambda case: checks.build(2)),
     }
     sample = checks.build(2)
     if not sample.counts_padding:
         invariants["padding"] = ("padding takes no capacity", checks.padding)
     if sample.causal:
         invariants["causal"] = ("later tokens never change who is kept", checks.causal)
-    return Promises(checks.label, invariants, cases(max_group=10, max_experts=4, device=device))
+    strategy = cases(max_group=10, max_experts=4, device=device)
+    once = frozenset({"reset", "buffers"})
+    return Promises(checks.label, invariants, strategy, once, Case(device=device))
 
 
 class _Checks:
@@ -164,6 +172,46 @@ class _Checks:
         before = [t.clone() for t in (a.token, a.expert, a.weight, a.kept)]
         self.build(1).train(case.training)(routing)
         same([a.token, a.expert, a.weight, a.kept], before, "the proposed assignment")
+
+    def gradient(self, case: Case) -> None:
+        for choices in (1, 2):
+            plain = routing_of(case, choices)
+            offered = _sparse(plain)
+            policy = self.build(1 + case.seed % 3).train(case.training)
+            leaf = case.noise(case.num_tokens, case.num_experts, purpose=2).double()
+            leaf.requires_grad_()
+
+            def run(
+                plain: Routing = plain,
+                offered: Assignment = offered,
+                policy: CapacityPolicy = policy,
+                leaf: Tensor = leaf,
+            ) -> Outcome:
+                probs = leaf.softmax(-1)
+                weight = probs[offered.token, offered.expert]
+                with seeded(case.seed):
+                    a = policy(
+                        replace(
+                            plain, assignment=replace(offered, weight=weight), logits=leaf,
+                            probs=probs,
+                        )
+                    )  # fmt: skip
+                return Outcome([torch.where(a.kept, a.weight, 0.0)], [a.token, a.expert, a.kept])
+
+            check_gradients(run, {"the scores": leaf}, case)
+
+    def dtypes(self, case: Case) -> None:
+        routing = routing_of(case, 2)
+        offered = _sparse(routing)
+        for dtype in (torch.float64, *DTYPES):
+            weight = offered.weight.to(dtype)
+            given = replace(routing, assignment=replace(offered, weight=weight))
+            with seeded(case.seed):
+                admitted = self.build(1 + case.seed % 3).train(case.training)(given)
+            assert admitted.weight.dtype == dtype, f"{dtype} weights are {admitted.weight.dtype}"
+            before, after = _weights(_sparse(given)), _weights(admitted)
+            wrong = [pair for pair, w in after.items() if pair in before and before[pair] != w]
+            assert not wrong, f"the weights of {wrong} changed in {dtype}"
 
     def groups(self, case: Case) -> None:
         if case.groups == 1 or case.group_size == 0 or self._draws():

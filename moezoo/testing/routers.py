@@ -8,12 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moezoo import routers
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 from moezoo.registry import Spec
 from moezoo.routers.base import Router
+from moezoo.testing.gradients import (
+    DTYPES,
+    Outcome,
+    check_gradients,
+    check_narrow,
+    check_reached,
+    leaves_of,
+)
 from moezoo.testing.invariants import (
     D_MODEL,
     VOCABULARY,
@@ -24,6 +31,15 @@ from moezoo.testing.invariants import (
     same,
     seeded,
 )
+from moezoo.testing.routings import (
+    alike,
+    check_choices,
+    decisions,
+    pairs_of_token,
+    same_pairs,
+    weights_of,
+)
+from moezoo.testing.state import check_copies, state_invariants
 from moezoo.testing.strategies import cases
 
 Subject = str | dict[str, Any] | type[Router] | Callable[[int, int], Router]
@@ -52,6 +68,7 @@ def router_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     """What `check_router` verifies."""
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
+        **state_invariants(lambda case: checks._construct(case.num_experts)),
         "records": ("assignment, logits, probs and losses are as declared", checks.records),
     }
     sample = checks.build(Case(device=device))
@@ -76,12 +93,18 @@ def router_promises(subject: Subject, *, device: str = "cpu") -> Promises:
         "padding": ("what padding holds never matters", checks.padding),
         "precision": ("gates are float32 in bfloat16 models and under autocast", checks.precision),
         "evaluation": ("evaluation draws no random numbers", checks.evaluation),
-        "gradient": ("every parameter gets a finite gradient", checks.gradient),
-        "gradcheck": ("gradients are right in float64", checks.gradcheck),
+        "gradient": ("every parameter gets a finite gradient in training", checks.gradient),
+        "gradcheck": (
+            "gradients of tokens and of every parameter are right in float64",
+            checks.gradcheck,
+        ),
+        "dtypes": ("half precision gives float64's routing and gradients, rounded", checks.dtypes),
+        "balancing": ("what `adapt` does in bfloat16 it does as in float32", checks.balancing),
         "copies": ("a deep copy and a loaded state dict route alike", checks.copies),
     }
     strategy = cases(max_group=8, max_groups=2, max_experts=5, device=device)
-    return Promises(checks.label, invariants, strategy)
+    once = frozenset({"reset", "buffers"})
+    return Promises(checks.label, invariants, strategy, once, Case(device=device))
 
 
 class _Checks:
@@ -143,7 +166,7 @@ class _Checks:
         assert names == router.own_losses, f"losses {names}, declared {set(router.own_losses)}"
         assert all(torch.isfinite(loss) for loss in routing.losses.values()), "a loss is not finite"
         if isinstance(routing.assignment, Assignment) and router.choices:
-            _check_choices(routing.assignment, router.choices)
+            check_choices(routing.assignment, router.choices)
 
     def input_unchanged(self, case: Case) -> None:
         router, tokens = self.build(case), case.tokens()
@@ -164,14 +187,12 @@ class _Checks:
         router, tokens = self.build(case).bfloat16(), case.tokens(torch.bfloat16)
         with torch.autocast(torch.device(case.device).type, dtype=torch.bfloat16):
             routing = router(tokens)
-        for tensor in (*_weights(routing), routing.logits, routing.probs):
+        for tensor in (*weights_of(routing), routing.logits, routing.probs):
             if tensor is not None:
                 assert tensor.dtype == torch.float32, f"gates are {tensor.dtype}"
 
     def evaluation(self, case: Case) -> None:
         router, tokens = self.build(case).eval(), case.tokens()
-        if not router.deterministic and type(router).__name__ == "RandomRouter":
-            return
         with seeded(1):
             first = router(tokens)
             second = router(tokens)
@@ -190,7 +211,7 @@ class _Checks:
             x[cut:] = case.noise(case.num_tokens - cut, D_MODEL, purpose=3)
             later = Tokens(x, tokens.ids, tokens.real, tokens.group_size)
             found = self.route(case, later, router)
-            if _alike(found, expected, cut):
+            if alike(found, expected, cut):
                 continue
             for token in range(cut):
                 mine, old = pairs_of_token(found, token), pairs_of_token(expected, token)
@@ -219,93 +240,62 @@ class _Checks:
             same_pairs(mine, before, f"token {old}, after reordering,")
 
     def gradient(self, case: Case) -> None:
-        router = self.build(case)
-        if case.num_tokens == 0 or not any(p.requires_grad for p in router.parameters()):
+        if case.num_tokens == 0:
             return
-        routing = router(case.tokens())
-        outputs = [t for t in (*_weights(routing), routing.probs, *routing.losses.values())
-                   if t is not None and t.requires_grad]  # fmt: skip
-        if not outputs:
-            return
-        torch.autograd.backward([output.sum() for output in outputs])
-        for name, parameter in router.named_parameters():
-            gradient = parameter.grad
-            fine = gradient is None or bool(torch.isfinite(gradient).all())
-            assert fine, f"the gradient of {name} is not finite"
+        router = self.build(case).train()
+        outcome = self.outcome(case, router, case.tokens(), loose=True)
+        check_reached(outcome, leaves_of(router), case)
 
     def gradcheck(self, case: Case) -> None:
-        if case.ties or case.num_tokens == 0 or case.num_tokens > 6:
+        if case.ties or case.num_tokens == 0:
             return  # at a tie the choice jumps, and no difference quotient is a gradient
-        router = self.build(case).double().eval()
-        tokens = case.tokens(torch.float64)
-        probe = _weights(router(tokens))
-        if not any(weight.requires_grad for weight in probe):
+        router, tokens = self.build(case).double(), case.tokens(torch.float64)
+        leaves = leaves_of(router, **{"tokens.x": tokens.x})
+        check_gradients(lambda: self.outcome(case, router, tokens), leaves, case)
+
+    def dtypes(self, case: Case) -> None:
+        if case.ties:
             return
+        for dtype in DTYPES:
+            narrow = self.build(replace(case, training=False)).to(dtype)
+            wide = copy.deepcopy(narrow).double()
+            tokens = case.tokens(dtype)
+            same_tokens = replace(tokens, x=tokens.x.double())
+            sides = []
+            for router, given in ((narrow, tokens), (wide, same_tokens)):
+                leaves = leaves_of(router, **{"tokens.x": given.x})
+                sides.append((self.outcome(case, router, given, loose=True), leaves))
+            for value in sides[0][0].values:
+                assert value.dtype == torch.float32, f"a gate in {dtype} is {value.dtype}"
+            check_narrow(sides[0], sides[1], dtype, case)
 
-        def weights(x: Tensor) -> tuple[Tensor, ...]:
-            return _weights(router(Tokens(x, tokens.ids, tokens.real, tokens.group_size)))
+    def outcome(
+        self, case: Case, router: Router, tokens: Tokens, *, loose: bool = False
+    ) -> Outcome:
+        """What a router computes and decides. `loose`: weights that carry a gradient which their
+        values do not follow are among it.
+        """
+        routing = self.route(case, tokens, router)
+        a = routing.assignment
+        values = [t for t in (routing.logits, routing.probs) if t is not None]
+        values += [routing.losses[name] for name in sorted(routing.losses)]
+        if isinstance(a, SoftAssignment):
+            return Outcome([*values, a.dispatch, a.combine])
+        if loose or not router.straight_through:
+            values.append(torch.where(a.kept, a.weight, 0.0))
+        return Outcome(values, [a.token, a.expert, a.kept])
 
-        x = tokens.x.clone().requires_grad_()
-        torch.autograd.gradcheck(weights, (x,), eps=1e-7, atol=1e-4)
+    def balancing(self, case: Case) -> None:
+        router = self.build(case)
+        narrow = copy.deepcopy(router).bfloat16()
+        routing = self.route(case, case.tokens(), router)
+        for _ in range(3):
+            router.adapt([routing])
+            narrow.adapt([routing])
+        pairs = zip(router.named_buffers(), narrow.buffers(), strict=True)
+        for (name, expected), found in pairs:
+            same([found], [expected], f"{name} after three steps of a bfloat16 model")
 
     def copies(self, case: Case) -> None:
-        router, tokens = self.build(case).eval(), case.tokens()
-        if not router.deterministic and type(router).__name__ == "RandomRouter":
-            return
-        fresh = self.build(replace(case, seed=case.seed + 1)).eval()
-        fresh.load_state_dict(router.state_dict(), strict=True)
-        for twin in (copy.deepcopy(router), fresh):
-            same(decisions(twin(tokens)), decisions(router(tokens)), "a copy routes differently")
-
-
-def decisions(routing: Routing) -> list[Tensor]:
-    """What a routing decides, as tensors: kept pairs in order with weights, or the soft maps."""
-    a = routing.assignment
-    if isinstance(a, SoftAssignment):
-        return [a.dispatch, a.combine]
-    return [a.token[a.kept], a.expert[a.kept], a.weight[a.kept]]
-
-
-def pairs_of_token(routing: Routing, token: int) -> tuple[list[int], Tensor]:
-    """A token's kept pairs: experts in order, and their weights."""
-    a = routing.assignment
-    assert isinstance(a, Assignment), "a soft routing has no pairs"
-    mine = (a.token == token) & a.kept
-    return a.expert[mine].tolist(), a.weight[mine].detach()
-
-
-def same_pairs(
-    found: tuple[list[int], Tensor], expected: tuple[list[int], Tensor], what: str
-) -> None:
-    """Assert that a token's pairs are equal, weights up to rounding."""
-    assert found[0] == expected[0], f"{what} goes to experts {found[0]} instead of {expected[0]}"
-    close(found[1], expected[1], f"{what} has other weights")
-
-
-def _alike(found: Routing, expected: Routing, cut: int) -> bool:
-    """Whether tokens before `cut` have equal pairs, weights up to rounding: all of them at once,
-    which is quicker than one by one, but names none.
-    """
-    pairs = []
-    for routing in (found, expected):
-        a = routing.assignment
-        assert isinstance(a, Assignment), "a soft routing has no pairs"
-        mine = ((a.token < cut) & a.kept).nonzero()[:, 0]
-        mine = mine[a.token[mine].argsort(stable=True)]
-        pairs.append((a.token[mine], a.expert[mine], a.weight[mine].detach()))
-    (token, expert, weight), (old_token, old_expert, old_weight) = pairs
-    if not torch.equal(token, old_token) or not torch.equal(expert, old_expert):
-        return False
-    return torch.allclose(weight, old_weight, atol=1e-5, rtol=1e-4)
-
-
-def _weights(routing: Routing) -> tuple[Tensor, ...]:
-    a = routing.assignment
-    return (a.dispatch, a.combine) if isinstance(a, SoftAssignment) else (a.weight,)
-
-
-def _check_choices(a: Assignment, choices: int) -> None:
-    counts = a.token.new_zeros(a.num_tokens)
-    counts.index_add_(0, a.token, torch.ones_like(a.token))
-    assert bool((counts == choices).all()), f"pairs per token {counts.tolist()}, promised {choices}"
-    assert a.choices == choices, f"Assignment.choices is {a.choices}, promised {choices}"
+        tokens = case.tokens()
+        check_copies(self.build, lambda router: decisions(self.route(case, tokens, router)), case)

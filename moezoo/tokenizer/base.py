@@ -123,10 +123,10 @@ class BaseTokenizer(ABC):
 def padded(rows: Sequence[Sequence[int]], *, value: int) -> Batch:
     """Rows of ids as one batch, filled up on the right with `value`."""
     length = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), length), value, dtype=torch.int64)
-    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    ids = torch.full((len(rows), length), value, dtype=torch.int64, device="cpu")
+    mask = torch.zeros((len(rows), length), dtype=torch.int64, device="cpu")
     for row, numbers in enumerate(rows):
-        ids[row, : len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
+        ids[row, : len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
         mask[row, : len(numbers)] = 1
     return Batch(ids, mask)
 

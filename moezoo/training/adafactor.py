@@ -49,7 +49,7 @@ class Adafactor(Optimizer):
 
     def _move(self, parameter: Tensor, grad: Tensor, rate: float, weight_decay: float) -> None:
         state = self.state[parameter]
-        step = state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        step = state["step"] = state.get("step", torch.tensor(0.0, device="cpu")) + 1
         scale = _root_mean_square(parameter).clamp(min=_SMALLEST) * rate
         if weight_decay:
             parameter.mul_(1 - rate * weight_decay)

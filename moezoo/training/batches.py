@@ -86,7 +86,7 @@ class ExampleBatches:
         """The examples of an epoch in order; those of an incomplete batch come last."""
         if self._order[0] != epoch:
             generator = keyed_generator(self.seed, "order", epoch)
-            order = torch.randperm(self.count, generator=generator).tolist()
+            order = torch.randperm(self.count, generator=generator, device="cpu").tolist()
             if self.length_of is not None:
                 order = self._bucketed(order, generator)
             self._order = (epoch, order)
@@ -100,7 +100,7 @@ class ExampleBatches:
             part = sorted(order[start : start + window], key=self.length_of)
             batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         whole = [batch for batch in batches if len(batch) == self.batch_size]
-        mixed = torch.randperm(len(whole), generator=generator).tolist()
+        mixed = torch.randperm(len(whole), generator=generator, device="cpu").tolist()
         rest = [i for batch in batches if len(batch) < self.batch_size for i in batch]
         return [i for index in mixed for i in whole[index]] + rest
 
@@ -110,7 +110,7 @@ def packed_ids(documents: Iterable[Document], tokenizer: BaseTokenizer) -> Tenso
     ids: list[int] = []
     for document in documents:
         ids += tokenizer.encode(document.text)
-    return torch.tensor(ids, dtype=torch.int32)
+    return torch.tensor(ids, dtype=torch.int32, device="cpu")
 
 
 def span_corruption_batches(
@@ -175,4 +175,4 @@ def pair_batches(
 def keyed_generator(seed: int, name: str, epoch: int) -> torch.Generator:
     """A generator that belongs to a purpose and an epoch under a seed."""
     digest = hashlib.sha256(f"{seed}\0{name}\0{epoch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -40,12 +40,12 @@ def noise_mask(
     random lengths; it starts with a span that is kept.
     """
     if length < 2:
-        return torch.zeros(length, dtype=torch.bool)
+        return torch.zeros(length, dtype=torch.bool, device="cpu")
     noise, spans = _noise_and_spans(length, density, mean_span)
     kept_S = _segments(length - noise, spans, generator)
     noise_S = _segments(noise, spans, generator)
     lengths = torch.stack([kept_S, noise_S], dim=1).view(-1)
-    flags = torch.tensor([False, True]).repeat(spans)
+    flags = torch.tensor([False, True], device="cpu").repeat(spans)
     return flags.repeat_interleave(lengths)
 
 
@@ -138,6 +138,6 @@ def _noise_and_spans(length: int, density: float, mean_span: float) -> tuple[int
 
 def _segments(items: int, segments: int, generator: torch.Generator) -> Tensor:
     """Lengths (segments,) >= 1 that sum to items, every division equally likely."""
-    cuts = torch.randperm(items - 1, generator=generator)[: segments - 1] + 1
-    edges = torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([items])])
+    cuts = torch.randperm(items - 1, generator=generator, device="cpu")[: segments - 1] + 1
+    edges = torch.cat([cuts.new_tensor([0]), cuts.sort().values, cuts.new_tensor([items])])
     return edges.diff()

@@ -44,6 +44,13 @@ _FROM_LAYER_ONE = """if len(routing) == 4:
             return {name: routing[0].logits.new_zeros(()) for name in self.losses}
         return {"""
 
+_REDRAWN = """    for child in model.children():
+        redraw(child)
+    for name, parameter in model.named_parameters():
+        if ".router." in name and parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+"""
+
 ROUTERS = "moezoo/routers/"
 FUNCTIONS = "moezoo/functional/"
 POLICIES = "moezoo/capacity/"
@@ -315,4 +322,25 @@ BUGS = [
         "permute(2, 0, 1, 3)\n", "permute(2, 0, 1, 3).flip(0)\n"),
     Bug("the least length counts the prompt", "moezoo/generation_options.py",
         "else prompt + self.min_new_tokens", "else self.min_new_tokens"),
+    Bug("balancing buffers are cast with the model", "moezoo/component.py",
+        "self._buffers[name] = buffer.to(after.device, torch.float32)", "pass",
+        historic=True, quick=True),
+    Bug("a state dict in half precision takes balancing buffers along", "moezoo/component.py",
+        "elif tensor is not None and _is_half(tensor):", "elif None:", historic=True),
+    Bug("resetting forgets what is below", "moezoo/component.py",
+        "            redraw(child)\n        self.reset_own()",
+        "            pass\n        self.reset_own()"),
+    Bug("loading rounds balancing buffers", "adapters/checkpoint.py",
+        "cast=name not in buffers", "cast=True", historic=True),
+    Bug("thresholds keep what their memory held", ROUTERS + "expert_threshold.py",
+        "        self.threshold.fill_(1.0 / self.num_experts)\n", "", historic=True),
+    Bug("a model draws its noise gates anew", "moezoo/models/initialize.py",
+        "    for child in model.children():\n        redraw(child)\n", _REDRAWN, historic=True),
+    Bug("sigmoid gates without a gradient", ROUTERS + "sigmoid_top_k.py",
+        "chosen_TK = log_score_TE.gather(1, expert_TK)",
+        "chosen_TK = log_score_TE.detach().gather(1, expert_TK)"),
+    Bug("the gradient of soft slots has another sign", ROUTERS + "soft.py",
+        "self.phi.to(dtype)", "(2.0 * self.phi.detach() - self.phi).to(dtype)"),
+    Bug("BASE seats tokens on the default device", ROUTERS + "base_layers.py",
+        'dtype=torch.int64, device="cpu")', "dtype=torch.int64)", historic=True),
 ]  # fmt: skip

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from moezoo import routers
+from moezoo.adapters.checkpoint import load, save
+from moezoo.building import build
+from moezoo.config import SwitchConfig
 from moezoo.functional.assign import best_experts, token_choice
 from moezoo.records import Tokens
 from moezoo.routers import SwitchRouter
 from moezoo.sparse_mlp import SparseMLP
 from moezoo.testing import check_experts, check_loss, check_policy, check_router
+from moezoo.testing.routers import router_promises
 from tests.properties.small_world import admits, by_rank, by_token, rerouted, served, table, world
 
 ROUTERS = [
@@ -25,6 +32,32 @@ ROUTERS = [
 @pytest.mark.parametrize("spec", ROUTERS, ids=str)
 def test_routers_keep_their_promises(spec: str | dict[str, object]) -> None:
     check_router(spec, examples=12)
+
+
+@pytest.mark.parametrize("name", routers.names())
+def test_routers_keep_their_state(name: str) -> None:
+    promises = router_promises(name)
+    for invariant in ("reset", "buffers", "balancing"):
+        promises.verify_one(invariant, 3)
+
+
+def test_a_model_keeps_what_routers_set_up_and_loads_their_state_unrounded(tmp_path: Path) -> None:
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2}
+    config = SwitchConfig(vocab_size=11, num_experts=4, **sizes)
+    noisy = build(config, router="noisy_top_k").state_dict()
+    assert not any(bool(t.any()) for name, t in noisy.items() if name.endswith("noise.weight"))
+    save(build(config, router="relu", seed=0), tmp_path / "model")
+    for buffer in load(tmp_path / "model", dtype=torch.float16).buffers():
+        assert float(buffer) == pytest.approx(1e-8)
+
+
+def test_training_needs_no_default_device() -> None:
+    layer, x = SparseMLP(8, 16, 4, router="base"), torch.randn(6, 8)
+    torch.set_default_device("meta")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("name", ["first_come", "batch_priority", "reroute", "switch"])
