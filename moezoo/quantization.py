@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from moezoo.errors import ConfigError
 from moezoo.experts import ModuleExperts, StackedExperts, ZeroExperts
 from moezoo.experts.base import Experts
-from moezoo.models.linear import Linear
+from moezoo.models.linear import Linear, table_weight
 from moezoo.models.switch import SwitchForConditionalGeneration
 from moezoo.ops.backends import runs_of
 from moezoo.ops.int8 import int8_linear, rounded_rows
+from moezoo.ops.observed import is_observed, is_plain
 from moezoo.routers.base import Router
 
 _DTYPES = ("int8",)
@@ -167,7 +168,7 @@ def quantize(model: nn.Module, dtype: str = "int8") -> Quantization:
         reason = f"{type(model).__name__} holds no linear map or stacked experts to quantise"
         raise ConfigError(reason, field="model", hint="Pass the module that holds them.")
     if isinstance(model, SwitchForConditionalGeneration) and model.lm_head is None:
-        model.lm_head = Int8Linear(model.shared.weight)  # type: ignore[assignment]
+        model.lm_head = Int8Linear(table_weight(model.shared))  # type: ignore[assignment]
         quantized = (*quantized, "lm_head")
     model.eval().requires_grad_(False)
     return Quantization(quantized, dict(_kept(model)), before, _bytes(model))
@@ -190,9 +191,9 @@ def _replaced(model: nn.Module) -> Iterator[str]:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or _reason(model, name) is not None:
             continue
-        if type(module) in (nn.Linear, Linear):
+        if is_plain(module, nn.Linear, Linear):
             made.setdefault(module, Int8Linear(module.weight, module.bias))
-        elif type(module) is StackedExperts:
+        elif is_plain(module, StackedExperts):
             made.setdefault(module, Int8Experts(module))
         if module in made:
             owner, _, leaf = name.rpartition(".")
@@ -218,6 +219,8 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, str]]:
         reason = _reason(model, name)
         if reason is not None:
             yield name, reason
+        elif is_observed(owner):
+            yield name, f"{type(owner).__name__} has hooks or a forward that rounding would lose"
         elif isinstance(owner, nn.Embedding):
             yield name, "an embedding is looked up, not multiplied"
         elif parameter.dim() < 2:

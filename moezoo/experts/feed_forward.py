@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
 from moezoo.functional.activations import activation as activation_of
+
+Difference = Callable[[str, Tensor], Tensor]
 
 
 class FeedForward(nn.Module):
@@ -40,11 +44,15 @@ class FeedForward(nn.Module):
             std = parameter.shape[-1] ** -0.5
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, *, difference: Difference | None = None) -> Tensor:
+        """(..., D) -> (..., D); `difference(name, x)` is added to what map `name` makes of x."""
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            y: Tensor = self.get_submodule(name)(x)
+            return y if difference is None else y + difference(name, x)
+
         if self.gated:
-            hidden = self.function(self.wi_0(x)) * self.wi_1(x)
+            hidden = self.function(linear("wi_0", x)) * linear("wi_1", x)
         else:
-            hidden = self.function(self.wi(x))
-        y: Tensor = self.wo(self.dropout(hidden))
-        return y
+            hidden = self.function(linear("wi", x))
+        return linear("wo", self.dropout(hidden))

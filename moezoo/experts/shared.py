@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moezoo.experts.feed_forward import FeedForward
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 
 
 class SharedExpert(nn.Module):
@@ -38,4 +38,4 @@ class SharedExpert(nn.Module):
         y: Tensor = self.expert(x)
         if self.gate is None:
             return y
-        return y * gate_logits(x, self.gate.weight).sigmoid().to(y.dtype)
+        return y * gate(self.gate, x).sigmoid().to(y.dtype)

@@ -100,9 +100,10 @@ class Stack(nn.Module):
         length, bias = x.shape[1], masks
         routings: list[Routing] = []
         for block in cast("list[Block]", self.blocks):
-            table = block.attention.position_bias
-            if table is not None:
-                position = table.bias(length, offset + length, offset=offset)
+            position = block.attention.relative_bias(
+                length, offset + length, offset=offset, device=x.device
+            )
+            if position is not None:
                 bias = merged_bias(position.to(x.dtype), masks)
             run = partial(block, **arguments)
             x, routing = (
