@@ -90,8 +90,10 @@ class StackedExperts(Experts):
         return fused_experts(x_TD, assignment, inner, self.wo, function=function)
 
     def _may_be_passed_by(self) -> bool:
-        plain = is_plain(self, StackedExperts) and is_plain(self.dropout, Dropout)
-        return plain and not (self.dropout.training and self.dropout.p > 0.0)
+        dropout = self.dropout
+        if dropout.training and dropout.p > 0.0:
+            return False
+        return is_plain(self, StackedExperts) and is_plain(dropout, Dropout)
 
     def _inner(self) -> tuple[Tensor, ...]:
         return (self.wi_0, self.wi_1) if self.gated else (self.wi,)

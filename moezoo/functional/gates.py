@@ -65,8 +65,10 @@ def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Switch Transformers, eq. 1 before the softmax. Autocast is switched off around the product:
     under it, a float32 gate would silently run in bfloat16.
     """
-    with _outside_autocast(x_TD):
-        return _gate_logits(x_TD, weight, bias)
+    if torch.is_autocast_enabled(x_TD.device.type):
+        with _outside_autocast(x_TD):
+            return _gate_logits(x_TD, weight, bias)
+    return _gate_logits(x_TD, weight, bias)
 
 
 def _outside_autocast(x: Tensor) -> AbstractContextManager[object]:

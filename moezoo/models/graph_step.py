@@ -62,7 +62,7 @@ def _waits(modules: Sequence[nn.Module], memory: Tensor) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     known = type(module).__module__.startswith(_KNOWN)
-    return known and not module.training and not is_observed(module)
+    return known and not module.training and not is_observed(module, whole=True)
 
 
 class FixedCache(DecoderCache):

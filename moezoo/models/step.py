@@ -65,14 +65,14 @@ def _passed_by(module: nn.Module) -> Iterator[nn.Module]:
 def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     known = kind in _PLAIN or "prepared" in vars(kind)  # not inherited beside another `forward`
-    return known and not module.training and not is_observed(module)
+    return known and not module.training and not is_observed(module, whole=True)
 
 
 def _keeps_its_pair(moe: MoE) -> bool:
     """Whether a single token is sure to go through the expert that a Switch router prefers, and
     nobody looks at the routing.
     """
-    if any(module.training or is_observed(module) for module in moe.modules()):
+    if any(module.training or is_observed(module, whole=True) for module in moe.modules()):
         return False
     if type(moe) is not MoE or is_observed(moe, "route") or not isinstance(moe.experts, Experts):
         return False

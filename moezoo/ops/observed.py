@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from types import FunctionType
 
 import torch
@@ -10,12 +9,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 _CALL = nn.Module.__call__
-_HOOKS: tuple[Mapping[int, Callable[..., object]], ...] = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+_FORWARD, _BEFORE = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+_BACKWARD = torch_module._global_backward_hooks
+_BEFORE_BACKWARD = torch_module._global_backward_pre_hooks
 _CLASSES: dict[type, tuple[frozenset[str], object]] = {}  # names of functions; a sound `forward`
 
 
@@ -28,24 +24,28 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds and not is_observed(module)
 
 
-def is_observed(module: nn.Module, *methods: str) -> bool:
+def is_observed(module: nn.Module, *methods: str, whole: bool = False) -> bool:
     """Whether somebody would miss a call of this module: it has a hook of any kind, or all modules
-    have; the instance hides a function of its class; `forward`, or one of `methods`, is not what
-    the class was written with; it is compiled. While `torch.compile` traces, always.
+    have; `forward`, or one of `methods`, is hidden by the instance (with `whole`: any function is)
+    or not what the class was written with; it is compiled. While `torch.compile` traces, always.
     """
     if torch.compiler.is_compiling():
         return True
     own, kind = vars(module), type(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return True
-    if own["_backward_hooks"] or own["_backward_pre_hooks"] or any(_HOOKS):
+    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _FORWARD or _BEFORE:
+        return True
+    if _BACKWARD or _BEFORE_BACKWARD:
         return True
     if kind.__call__ is not _CALL or "_compiled_call_impl" in own:
         return True
     functions, forward = _CLASSES.get(kind) or _read(kind)
-    if forward is not kind.forward or not functions.isdisjoint(own):
+    if forward is not kind.forward or "forward" in own:
         return True
-    return not all(_is_as_written(kind, name) for name in methods)
+    if whole and not functions.isdisjoint(own):
+        return True
+    return any(name in own or not _is_as_written(kind, name) for name in methods)
 
 
 def is_compiled(module: nn.Module) -> bool:

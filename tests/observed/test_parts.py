@@ -295,7 +295,7 @@ def test_patches_and_compilation_observe() -> None:
     layer_ = layer()
     assert not is_observed(layer_, "route") and not is_compiled(layer_)
     layer_.__dict__["route"] = layer_.route
-    assert is_observed(layer_)
+    assert is_observed(layer_, "route") and is_observed(layer_, whole=True)
     before, nn.Module.__call__ = nn.Module.__call__, lambda *_: None  # type: ignore[method-assign]
     try:
         assert is_observed(nn.Linear(2, 2))
