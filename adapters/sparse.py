@@ -98,7 +98,7 @@ def _of_one(twin_of: Callable[[Any, Mixture], nn.Module]) -> Callable[[Any], nn.
         width = _width(mlp)
         experts = ModuleExperts(width, 1, modules=[mlp])
         made = SparseMLP(
-            width, width, 1, router=UNIT_SWITCH, experts=experts, batch_first=batch_first
+            width, None, 1, router=UNIT_SWITCH, experts=experts, batch_first=batch_first
         )
         return made.to(next(mlp.parameters()).device)
 
