@@ -8,12 +8,21 @@ from collections.abc import Callable
 
 from torch import nn
 
+from moezoo.adapters.causality import check_plugged
+from moezoo.adapters.padding import Mask, carriers_of
 from moezoo.errors import ConfigError, did_you_mean
 
 Where = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
-def plug(model: nn.Module, where: Where, make: Callable[[nn.Module], nn.Module]) -> list[str]:
+def plug(
+    model: nn.Module,
+    where: Where,
+    make: Callable[[nn.Module], nn.Module],
+    *,
+    mask: Mask = None,
+    causal: bool | None = None,
+) -> list[str]:
     """Replace modules of a live model; all of them, or on any error none.
 
     Args:
@@ -23,11 +32,17 @@ def plug(model: nn.Module, where: Where, make: Callable[[nn.Module], nn.Module])
             A module inside a replaced one is left alone.
         make: gives the replacement of a module; see `moezoo.adapters.sparse.sparse` for one that
             copies the dense weights into experts.
+        mask: which tokens are real: the name of an argument of the model, or a function of its
+            arguments by name that gives (B, L) bool; None: an argument whose name says it, such as
+            `attention_mask` or `src_key_padding_mask`; False: all are.
+        causal: True: a decoder, where routers that let a token see later ones are refused; False:
+            tokens may see each other; None: what the model's attention says of itself.
 
     Returns:
         The names of the replaced modules. A module that stands in two places is made once.
 
-    Raises ConfigError when nothing matches, or when `make` does not return a module.
+    Raises ConfigError when nothing matches, when `make` does not return a module, and when mask or
+    causal cannot be told.
     """
     chosen = _chosen(model, where)
     made: dict[int, nn.Module] = {}
@@ -38,12 +53,26 @@ def plug(model: nn.Module, where: Where, make: Callable[[nn.Module], nn.Module])
         if not isinstance(new, nn.Module):
             found = type(new).__name__
             raise ConfigError(f"make({name!r}) did not return a module", field="make", found=found)
+        check_plugged(model, name, new, causal)
         new.train(module.training)
         made[id(module)] = new
+    names = [name for name, _ in chosen]
+    carriers = carriers_of(model, names, mask)
     for name, module in chosen:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, made[id(module)])
-    return [name for name, _ in chosen]
+    for owner, carrier in carriers.items():
+        carrier.attach(model, owner)
+    _leave_nested_tensors(model, names)
+    return names
+
+
+def _leave_nested_tensors(model: nn.Module, names: list[str]) -> None:
+    """torch's encoder packs a padded batch for layers whose weights it reads; ours it must call."""
+    for name, module in model.named_modules():
+        inside = any(layer.startswith(f"{name}." if name else "") for layer in names)
+        if inside and isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:

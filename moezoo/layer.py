@@ -22,6 +22,7 @@ from moezoo.functional.dispatch import (
     split_weights,
 )
 from moezoo.ops.eager import is_eager
+from moezoo.ops.observed import is_observed
 from moezoo.pairing import check_pair
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router
@@ -129,15 +130,10 @@ class MoE(Component):
             return False
         if assignment.num_pairs != 1 or assignment.num_tokens != 1:
             return False
+        if not isinstance(self.experts, Experts):  # somebody wraps them
+            return False
         plain = type(assignment.expert) is Tensor and assignment.expert.is_cpu
-        return plain and not self._watched() and not self._weighs_first(x_TD)
-
-    def _watched(self) -> bool:
-        """Whether somebody has to see the experts being called, or calls them in its own way."""
-        experts = self.experts
-        if not isinstance(experts, Experts) or "forward" in vars(experts):
-            return True
-        return bool(experts._forward_hooks or experts._forward_pre_hooks)
+        return plain and not self._weighs_first(x_TD)
 
     def _weighs_first(self, x_TD: Tensor) -> bool:
         """Whether experts multiply by the weights: they compute in float16, whose range their
@@ -156,7 +152,7 @@ class MoE(Component):
 
     def _fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
         """What a container makes of tokens without rows sorted by expert, if it can."""
-        if torch.is_grad_enabled() or not is_eager() or self._watched():
+        if torch.is_grad_enabled() or not is_eager() or not isinstance(self.experts, Experts):
             return None
         return self.experts.fused(x_TD, assignment)
 
@@ -185,6 +181,10 @@ class MoE(Component):
         size = 1 if num_tokens == 1 else int(self.group)
         return filled_up(Tokens(x_TD, ids_T, real_T, num_tokens, length), size)
 
+    def _is_moved(self) -> bool:
+        """Whether somebody observes a part, and may bring its weights or rows over (offload)."""
+        return any(is_observed(module) for module in self.modules())
+
     def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():
             raise DtypeError("x must be floating", field="x", expected="floating", found=x.dtype)
@@ -211,18 +211,12 @@ class MoE(Component):
         own = self.experts._parameters.values()
         parameter = next(iter(own), None)
         parameter = next(self.parameters(), None) if parameter is None else parameter
-        # Who calls the experts in its own way may move their rows: the kind of device has to fit.
-        exact = "forward" not in vars(self.experts)
-        if parameter is not None and _elsewhere(parameter.device, x.device, exact):
+        if parameter is not None and parameter.device != x.device and not self._is_moved():
             where = f"x on {x.device}, weights on {parameter.device}"
             raise ConfigError("x and the layer are on different devices", field="x", found=where)
         if self.router.needs_token_ids and token_ids is None:
             name = type(self.router).__name__
             raise ConfigError(f"{name} routes by token: it needs token_ids", field="token_ids")
-
-
-def _elsewhere(one: torch.device, other: torch.device, exact: bool) -> bool:
-    return one != other if exact else one.type != other.type
 
 
 def check_group(group: str | int) -> None:

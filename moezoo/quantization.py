@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from moezoo.errors import ConfigError
 from moezoo.experts import ModuleExperts, StackedExperts, ZeroExperts
 from moezoo.experts.base import Experts
-from moezoo.models.linear import Linear
+from moezoo.functional.drawn import DrawnLinear
+from moezoo.models.linear import Linear, table_weight
 from moezoo.models.switch import SwitchForConditionalGeneration
 from moezoo.ops.backends import runs_of
 from moezoo.ops.int8 import int8_linear, rounded_rows
+from moezoo.ops.observed import is_observed, is_plain
 from moezoo.routers.base import Router
 
 _DTYPES = ("int8",)
@@ -44,9 +46,6 @@ class Quantization:
         for reason, names in reasons.items():
             lines.append(f"kept {len(names)}: {reason} ({names[0]}{', ...' * (len(names) > 1)})")
         return "\n".join(lines)
-
-
-_FORWARDS = (nn.Linear.forward, Linear.forward)  # what Int8Linear computes, whatever draws it
 
 
 class Int8Linear(nn.Module):
@@ -170,7 +169,7 @@ def quantize(model: nn.Module, dtype: str = "int8") -> Quantization:
         reason = f"{type(model).__name__} holds no linear map or stacked experts to quantise"
         raise ConfigError(reason, field="model", hint="Pass the module that holds them.")
     if isinstance(model, SwitchForConditionalGeneration) and model.lm_head is None:
-        model.lm_head = Int8Linear(model.shared.weight)  # type: ignore[assignment]
+        model.lm_head = Int8Linear(table_weight(model.shared))  # type: ignore[assignment]
         quantized = (*quantized, "lm_head")
     model.eval().requires_grad_(False)
     return Quantization(quantized, dict(_kept(model)), before, _bytes(model))
@@ -193,9 +192,9 @@ def _replaced(model: nn.Module) -> Iterator[str]:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or _reason(model, name) is not None:
             continue
-        if isinstance(module, nn.Linear) and type(module).forward in _FORWARDS:
+        if is_plain(module, nn.Linear, Linear, DrawnLinear):
             made.setdefault(module, Int8Linear(module.weight, module.bias))
-        elif type(module) is StackedExperts:
+        elif is_plain(module, StackedExperts):
             made.setdefault(module, Int8Experts(module))
         if module in made:
             owner, _, leaf = name.rpartition(".")
@@ -221,6 +220,8 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, str]]:
         reason = _reason(model, name)
         if reason is not None:
             yield name, reason
+        elif is_observed(owner):
+            yield name, f"{type(owner).__name__} has hooks or a forward that rounding would lose"
         elif isinstance(owner, nn.Embedding):
             yield name, "an embedding is looked up, not multiplied"
         elif parameter.dim() < 2:

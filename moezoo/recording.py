@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from moezoo import losses as router_losses
 from moezoo.errors import ConfigError, NonFiniteInput, RoutingError
 from moezoo.functional.statistics import LayerStats, read_stats, sum_of
 from moezoo.layer import MoE
 from moezoo.losses.base import RouterLoss
+from moezoo.ops.observed import is_compiled
 from moezoo.pairing import loss_refusal
 from moezoo.records import Routing
 
@@ -24,6 +27,21 @@ class Tape:
 
     layers: Mapping[str, MoE]
     by_layer: dict[str, list[Routing]] = field(default_factory=dict)
+    compiled: frozenset[str] = frozenset()
+
+    def check(self) -> Tape:
+        """Itself. Raises RoutingError when nothing was recorded, or nothing of a compiled layer,
+        whose loss would be 0 without a gradient.
+        """
+        missing = sorted(self.compiled - self.by_layer.keys())
+        if missing:
+            hint = "Record the model before it is compiled, or compile other parts of it."
+            reason = f"layer {missing[0]!r} is compiled: its calls were not seen"
+            raise RoutingError(reason, hint=hint)
+        if not self.by_layer:
+            hint = "Call the model inside the block, in the thread that opened it."
+            raise RoutingError("nothing was recorded", hint=hint)
+        return self
 
     def loss(self, weights: Mapping[str, float]) -> Tensor:
         """The weighted sum of router losses, each averaged over all recorded calls.
@@ -32,10 +50,10 @@ class Tape:
             weights: coefficient by loss name, such as `{"load_balance": 0.01, "z": 0.001}`.
 
         Raises RegistryError for an unknown loss, ConfigError for one that a router cannot feed,
-        RoutingError when the routing has no gradient although the router wants one (reentrant
-        activation checkpointing, or a block run under no_grad).
+        RoutingError when nothing was recorded, or when the routing has no gradient although the
+        router wants one (reentrant activation checkpointing, or a block run under no_grad).
         """
-        self._check_gradient()
+        self.check()._check_gradient()
         total = torch.zeros((), device="cpu")
         for name, weight in weights.items():
             values = self._values(name)
@@ -47,21 +65,21 @@ class Tape:
         """One router loss per layer, averaged over the layer's calls, unweighted."""
         loss = router_losses.build(name)
         found = {}
-        for layer, routings in self.by_layer.items():
+        for layer, routings in self.check().by_layer.items():
             self._check_loss(layer, loss, name)
             found[layer] = torch.stack([loss(routing) for routing in routings]).mean()
         return found
 
     def stats(self) -> dict[str, LayerStats]:
         """Statistics by layer (see `LayerStats`). Synchronises with the device."""
-        sums = [sum_of(routings) for routings in self.by_layer.values()]
+        sums = [sum_of(routings) for routings in self.check().by_layer.values()]
         return dict(zip(self.by_layer, read_stats(sums), strict=True))
 
     def adapt(self) -> None:
         """Let every router adapt what no gradient trains (balancing biases, thresholds, sparsity
         coefficients) to the recorded routings: once per optimizer step, after it.
         """
-        for name, routings in self.by_layer.items():
+        for name, routings in self.check().by_layer.items():
             self.layers[name].router.adapt(routings)
 
     def _values(self, name: str) -> list[Tensor]:
@@ -104,7 +122,9 @@ def _lacks_gradient(routing: Routing) -> bool:
 def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
     """Record the routing of every `MoE` inside `model` while the block runs.
 
-    Recomputation under activation checkpointing is not recorded a second time.
+    Calls of these very modules are recorded, in the thread that opened the block: not those of a
+    copy, not those of another thread. Recomputation under activation checkpointing is not recorded
+    a second time.
 
     Args:
         model: any module that holds `MoE` layers (`SparseMLP` holds one).
@@ -116,12 +136,12 @@ def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no MoE layer to record", field="model")
-    tape = Tape(layers)
+    tape = Tape(layers, compiled=_compiled(model, layers))
     handles = []
     for name, layer in layers.items():
-        handles.append(layer.register_forward_hook(_recorder(tape, name)))
+        handles.append(layer.register_forward_hook(_recorder(tape, name, layer)))
         if checked:
-            handles.append(layer.register_forward_pre_hook(_checker(name)))
+            handles.append(layer.register_forward_pre_hook(_checker(name, layer)))
     try:
         yield tape
     finally:
@@ -129,8 +149,18 @@ def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
             handle.remove()
 
 
-def _recorder(tape: Tape, name: str) -> Callable[..., None]:
+def _compiled(model: nn.Module, layers: Mapping[str, MoE]) -> frozenset[str]:
+    """The names of layers that are compiled, or inside a module that is."""
+    found = [f"{name}." for name, module in model.named_modules() if is_compiled(module)]
+    return frozenset(n for n in layers if any(f"{n}.".startswith(o.lstrip(".")) for o in found))
+
+
+def _recorder(tape: Tape, name: str, layer: MoE) -> Callable[..., None]:
+    thread = threading.get_ident()
+
     def hook(module: nn.Module, inputs: object, output: tuple[Tensor, Routing]) -> None:
+        if module is not layer or not (is_compiling() or threading.get_ident() == thread):
+            return
         # Inside backward this is the recomputation of a checkpointed block, seen before.
         if torch._C._current_graph_task_id() == -1:
             tape.by_layer.setdefault(name, []).append(output[1])
@@ -138,8 +168,10 @@ def _recorder(tape: Tape, name: str) -> Callable[..., None]:
     return hook
 
 
-def _checker(name: str) -> Callable[..., None]:
+def _checker(name: str, layer: MoE) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module is not layer:  # a copy, hooks and all
+            return
         x = inputs[0]
         bad = ~torch.isfinite(x).all(-1)
         if bool(bad.any()):

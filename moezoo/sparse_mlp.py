@@ -32,6 +32,7 @@ class SparseMLP(Component):
         group: what capacity is counted over (see `MoE`).
         vocab_size: for routers that route by token id.
         causal: refuse pairs of router and policy that let a token see later ones.
+        batch_first: x of three dimensions is (B, L, D); False: (L, B, D), as in torch's modules.
 
     The router's losses reach you through `moezoo.record`. Raises ConfigError for what does not fit,
     and for options of experts beside an instance, which would not follow them.
@@ -52,8 +53,10 @@ class SparseMLP(Component):
         group: str | int | None = None,
         vocab_size: int | None = None,
         causal: bool = False,
+        batch_first: bool = True,
     ) -> None:
         super().__init__()
+        self.batch_first = batch_first
         sizes: dict[str, Any] = {"d_model": d_model, "num_experts": num_experts}
         if vocab_size is not None:
             sizes["vocab_size"] = vocab_size
@@ -78,9 +81,12 @@ class SparseMLP(Component):
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> Tensor:
-        """y like x; arguments and errors as for `MoE.forward`."""
-        y, _ = self.moe(x, mask=mask, token_ids=token_ids)
-        return cast(Tensor, y)
+        """y like x; arguments and errors as for `MoE.forward`; mask and token_ids are (B, L) also
+        where x is (L, B, D).
+        """
+        turned = not self.batch_first and x.dim() == 3
+        y, _ = self.moe(x.transpose(0, 1) if turned else x, mask=mask, token_ids=token_ids)
+        return cast(Tensor, y.transpose(0, 1) if turned else y)
 
 
 def _refuse_beside(experts: Experts, given: Mapping[str, Any]) -> None:

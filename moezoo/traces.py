@@ -69,7 +69,7 @@ def of(tape: Tape, *, probs: bool = False) -> Trace:
     return Trace(
         {
             layer: tuple(_moved(_stripped(call, probs), "cpu") for call in calls)
-            for layer, calls in tape.by_layer.items()
+            for layer, calls in tape.check().by_layer.items()
         }
     )
 

@@ -48,5 +48,6 @@ class AdaptRouters(TrainerCallback):  # type: ignore[misc]
         # A layer that runs within backward is recomputed under activation checkpointing: the same
         # routing again.
         recomputed = torch._C._current_graph_task_id() != -1
-        if layer.training and not recomputed and isinstance(layer, MoE):
+        # A copy has the hook too, and is none of the layers that are adapted.
+        if layer.training and not recomputed and layer in self._seen:
             self._seen[layer].append(output[1])

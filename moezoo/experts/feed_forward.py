@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from moezoo.component import Component
 from moezoo.errors import ConfigError
 from moezoo.functional.activations import activation as activation_of
 from moezoo.functional.drawn import DrawnLinear, FanIn
+
+Difference = Callable[[str, Tensor], Tensor]
 
 
 class FeedForward(Component):
@@ -42,11 +46,15 @@ class FeedForward(Component):
         self.wo = DrawnLinear(d_ff, d_model, FanIn())
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, *, difference: Difference | None = None) -> Tensor:
+        """(..., D) -> (..., D); `difference(name, x)` is added to what map `name` makes of x."""
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            y: Tensor = self.get_submodule(name)(x)
+            return y if difference is None else y + difference(name, x)
+
         if self.gated:
-            hidden = self.function(self.wi_0(x)) * self.wi_1(x)
+            hidden = self.function(linear("wi_0", x)) * linear("wi_1", x)
         else:
-            hidden = self.function(self.wi(x))
-        y: Tensor = self.wo(self.dropout(hidden))
-        return y
+            hidden = self.function(linear("wi", x))
+        return linear("wo", self.dropout(hidden))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moezoo.component import Component
 from moezoo.errors import ConfigError
@@ -84,19 +81,10 @@ class LoraExperts(Experts):
         return ("wi_0", "wi_1", "wo") if self.base.gated else ("wi", "wo")
 
     def forward(self, slots: Tensor, counts: Tensor) -> Tensor:
-        function = self.base.function
-        if self.base.gated:
-            hidden = function(self._linear("wi_0", slots, counts))
-            hidden = hidden * self._linear("wi_1", slots, counts)
-        else:
-            hidden = function(self._linear("wi", slots, counts))
-        out = self._linear("wo", self.base.dropout(hidden), counts)
+        def difference(name: str, x: Tensor) -> Tensor:
+            delta: Tensor = self.get_submodule(f"{name}_delta")(x, counts)
+            return delta
+
+        out: Tensor = self.base(slots, difference=difference)  # x (W + scale B_e A_e)^T in each map
         owned_N = torch.arange(slots.shape[0], device=slots.device) < counts.sum()
         return torch.where(owned_N[:, None], out, 0.0)
-
-    def _linear(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
-        """x (W + scale B_e A_e)^T, row by row."""
-        dense = cast("nn.Linear", self.base.get_submodule(name))
-        shared = F.linear(x, dense.weight)  # no Parameter, perhaps, in `functional_call`
-        difference: Tensor = self.get_submodule(f"{name}_delta")(x, counts)
-        return shared + difference

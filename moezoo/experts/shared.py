@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moezoo.component import Component
 from moezoo.experts.feed_forward import FeedForward
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 
 
 class SharedExpert(Component):
@@ -39,4 +39,4 @@ class SharedExpert(Component):
         y: Tensor = self.expert(x)
         if self.gate is None:
             return y
-        return y * gate_logits(x, self.gate.weight).sigmoid().to(y.dtype)
+        return y * gate(self.gate, x).sigmoid().to(y.dtype)

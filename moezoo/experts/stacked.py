@@ -13,6 +13,7 @@ from moezoo.functional.drawn import FanIn
 from moezoo.functional.dropout import Dropout
 from moezoo.functional.fused_experts import fused_experts, worth_fusing
 from moezoo.functional.grouped_mlp import grouped_mlp, lone_mlp
+from moezoo.ops.observed import is_plain
 from moezoo.records import Assignment
 
 
@@ -67,31 +68,36 @@ class StackedExperts(Experts):
 
     @property
     def takes_weights(self) -> bool:
-        return type(self).forward is StackedExperts.forward  # another's may know nothing of them
+        # Another's `forward` may know nothing of them.
+        return type(self).forward is StackedExperts.forward and "forward" not in vars(self)
 
     def forward(self, slots: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
-        p = self.dropout.p if self.dropout.training else 0.0
-        inner = self._inner()
-        if weights is not None:
+        inner, plain = self._inner(), is_plain(self.dropout, Dropout)
+        p = self.dropout.p if plain and self.dropout.training else 0.0
+        if weights is not None or not plain:
+            drop = p if plain else self.dropout
             matrices = (*inner, self.wo)
-            return composed_mlp(slots, counts, matrices, self.function, p, gate_N=weights)
+            return composed_mlp(slots, counts, matrices, self.function, drop, gate_N=weights)
         return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)
 
     def alone(self, row: Tensor, expert: int) -> Tensor:
-        plain = type(row) is Tensor and type(self.wo) is nn.Parameter and row.dtype == self.wo.dtype
-        drops = self.dropout.training and self.dropout.p > 0.0
-        if type(self).forward is not StackedExperts.forward or drops or not plain:
+        if type(row) is not Tensor or row.dtype != self.wo.dtype or not self._may_be_passed_by():
             return super().alone(row, expert)
         return lone_mlp(row, expert, self._inner(), self.wo, function=self.function)
 
     def fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
-        drops = self.dropout.training and self.dropout.p > 0.0
-        if type(self).forward is not StackedExperts.forward or drops:
-            return None
         inner, function = self._inner(), self.function
         if not worth_fusing(x_TD, assignment, (*inner, self.wo), function):
             return None
+        if not self._may_be_passed_by():
+            return None
         return fused_experts(x_TD, assignment, inner, self.wo, function=function)
+
+    def _may_be_passed_by(self) -> bool:
+        dropout = self.dropout
+        if dropout.training and dropout.p > 0.0:
+            return False
+        return is_plain(self, StackedExperts) and is_plain(dropout, Dropout)
 
     def _inner(self) -> tuple[Tensor, ...]:
         return (self.wi_0, self.wi_1) if self.gated else (self.wi,)

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,24 +21,24 @@ def composed_mlp(
     counts: Tensor,
     weights: Sequence[Tensor],
     function: Activation,
-    p: float,
-    mask: Tensor | None = None,
+    drop: float | Callable[[Tensor], Tensor],
     gate_N: Tensor | None = None,
 ) -> Tensor:
-    """`grouped_mlp` composed of `grouped_linear`; a mask (N, F) takes the place of dropout.
+    """`grouped_mlp` composed of `grouped_linear`; drop: p, or what is done to the hidden units
+    (N, F) in the place of dropout.
 
     gate_N: (N,), a factor of each row, on the hidden units: what comes after is linear, and no
     result without it is ever rounded to the dtype.
     """
     *inner, outer = weights
     first = grouped_linear(x, inner[0], counts)
-    if mask is None and len(inner) == 1 and function is F.relu:
-        hidden = relu_dropout(first, p, training=True)
+    if not callable(drop) and len(inner) == 1 and function is F.relu:
+        hidden = relu_dropout(first, drop, training=True)
     else:
         hidden = function(first)
         for weight in inner[1:]:
             hidden = hidden * grouped_linear(x, weight, counts)
-        hidden = dropout(hidden, p, training=True) if mask is None else hidden * mask
+        hidden = drop(hidden) if callable(drop) else dropout(hidden, drop, training=True)
     if gate_N is not None:
         hidden = hidden * gate_N[:, None].to(hidden.dtype)
     return grouped_linear(hidden, outer, counts)
@@ -55,7 +56,8 @@ def composed_gradients(
     """The gradients of `composed_mlp` for x and the weights that are wanted, as a function that
     autograd can follow.
     """
-    out = composed_mlp(x, counts, weights, function, 0.0, mask)
+    drop = 0.0 if mask is None else partial(torch.mul, mask)
+    out = composed_mlp(x, counts, weights, function, drop)
     chosen = [tensor for tensor, want in zip((x, *weights), wants, strict=True) if want]
     found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
     return [next(found) if want else None for want in wants]

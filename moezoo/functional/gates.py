@@ -4,20 +4,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from moezoo.errors import ConfigError
+from moezoo.functional.drawn import DrawnLinear
 from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
+from moezoo.ops.observed import is_plain
 from moezoo.ops.products import fast_products, steady_product
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 when the input is float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def gate(module: nn.Module, x_TD: Tensor) -> Tensor:
+    """Scores (T, E) that a linear gate, as a module, gives tokens (T, D): `gate_logits`.
+
+    A gate that somebody wraps, hooks, patches or parametrises is called, on tokens in gate
+    precision and with its floating parameters and buffers in the same while it runs.
+
+    Raises ConfigError for half-precision weights that are on "meta" until they are called for.
+    """
+    if is_plain(module, nn.Linear, DrawnLinear):
+        return gate_logits(x_TD, module.weight, module.bias)  # type: ignore[arg-type]
+    dtype = gate_dtype(x_TD.dtype)
+    named = (*module.named_parameters(), *module.named_buffers())
+    narrow = {name: t for name, t in named if t.dtype in _FLOATING and t.dtype != dtype}
+    if any(tensor.is_meta for tensor in narrow.values()) and not x_TD.is_meta:
+        hint = "Keep routers on the device, or in float32."
+        reason = f"a {type(module).__name__} in half precision is offloaded, gates run in {dtype}"
+        raise ConfigError(reason, field="gate", hint=hint)
+    with _outside_autocast(x_TD):
+        if not narrow:
+            return module(x_TD.to(dtype)).to(dtype)  # type: ignore[no-any-return]
+        wide = {name: tensor.to(dtype) for name, tensor in narrow.items()}
+        return functional_call(module, wide, (x_TD.to(dtype),)).to(dtype)  # type: ignore[no-any-return]
+
+
+def gate_weight(module: nn.Module, like_TD: Tensor) -> Tensor:
+    """The matrix (E, D) of a linear gate that is not applied to tokens, in gate precision: what it
+    makes of unit vectors, when it must be called.
+    """
+    if is_plain(module, nn.Linear, DrawnLinear):
+        return cast(Tensor, module.weight).to(gate_dtype(like_TD.dtype))
+    return gate(module, torch.eye(like_TD.shape[1], dtype=like_TD.dtype, device=like_TD.device)).t()
 
 
 def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,9 +67,15 @@ def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     under it, a float32 gate would silently run in bfloat16.
     """
     if torch.is_autocast_enabled(x_TD.device.type):
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _outside_autocast(x_TD):
             return _gate_logits(x_TD, weight, bias)
     return _gate_logits(x_TD, weight, bias)
+
+
+def _outside_autocast(x: Tensor) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def _gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

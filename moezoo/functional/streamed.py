@@ -29,25 +29,27 @@ def streamed_top_1(
         x_TD: float32 or float64, finite. weight: (E, D) of the same dtype. bias: (E,) or None.
         real: (T,) bool or None.
     """
-    if real is None:
-        share_T = x_TD.new_full((x_TD.shape[0],), 1.0 / max(x_TD.shape[0], 1))
-    else:
-        share_T = real.to(x_TD.dtype) / real.sum().clamp(min=1)
-    if not is_eager():
-        return _at_once(x_TD, weight, bias, share_T)
+    if not is_eager():  # which has no chunks
+        return top_1_of(torch.nn.functional.linear(x_TD, weight, bias), real)
+    share_T = _shares(x_TD, real)
     found: tuple[Tensor, ...] = _Streamed.apply(x_TD, weight, bias, share_T)  # type: ignore[no-untyped-call]
     return found[0], found[1], found[2], found[3]
 
 
-def _at_once(
-    x_TD: Tensor, weight: Tensor, bias: Tensor | None, share_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For tracing, which has no chunks."""
-    logits_TE = torch.nn.functional.linear(x_TD, weight, bias)
+def top_1_of(logits_TE: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`streamed_top_1` of scores that somebody has computed at once."""
+    share_T = _shares(logits_TE, real)
     probs_TE = logits_TE.softmax(-1)
     expert_T = probs_TE.argmax(-1)
     gate_T = probs_TE.gather(1, expert_T[:, None])[:, 0]
     return expert_T, gate_T, share_T @ probs_TE, share_T @ logits_TE.logsumexp(-1).square()
+
+
+def _shares(like: Tensor, real: Tensor | None) -> Tensor:
+    """What each token (T,) counts in a mean over real ones."""
+    if real is None:
+        return like.new_full((like.shape[0],), 1.0 / max(like.shape[0], 1))
+    return real.to(like.dtype) / real.sum().clamp(min=1)
 
 
 def _chunks(num_tokens: int, num_experts: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from moezoo.config import SwitchConfig
 from moezoo.functional.attention import attention_with_dropout
 from moezoo.models.cache import DecoderCache
 from moezoo.models.linear import Linear
-from moezoo.models.position import PositionBias
+from moezoo.models.position import Buckets, PositionBias, relative_bias
 from moezoo.ops.eager import is_eager
 
 
@@ -36,17 +36,15 @@ class Attention(nn.Module):
         self.k = Linear(config.d_model, inner)
         self.v = Linear(config.d_model, inner)
         self.o = Linear(inner, config.d_model)
-        self.position_bias = (
-            PositionBias(
-                config.relative_attention_num_buckets,
-                config.num_heads,
-                max_distance=config.relative_attention_max_distance,
-                bidirectional=not decoder,
-                std=config.initializer_factor * config.d_model**-0.5,
-            )
-            if position_bias
-            else None
+        self.buckets = Buckets(
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+            bidirectional=not decoder,
         )
+        number = self.buckets.number
+        std = config.initializer_factor * config.d_model**-0.5
+        table = PositionBias(number, self.num_heads, std=std) if position_bias else None
+        self.position_bias = table
 
     def forward(self, x: Tensor, bias: Tensor | None, cache: DecoderCache | None = None) -> Tensor:
         """Self-attention: x (B, L, D), bias (1 or B, H or 1, L, Lk) additive or None -> (B, L,
@@ -75,10 +73,20 @@ class Attention(nn.Module):
         rows, length, sources = x.shape[0], x.shape[1], memory.shape[0]
         query = self.q(x)
         if rows != sources:
-            query = query.reshape(sources, rows // sources * length, self.o.in_features)
+            query = query.reshape(sources, rows // sources * length, self.num_heads * self.d_kv)
         mixed = self._attend(self._heads(query), *pair, bias)
-        y: Tensor = self.o(mixed.transpose(1, 2).reshape(rows, length, self.o.in_features))
+        y: Tensor = self.o(mixed.transpose(1, 2).reshape(rows, length, self.num_heads * self.d_kv))
         return y
+
+    def relative_bias(
+        self, query_length: int, key_length: int, *, offset: int = 0, device: torch.device
+    ) -> Tensor | None:
+        """(1, H, Lq, Lk), see `relative_bias`; None where another layer has the table."""
+        if self.position_bias is None:
+            return None
+        return relative_bias(
+            self.position_bias, self.buckets, query_length, key_length, offset=offset, device=device
+        )
 
     def of_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, Lm, dk) of the encoder's output (B, Lm, D)."""

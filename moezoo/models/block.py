@@ -31,6 +31,8 @@ class Block(nn.Module):
             self.cross_attention = Attention(config, decoder=True, layer=layer)
         self.mlp_norm = norm_of(config)
         sparse = layer in (config.decoder_sparse if decoder else config.encoder_sparse)
+        # By construction: a tool may have put the layer into a class of its own when it is called.
+        self.sparse = sparse
         self.mlp: MoE | DenseMLP
         if sparse:
             self.mlp = make_moe(config, decoder=decoder)
@@ -63,7 +65,7 @@ class Block(nn.Module):
             attended = self.cross_attention.cross(self.cross_norm(x), memory, memory_bias, cache)
             x = finite(x + self.dropout(attended))
         normed = self.mlp_norm(x)
-        if isinstance(self.mlp, MoE):
+        if self.sparse:
             y, routing = self.mlp(normed, mask=routed, token_ids=token_ids)
         else:
             y, routing = self.mlp(normed), None

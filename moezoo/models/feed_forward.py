@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from moezoo.functional.activations import activation
 from moezoo.functional.dropout import Dropout, relu_dropout
 from moezoo.models.linear import Linear
+from moezoo.ops.observed import is_plain
 
 
 class DenseMLP(nn.Module):
@@ -36,8 +37,8 @@ class DenseMLP(nn.Module):
         """(..., D) -> (..., D)."""
         if self.gated:
             hidden = self.dropout(self.function(self.wi_0(x)) * self.wi_1(x))
-        elif self.function is F.relu:
-            hidden = relu_dropout(self.wi(x), self.dropout.p, training=self.training)
+        elif self.function is F.relu and is_plain(self.dropout, Dropout):
+            hidden = relu_dropout(self.wi(x), self.dropout.p, training=self.dropout.training)
         else:
             hidden = self.dropout(self.function(self.wi(x)))
         y: Tensor = self.wo(hidden)

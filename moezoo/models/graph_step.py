@@ -12,17 +12,16 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from moezoo.layer import MoE
 from moezoo.models.attention import key_mask
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
 from moezoo.models.decoding import Decoding
-from moezoo.models.position import PositionBias
 from moezoo.models.stack import Stack
 from moezoo.ops.backends import never_waits
 from moezoo.ops.eager import is_eager
+from moezoo.ops.observed import is_observed
 
 FIRST_SIZE = 64
 _KNOWN = ("moezoo.", "torch.nn.modules.")
@@ -37,8 +36,7 @@ def may_be_a_graph(model: Decoding, memory: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
         return False
-    globally = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    if any(globally) or type(model.decoder) is not Stack:
+    if type(model.decoder) is not Stack:
         return False
     if not type(model).head.__module__.startswith(_KNOWN) or "head" in vars(model):
         return False
@@ -59,8 +57,8 @@ def _waits(modules: Sequence[nn.Module], memory: Tensor) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not hooked and not module.training and type(module).__module__.startswith(_KNOWN)
+    known = type(module).__module__.startswith(_KNOWN)
+    return known and not module.training and not is_observed(module, whole=True)
 
 
 class FixedCache(DecoderCache):
@@ -182,9 +180,8 @@ class GraphStep:
         """By layer that has a table: the bias (1, H, 1, size) of the last of `size` positions."""
         size, found = self.cache.buffers.shape[3], {}
         for block in self.blocks:
-            table: PositionBias | None = block.attention.position_bias
-            if table is not None:
-                row = table.bias(1, size, offset=size - 1)
+            row = block.attention.relative_bias(1, size, offset=size - 1, device=self.memory.device)
+            if row is not None:
                 found[block.attention.layer] = row.to(self.memory.dtype)
         return found
 

@@ -9,6 +9,7 @@ from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, DtypeError, ShapeError
 from moezoo.models.cache import DecoderCache
 from moezoo.ops.eager import is_eager
+from moezoo.ops.observed import is_observed
 
 IGNORED = -100
 
@@ -23,12 +24,12 @@ def embedded(
         reason = f"pass {name} or {embeds_name}"
         raise ConfigError(reason, field=name, expected="exactly one", found=found)
     if ids is not None:
-        check_ids(ids, table.num_embeddings, name)
-        check_device(ids, table.weight, name)
+        check_ids(ids, table.weight.shape[0], name)
+        _check_table(ids, table, name)
         return table(ids.long())  # type: ignore[no-any-return]
     assert embeds is not None
-    check_hidden(embeds, table.embedding_dim, embeds_name)
-    check_device(embeds, table.weight, embeds_name)
+    check_hidden(embeds, table.weight.shape[1], embeds_name)
+    _check_table(embeds, table, embeds_name)
     if mask is None or mask.shape != embeds.shape[:2]:
         return embeds
     return torch.where(mask.bool()[:, :, None], embeds, embeds.new_zeros(()))
@@ -67,6 +68,12 @@ def check_hidden(x: Tensor, d_model: int, name: str) -> None:
         raise ShapeError(f"{name} has the wrong shape", field=name, expected=wanted, found=found)
     if not x.is_floating_point():
         raise DtypeError(f"{name} must be floating", field=name, found=x.dtype)
+
+
+def _check_table(x: Tensor, table: nn.Embedding, name: str) -> None:
+    # Who observes the table may bring its weights over when it is called (offload).
+    if not is_observed(table):
+        check_device(x, table.weight, name)
 
 
 def check_device(x: Tensor, weight: Tensor, name: str) -> None:

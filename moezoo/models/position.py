@@ -5,9 +5,10 @@ head.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.models.embedding import Embedding
 
@@ -37,40 +38,46 @@ def relative_buckets(
     return bucket + torch.where(distance < max_exact, distance, far)
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """How distances fall into buckets; see `relative_buckets`."""
+
+    number: int
+    max_distance: int
+    bidirectional: bool
+
+
 class PositionBias(Embedding):
-    """The table (buckets, H) and its expansion to an additive attention bias."""
+    """The table (buckets, H): one learned number per bucket and head."""
 
-    def __init__(
-        self,
-        num_buckets: int,
-        num_heads: int,
-        *,
-        max_distance: int,
-        bidirectional: bool,
-        std: float = 1.0,
-    ) -> None:
-        super().__init__(num_buckets, num_heads, std=std)
-        self.max_distance = max_distance
-        self.bidirectional = bidirectional
 
-    def bias(self, query_length: int, key_length: int, *, offset: int = 0) -> Tensor:
-        """(1, H, Lq, Lk) for queries at positions offset ... offset + Lq - 1 and keys from 0.
+def relative_bias(
+    table: nn.Module,
+    buckets: Buckets,
+    query_length: int,
+    key_length: int,
+    *,
+    offset: int = 0,
+    device: torch.device,
+) -> Tensor:
+    """A table's expansion to an additive attention bias (1, H, Lq, Lk), for queries at positions
+    offset ... offset + Lq - 1 and keys from 0.
 
-        Only the Lq + Lk - 1 distances are looked up: the bias is constant along its diagonals.
-        """
-        distances = query_length + key_length - 1
-        if query_length == 0 or key_length == 0:
-            return self.weight.new_zeros(1, self.embedding_dim, query_length, key_length)
-        first = 1 - query_length - offset
-        distance = torch.arange(first, first + distances, device=self.weight.device)
-        bucket = relative_buckets(
-            distance,
-            bidirectional=self.bidirectional,
-            num_buckets=self.num_embeddings,
-            max_distance=self.max_distance,
-        )
-        # (H, Lq + Lk - 1); contiguous, and so is the bias, which every layer adds to its scores.
-        by_distance: Tensor = self(bucket).t().contiguous()
-        if query_length == 1:
-            return by_distance[None, :, None, :]
-        return by_distance.unfold(1, key_length, 1).flip(1).unsqueeze(0)
+    Only the Lq + Lk - 1 distances are looked up: the bias is constant along its diagonals. The
+    table is called, so it may be wrapped.
+    """
+    distances = max(query_length + key_length - 1, 0)
+    first = 1 - query_length - offset
+    bucket = relative_buckets(
+        torch.arange(first, first + distances, device=device),
+        bidirectional=buckets.bidirectional,
+        num_buckets=buckets.number,
+        max_distance=buckets.max_distance,
+    )
+    # (H, Lq + Lk - 1); contiguous, and so is the bias, which every layer adds to its scores.
+    by_distance: Tensor = table(bucket).t().contiguous()
+    if query_length == 0 or key_length == 0:
+        return by_distance.new_zeros(1, by_distance.shape[0], query_length, key_length)
+    if query_length == 1:
+        return by_distance[None, :, None, :]
+    return by_distance.unfold(1, key_length, 1).flip(1).unsqueeze(0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
+from moezoo.models.embedding import Embedding
 from moezoo.models.linear import Linear
 from moezoo.models.switch import SwitchEncoderModel, SwitchModel
 from moezoo.routers.base import Router
@@ -80,7 +82,7 @@ def _tables(model: nn.Module) -> list[tuple[str, nn.Module]]:
     there = dict(model.named_modules(remove_duplicate=False))
     found = [(name, there[name]) for name in names if name in there]
     for name, module in found:
-        if type(module) not in (nn.Embedding, Linear):
+        if type(module) not in (Embedding, Linear):
             raise ConfigError(
                 f"{name} is no table that can be resized",
                 field=name,
@@ -99,11 +101,12 @@ def _resized(module: nn.Module, vocab_size: int) -> nn.Module:
         blocks = torch.split(old, block_rows(old.shape[1] * old.element_size()))
         row = mean_row(blocks).to(old.dtype)
         weight = torch.cat([weight, row.expand(added, -1)])
+    made: nn.Module
     with torch.device("meta"):
-        made: nn.Module = (
-            nn.Embedding(vocab_size, old.shape[1])
-            if isinstance(module, nn.Embedding)
-            else Linear(old.shape[1], vocab_size)
-        )
+        if isinstance(module, Embedding):
+            made = Embedding(vocab_size, old.shape[1], std=module.std)
+        else:
+            made = Linear(old.shape[1], vocab_size)
+            made.initial = cast(Linear, module).initial
     made.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
     return made.train(module.training)

@@ -15,6 +15,7 @@ from moezoo.functional.dropout import Dropout
 from moezoo.models.attention import causal_mask, key_mask, merged_bias
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
+from moezoo.models.embedding import Embedding
 from moezoo.models.norm import norm_of
 from moezoo.records import Routing
 
@@ -36,7 +37,11 @@ class Stack(nn.Module):
         self.final_norm = norm_of(config)
         self.dropout = Dropout(config.dropout_rate)
         own = ("decoder" if decoder else "encoder") in config.own_embeddings
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model) if own else None
+        self.embed_tokens = (
+            Embedding(config.vocab_size, config.d_model, std=config.initializer_factor)
+            if own
+            else None
+        )
         self.decoder = decoder
         self.gradient_checkpointing = False
 
@@ -100,9 +105,10 @@ class Stack(nn.Module):
         length, bias = x.shape[1], masks
         routings: list[Routing] = []
         for block in cast("list[Block]", self.blocks):
-            table = block.attention.position_bias
-            if table is not None:
-                position = table.bias(length, offset + length, offset=offset)
+            position = block.attention.relative_bias(
+                length, offset + length, offset=offset, device=x.device
+            )
+            if position is not None:
                 bias = merged_bias(position.to(x.dtype), masks)
             run = partial(block, **arguments)
             x, routing = (

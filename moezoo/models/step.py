@@ -10,19 +10,21 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
 from moezoo.capacity import Dropless, FirstCome, SwitchCapacity, TransformersCapacity
+from moezoo.experts.base import Experts
 from moezoo.functional.dropout import Dropout
 from moezoo.layer import MoE
 from moezoo.models.attention import Attention, key_mask
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
+from moezoo.models.embedding import Embedding
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import RMSNorm
 from moezoo.models.position import PositionBias
 from moezoo.models.stack import Stack
 from moezoo.ops.eager import is_eager
+from moezoo.ops.observed import is_observed
 from moezoo.routers import SwitchRouter
 
 _FIRST_SIZE = 32
@@ -46,8 +48,7 @@ def steps_apart(decoder: nn.Module, memory: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not is_eager():
         return False
-    globally = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    if any(globally) or not memory.is_cpu or memory.dtype != torch.float32:
+    if not memory.is_cpu or memory.dtype != torch.float32:
         return False
     if any(p.dtype != torch.float32 or not p.is_cpu for p in decoder.parameters()):
         return False
@@ -59,26 +60,29 @@ def _passed_by(module: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(module, MoE):
         yield module
         for child in module.children():
-            if type(child) is not nn.Embedding:  # it is called, before the step
+            if type(child) is not Embedding:  # it is called, before the step
                 yield from _passed_by(child)
 
 
 def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     known = kind in _PLAIN or "prepared" in vars(kind)  # not inherited beside another `forward`
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return known and not hooked and not module.training
+    return known and not module.training and not is_observed(module, whole=True)
 
 
 def _keeps_its_pair(moe: MoE) -> bool:
     """Whether a single token is sure to go through the expert that a Switch router prefers, and
     nobody looks at the routing.
     """
-    parts = (moe, moe.router, moe.capacity, moe.experts)
-    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+    if any(module.training or is_observed(module, whole=True) for module in moe.modules()):
         return False
-    known = type(moe) is MoE and type(moe.router) is SwitchRouter and moe.shared is None
-    return known and type(moe.capacity) in _KEEPS_ONE and not moe.training
+    if type(moe) is not MoE or is_observed(moe, "route") or not isinstance(moe.experts, Experts):
+        return False
+    router = moe.router
+    if type(router) is not SwitchRouter or is_observed(router, "logits", "reweigh"):
+        return False
+    known = type(router.classifier) is nn.Linear and type(moe.capacity) in _KEEPS_ONE
+    return known and moe.shared is None
 
 
 class DecoderStep:
@@ -149,9 +153,12 @@ class DecoderStep:
         whose last columns are the biases of those before.
         """
         size = self.cache.shape[1]
-        tables = [layer.block.attention.position_bias for layer in self.layers]
-        found = [table.bias(1, size, offset=size - 1) for table in tables if table is not None]
-        return [bias[0].repeat(self.rows, 1, 1) for bias in found]
+        device = self.cache.device
+        found = [
+            layer.block.attention.relative_bias(1, size, offset=size - 1, device=device)
+            for layer in self.layers
+        ]
+        return [bias[0].repeat(self.rows, 1, 1) for bias in found if bias is not None]
 
 
 @dataclass(frozen=True)

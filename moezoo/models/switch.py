@@ -27,7 +27,7 @@ from moezoo.models.inputs import (
     shifted_right,
     up_to_last_label,
 )
-from moezoo.models.linear import Linear
+from moezoo.models.linear import Linear, table_weight
 from moezoo.models.losses import ModelLosses
 from moezoo.models.output import SwitchOutput
 from moezoo.models.stack import Stack
@@ -269,7 +269,10 @@ class SwitchForConditionalGeneration(SwitchModel):
         """Logits (..., V) of hidden states (..., D)."""
         if self.config.scales_logits:
             hidden = hidden * self.config.d_model**-0.5
-        return linear(hidden, self.shared.weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.lm_head is None:
+            return linear(hidden, table_weight(self.shared, hidden.device))
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 
 def is_eager() -> bool:
-    """Whether operators run at once, on plain tensors: neither traced by `torch.compile` and
-    `torch.export` nor transformed by `torch.func`, which differentiates only what it sees through.
+    """Whether operators run at once, on plain tensors: neither traced by `torch.compile`,
+    `torch.export` and `torch.jit.trace` nor transformed by `torch.func` or differentiated forward,
+    which see through operators of torch alone.
     """
-    return not torch.compiler.is_compiling() and not is_transformed()
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    return torch._C._get_tracing_state() is None and not is_transformed()
 
 
 def is_transformed() -> bool:

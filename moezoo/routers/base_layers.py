@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moezoo.functional.assign import best_experts, pairs_of
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.matching import balanced_assignment
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -42,7 +42,7 @@ class BaseLayersRouter(Router):
         return self.training  # for the scores to match
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         if self.training:
             expert_T1 = _balanced(logits_TE.detach(), tokens)
         else:

@@ -7,7 +7,7 @@ from torch import nn
 
 from moezoo.functional.assign import best_experts, pairs_of
 from moezoo.functional.drawn import DrawnLinear, orthogonal_
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate, gate_logits, gate_weight
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.checks import check_number, check_whole
@@ -60,8 +60,8 @@ class CosineRouter(Router):
         return self.k
 
     def forward(self, tokens: Tokens) -> Routing:
-        low_TR = unit_rows(gate_logits(tokens.x, self.projection.weight))
-        embedding_ER = unit_rows(self.classifier.weight.to(low_TR.dtype))
+        low_TR = unit_rows(gate(self.projection, tokens.x))
+        embedding_ER = unit_rows(gate_weight(self.classifier, low_TR))
         temperature = self.temperature.to(low_TR.dtype).clamp(min=0.01)
         logits_TE = gate_logits(low_TR, embedding_ER) / temperature
         probs_TE = logits_TE.softmax(dim=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.top_tokens import best_tokens, fair_share, fair_shares
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -60,7 +60,7 @@ class ExpertChoiceRouter(Router):
         return min(self.factor, float(self.num_experts))
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         probs_TE = logits_TE.softmax(dim=-1)
         pairs = self._chosen(probs_TE, tokens)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import best_experts
 from moezoo.functional.collective import num_ranks, summed_over_ranks
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.top_tokens import fair_share
 from moezoo.functional.varying import varying_choice
 from moezoo.records import Routing, Tokens
@@ -82,7 +82,7 @@ class ExpertThresholdRouter(Router):
         return self.max_choices is None  # how many pairs there are
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         probs_TE = logits_TE.softmax(dim=-1)
         chosen_TE = self._reached(probs_TE.detach())
         pairs = varying_choice(chosen_TE, probs_TE, tokens, self.max_choices)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.functional.assign import best_experts, pairs_of
-from moezoo.functional.gates import gate_logits, gate_probs
+from moezoo.functional.gates import gate, gate_probs
 from moezoo.functional.varying import with_kept
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -58,7 +58,7 @@ class GShardRouter(Router):
         return 1.0 if self.second == "none" else float(self.choices)
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         probs_TE = gate_probs(logits_TE)
         expert_TK = best_experts(probs_TE, self.choices)
         weight_TK = probs_TE.gather(1, expert_TK)

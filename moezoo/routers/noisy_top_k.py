@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moezoo.functional.assign import best_experts, pairs_of
 from moezoo.functional.drawn import DrawnLinear
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.losses import squared_variation
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -46,8 +46,8 @@ class NoisyTopKRouter(Router):
         return self.k
 
     def forward(self, tokens: Tokens) -> Routing:
-        clean_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
-        scale_TE = F.softplus(gate_logits(tokens.x, self.noise.weight))
+        clean_TE = gate(self.classifier, tokens.x)
+        scale_TE = F.softplus(gate(self.noise, tokens.x))
         noisy_TE = clean_TE
         if self.training:
             noisy_TE = clean_TE + torch.randn_like(clean_TE) * scale_TE

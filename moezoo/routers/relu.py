@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moezoo.errors import ConfigError
 from moezoo.functional.collective import summed_over_ranks
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.losses import masked_mean
 from moezoo.functional.varying import varying_choice
 from moezoo.records import Assignment, Routing, Tokens
@@ -90,7 +90,7 @@ class ReLURouter(Router):
         return self.max_choices is None  # how many pairs there are
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         gate_TE = logits_TE.relu()
         pairs = varying_choice(gate_TE.detach() > 0, gate_TE, tokens, self.max_choices)
         l1 = self._l1(gate_TE, tokens.real)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moezoo.errors import ConfigError, ShapeError
 from moezoo.functional.assign import best_experts, pairs_of
 from moezoo.functional.collective import summed_over_ranks
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.queues import pairs_per_expert
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -79,7 +79,7 @@ class SigmoidTopKRouter(Router):
         return self.k
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         log_score_TE = _log_score(logits_TE, self.score)
         choice_TE = log_score_TE.detach().exp() + self.expert_bias.to(logits_TE.dtype)
         if self.groups > self.groups_per_token:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.functional.assign import best_experts, pairs_of
-from moezoo.functional.gates import gate_logits
+from moezoo.functional.gates import gate
 from moezoo.functional.sinkhorn import column_potentials
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -62,7 +62,7 @@ class SinkhornRouter(Router):
         return self.k
 
     def forward(self, tokens: Tokens) -> Routing:
-        logits_TE = gate_logits(tokens.x, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, tokens.x)
         probs_TE = logits_TE.softmax(dim=-1)
         choice_TE = self._balanced(logits_TE.detach(), tokens) if self.training else logits_TE
         expert_TK = best_experts(choice_TE, self.k)

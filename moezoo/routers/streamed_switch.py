@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moezoo.functional.assign import pairs_of
-from moezoo.functional.gates import gate_dtype, jittered
+from moezoo.functional.drawn import DrawnLinear
+from moezoo.functional.gates import gate, gate_dtype, jittered
 from moezoo.functional.losses import expert_fractions
-from moezoo.functional.streamed import streamed_top_1
+from moezoo.functional.streamed import streamed_top_1, top_1_of
+from moezoo.ops.observed import is_plain
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.switch import check_jitter, check_sizes, classifier
@@ -50,12 +52,15 @@ class StreamedSwitchRouter(Router):
         if real is not None:  # padding may hold anything
             x_TD = torch.where(real[:, None], x_TD, x_TD.new_zeros(()))
         dtype = gate_dtype(x_TD.dtype)
-        weight, bias = self.classifier.weight, self.classifier.bias
-        bias_E = None if bias is None else bias.to(dtype)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            expert_T, gate_T, mean_E, z = streamed_top_1(
-                x_TD.to(dtype), weight.to(dtype), bias_E, real
-            )
+        if is_plain(self.classifier, nn.Linear, DrawnLinear):
+            weight, bias = self.classifier.weight, self.classifier.bias
+            bias_E = None if bias is None else bias.to(dtype)
+            with torch.autocast(x_TD.device.type, enabled=False):
+                expert_T, gate_T, mean_E, z = streamed_top_1(
+                    x_TD.to(dtype), weight.to(dtype), bias_E, real
+                )
+        else:
+            expert_T, gate_T, mean_E, z = top_1_of(gate(self.classifier, x_TD), real)
         pairs = pairs_of(expert_T[:, None], gate_T[:, None], self.num_experts, tokens)
         share_E: Tensor = expert_fractions(pairs, real).sum(0)
         balance = self.num_experts * (share_E * mean_E).sum()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import token_choice
 from moezoo.functional.drawn import DrawnLinear, normal_
-from moezoo.functional.gates import gate_logits, gate_probs, jittered
+from moezoo.functional.gates import gate, gate_probs, jittered
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
 
@@ -70,7 +70,7 @@ class SwitchRouter(Router):
         """Expert scores (T, E) in float32 (or float64)."""
         if self.training and self.jitter > 0.0:
             x_TD = jittered(x_TD, self.jitter)
-        return gate_logits(x_TD, self.classifier.weight, self.classifier.bias)
+        return gate(self.classifier, x_TD)
 
     def forward(self, tokens: Tokens) -> Routing:
         logits_TE = self.logits(tokens.x)

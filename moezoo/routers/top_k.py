@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import best_experts, pairs_of
-from moezoo.functional.gates import gate_logits, gate_probs, jittered
+from moezoo.functional.gates import gate, gate_probs, jittered
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.switch import check_jitter, check_sizes, classifier
@@ -67,7 +67,7 @@ class TopKRouter(Router):
 
     def forward(self, tokens: Tokens) -> Routing:
         x_TD = jittered(tokens.x, self.jitter) if self.training and self.jitter else tokens.x
-        logits_TE = gate_logits(x_TD, self.classifier.weight, self.classifier.bias)
+        logits_TE = gate(self.classifier, x_TD)
         probs_TE = gate_probs(logits_TE)
         expert_TK = best_experts(logits_TE, self.k)
         if self.softmax == "after":

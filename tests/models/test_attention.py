@@ -9,7 +9,7 @@ import torch
 
 from moezoo.models.attention import Attention
 from moezoo.models.norm import RMSNorm
-from moezoo.models.position import PositionBias, relative_buckets
+from moezoo.models.position import Buckets, PositionBias, relative_bias, relative_buckets
 from tests.models.tiny import TINY, source, tiny
 
 
@@ -41,8 +41,9 @@ def test_buckets_follow_the_formula(bidirectional: bool) -> None:
 def test_the_bias_is_the_tables_entry_of_each_pairs_bucket(
     query: int, key: int, offset: int
 ) -> None:
-    table = PositionBias(32, 3, max_distance=128, bidirectional=False)
-    found = table.bias(query, key, offset=offset)
+    table, buckets = PositionBias(32, 3), Buckets(32, 128, bidirectional=False)
+    device = table.weight.device
+    found = relative_bias(table, buckets, query, key, offset=offset, device=device)
     assert found.shape == (1, 3, query, key)
     for q in range(query):
         for k in range(key):

@@ -1,0 +1,200 @@
+"""A plugged model's own mask, brought to its sparse layers: padding is not routed."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from moezoo.errors import ConfigError, ShapeError
+from moezoo.sparse_mlp import SparseMLP
+
+Mask = str | Callable[[Mapping[str, Any]], Tensor | None] | bool | None
+
+_OF_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask")
+_OF_TOKENS = ("attention_mask",)
+_UNCLEAR = ("mask", "attn_mask", "input_mask")
+_TWO_SEQUENCES = ("decoder_attention_mask", "decoder_input_ids", "tgt")
+_CACHES = ("past_key_values", "past_key_value", "cache")
+_TAG = "_moezoo_padding"
+
+
+def carriers_of(model: nn.Module, layers: Sequence[str], mask: Mask = None) -> dict[str, Padding]:
+    """What brings the mask that a model is called with to the sparse layers inside the modules
+    `layers`, by the name of the module that is called with it; `Padding.attach` starts each.
+
+    Args:
+        mask: the name of an argument of `model.forward`, or a function of its arguments by name
+            that gives (B, L), True for real tokens; None: an argument whose name says what it is
+            (`attention_mask`, `src_key_padding_mask`, ...), of the outermost module around a layer
+            that has one for one sequence; False: none.
+
+    Raises ConfigError for a name that there is not, and for a model whose argument "mask" may be
+    either kind.
+    """
+    carriers: dict[str, Padding] = {}
+    for layer in layers if mask is not False else ():
+        found = _owner(model, layer, mask)
+        if found is not None:
+            owner, argument = found
+            carriers.setdefault(owner, Padding(argument)).layers.append(layer)
+    return carriers
+
+
+def _owner(model: nn.Module, layer: str, mask: Mask) -> tuple[str, Any] | None:
+    """The module whose call holds the mask for a layer, and the argument."""
+    if callable(mask):
+        return "", mask
+    if isinstance(mask, str):
+        if mask not in _parameters(model):
+            found = ", ".join(_parameters(model))
+            reason = f"{type(model).__name__}.forward has no argument {mask!r}"
+            raise ConfigError(reason, field="mask", found=found)
+        return "", mask
+    parts = layer.split(".")
+    for depth in range(len(parts)):
+        around = ".".join(parts[:depth])
+        names = _parameters(model.get_submodule(around))
+        both = {"src_key_padding_mask", "tgt_key_padding_mask"} <= set(names)
+        if both or any(name in names[1:] for name in _TWO_SEQUENCES):
+            continue  # the stacks inside have one each
+        argument = next((name for name in (*_OF_PADDING, *_OF_TOKENS) if name in names), None)
+        if argument is not None:
+            return around, argument
+        unclear = next((name for name in _UNCLEAR if name in names), None)
+        if not depth and unclear is not None:
+            hint = f"Pass mask={unclear!r} if 1 is a real token, a function, or mask=False."
+            reason = (
+                f"{type(model).__name__}.forward takes {unclear!r}, which may be of either kind"
+            )
+            raise ConfigError(reason, field="mask", hint=hint)
+    return None
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+class Padding:
+    """Holds, while a module runs, the mask it was called with; one value per thread.
+
+    A block that is recomputed inside backward runs without the module around it: what the block was
+    called with then carries the mask.
+    """
+
+    def __init__(self, argument: Any) -> None:
+        self.argument = argument
+        self.names: list[str] = []
+        self.layers: list[str] = []
+        self.held: dict[int, list[tuple[Tensor | None, bool]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": {}}
+
+    def attach(self, model: nn.Module, owner: str) -> None:
+        """Take the mask of each call of the module `owner`; give it to the sparse layers."""
+        called = model.get_submodule(owner)
+        self.names = _parameters(called)
+        called.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        called.register_forward_hook(self._leave, always_call=True)
+        start = len(owner.split(".")) if owner else 0
+        between: dict[nn.Module, None] = {}
+        served: dict[nn.Module, None] = {}
+        for name in self.layers:
+            parts = name.split(".")
+            for depth in range(start + 1, len(parts) + 1):
+                between[model.get_submodule(".".join(parts[:depth]))] = None
+            served |= dict.fromkeys(model.get_submodule(name).modules())
+        for block in between:
+            if not isinstance(block, SparseMLP):
+                block.register_forward_pre_hook(self._resume, with_kwargs=True, prepend=True)
+                block.register_forward_hook(self._pause, always_call=True)
+        for layer in served:
+            if isinstance(layer, SparseMLP):
+                layer.register_forward_pre_hook(self._give, with_kwargs=True)
+
+    def _stack(self) -> list[tuple[Tensor | None, bool]]:
+        return self.held.setdefault(0 if is_compiling() else threading.get_ident(), [])
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cached = any(given.get(name) is not None for name in _CACHES)
+        if callable(self.argument):
+            self._stack().append((self.argument(given), cached))
+            return
+        mask = given.get(self.argument)
+        self._stack().append((None if mask is None else real_of(mask, self.argument), cached))
+
+    def _leave(self, *_: object) -> None:
+        stack = self._stack()
+        if stack:
+            stack.pop()
+        if not stack:
+            self.held.pop(0 if is_compiling() else threading.get_ident(), None)
+
+    def _resume(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Mark what a block is called with, or, when it is recomputed, take the mark."""
+        if is_compiling():
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        stack = self._stack()
+        if stack and torch.is_grad_enabled() and tensors and not _recomputing():
+            tensors[0].__dict__.setdefault(_TAG, {})[self] = stack[-1]
+        elif not stack and _recomputing():
+            found = [value.__dict__.get(_TAG, {}) for value in tensors]
+            marks = [mark[self] for mark in found if self in mark]
+            if not marks:
+                hint = "Pass use_reentrant=False to activation checkpointing."
+                kind = type(module).__name__
+                raise ConfigError(f"{kind} is recomputed without its mask", field="mask", hint=hint)
+            stack.append(marks[0])
+            module.__dict__["_moezoo_resumed"] = True
+
+    def _pause(self, module: nn.Module, *_: object) -> None:
+        if module.__dict__.pop("_moezoo_resumed", False):
+            self._leave()
+
+    def _give(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        stack = self._stack()
+        if not stack or stack[-1][0] is None or kwargs.get("mask") is not None:
+            return None
+        mask, cached = stack[-1]
+        assert mask is not None and isinstance(layer, SparseMLP)
+        x = args[0]
+        wanted = x.shape[:-1] if layer.batch_first or x.dim() != 3 else x.shape[1::-1]
+        if cached and mask.dim() == 2 and mask.shape[1] > wanted[-1]:
+            mask = mask[:, mask.shape[1] - wanted[-1] :]  # cached tokens are not routed again
+        if mask.shape != wanted:
+            hint = "Pass mask=False to plug, or a function that gives the mask of these tokens."
+            reason = "the model's mask does not fit the tokens of a plugged layer"
+            found = tuple(mask.shape)
+            raise ShapeError(reason, field="mask", expected=tuple(wanted), found=found, hint=hint)
+        return args, {**kwargs, "mask": mask}
+
+
+def _recomputing() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def real_of(mask: Tensor, name: str) -> Tensor:
+    """True for real tokens, of a mask whose name says what its values mean.
+
+    Raises ConfigError for numbers that are neither 0 and 1 nor, of padding, additive.
+    """
+    padding = "padding" in name
+    if not mask.is_floating_point():
+        return ~mask.bool() if padding else mask.bool()
+    if padding:  # torch adds it to scores
+        return mask == 0
+    if is_compiling() or not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
+        hint = "Pass integers or bool, or a function as `mask`."
+        reason = f"{name} of floats that are not 0 and 1 does not say which tokens are real"
+        raise ConfigError(reason, field=name, hint=hint)
+    return mask.bool()

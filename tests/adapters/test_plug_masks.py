@@ -1,0 +1,225 @@
+"""A plugged model's own mask reaches its sparse layers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moezoo
+from moezoo.adapters.sparse import sparse
+
+from .plugged import GPT2, MASK, SIZES, T5, Block, hugging_face, ids, lively, mine, reals
+
+MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bert": ("BertModel", "BertConfig", SIZES, r"encoder\.layer\.\d+"),
+    "electra": ("ElectraModel", "ElectraConfig", {**SIZES, "embedding_size": 16},
+                r"encoder\.layer\.\d+"),
+    "distilbert": ("DistilBertModel", "DistilBertConfig",
+                   {"vocab_size": 50, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+                   r"transformer\.layer\.\d+\.ffn"),
+    "gpt2": ("GPT2Model", "GPT2Config", GPT2, r"h\.\d+\.mlp"),
+    "llama": ("LlamaModel", "LlamaConfig", SIZES, r"layers\.\d+\.mlp"),
+    "neox": ("GPTNeoXModel", "GPTNeoXConfig", SIZES, r"layers\.\d+\.mlp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padding_is_not_routed_and_changes_no_real_token(name: str) -> None:
+    kind, config, options, where = MODELS[name]
+    model = hugging_face(kind, config, **options)
+    expected = model(input_ids=ids(), attention_mask=MASK).last_hidden_state
+    assert len(moezoo.plug(model, re.compile(where), sparse(4))) == 2
+    with moezoo.record(model) as tape:
+        found = model(input_ids=ids(), attention_mask=MASK).last_hidden_state
+    real = MASK.bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    for (routing,) in tape.by_layer.values():
+        assert torch.equal(routing.real, real.flatten())
+    other = torch.where(real, ids(), ids(1))
+    changed = model(input_ids=other, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(changed[real], found[real])
+    assert model(input_ids=ids()).last_hidden_state.isfinite().all()
+
+
+@torch.no_grad()
+def test_each_stack_of_a_t5_gets_its_own_mask() -> None:
+    model = hugging_face("T5ForConditionalGeneration", "T5Config", **T5, decoder_start_token_id=0)
+    real = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    arguments = {"input_ids": ids(), "attention_mask": MASK, "decoder_input_ids": ids(1)}
+    expected = model(**arguments, decoder_attention_mask=real).logits
+    moezoo.plug(model, "*.DenseReluDense", sparse(4, causal=True))
+    with moezoo.record(model) as tape:
+        found = model(**arguments, decoder_attention_mask=real).logits
+    keep = real.bool()
+    torch.testing.assert_close(found[keep], expected[keep], atol=1e-4, rtol=1e-4)
+    for layer, (routing,) in tape.by_layer.items():
+        wanted = MASK if layer.startswith("encoder") else real
+        assert torch.equal(routing.real, wanted.bool().flatten())
+
+
+@torch.no_grad()
+def test_a_plugged_decoder_with_a_cache_generates_what_the_dense_one_does() -> None:
+    model = hugging_face("GPT2LMHeadModel", "GPT2Config", **GPT2, eos_token_id=49)
+    left = MASK.flip(1)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids(), attention_mask=left, **options)
+    moezoo.plug(model, "transformer.h.*.mlp", sparse(4, causal=True))
+    assert torch.equal(model.generate(input_ids=ids(), attention_mask=left, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@torch.no_grad()
+def test_a_torch_encoder_with_a_padding_mask(
+    batch_first: bool, norm_first: bool, activation: str, masked: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        16, 2, 32, 0.0, batch_first=batch_first, norm_first=norm_first, activation=activation
+    )
+    nested = batch_first and not norm_first
+    model = lively(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested))
+    x = torch.randn(2, 6, 16)
+    x = x if batch_first else x.transpose(0, 1)
+    padding = MASK == 0 if masked else None
+    keep = MASK.bool() if masked else MASK >= 0
+    keep = keep if batch_first else keep.t()
+    expected = model(x, src_key_padding_mask=padding)
+    moezoo.plug(model, "layers.*", sparse(4, group="sequence"))
+    with moezoo.record(model) as tape:
+        found = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[keep], expected[keep], atol=1e-5, rtol=1e-5)
+    for (routing,) in tape.by_layer.values():
+        assert routing.assignment.group_size == 6
+        assert masked is (routing.real is not None)
+        assert not masked or torch.equal(routing.real, MASK.bool().flatten())
+    model.train()
+    assert model(x, src_key_padding_mask=padding).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+@pytest.mark.parametrize("batch_first", [False, True])
+@torch.no_grad()
+def test_a_torch_transformer_gives_each_stack_its_own_mask(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = lively(nn.Transformer(16, 2, 1, 1, 32, 0.0, batch_first=batch_first))
+    source, target = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
+    if not batch_first:
+        source, target = source.transpose(0, 1), target.transpose(0, 1)
+    masks = {"src_key_padding_mask": MASK == 0, "tgt_key_padding_mask": MASK.flip(0) == 0}
+    masks["memory_key_padding_mask"] = MASK == 0
+    expected = model(source, target, **masks)
+    moezoo.plug(model, re.compile(r"\w+\.layers\.0"), sparse(4, causal=True))
+    with moezoo.record(model) as tape:
+        found = model(source, target, **masks)
+    keep = MASK.flip(0).bool() if batch_first else MASK.flip(0).bool().t()
+    torch.testing.assert_close(found[keep], expected[keep], atol=1e-5, rtol=1e-5)
+    (encoded,), (decoded,) = tape.by_layer.values()
+    assert torch.equal(encoded.real, MASK.bool().flatten())
+    assert torch.equal(decoded.real, MASK.flip(0).bool().flatten())
+
+
+def test_recomputed_blocks_see_the_mask_of_their_own_call() -> None:
+    x = torch.randn(2, 6, 8)
+    gradients = []
+    for how in (None, False):
+        model = mine(how)
+        one = model(x.clone().requires_grad_(), attention_mask=MASK)
+        two = model(x.clone().requires_grad_(), attention_mask=MASK.flip(0))
+        (one.square().sum() + two.square().sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert not any(carrier.held for carrier in carriers(model))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    with pytest.raises(moezoo.MoezooError, match="use_reentrant=False"):
+        mine(True)(x.requires_grad_(), attention_mask=MASK).sum().backward()
+
+
+def carriers(model: nn.Module) -> list[Any]:
+    return [hook.__self__ for hook in model._forward_pre_hooks.values()]
+
+
+def test_threads_copies_and_files_have_masks_of_their_own() -> None:
+    model, x = mine(), torch.randn(2, 6, 8)
+    found: dict[int, list[Tensor | None]] = {}
+
+    def run(number: int) -> None:
+        with torch.no_grad():
+            mask = MASK if number % 2 else MASK.flip(0)
+            found[number] = [model(x, mask) for _ in range(20)]
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, outputs in found.items():
+        with torch.no_grad():
+            expected = model(x, MASK if number % 2 else MASK.flip(0))
+        for output in outputs:
+            assert torch.equal(output, expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert all(torch.equal(r, MASK.bool().flatten()) for r in reals(twin, x, MASK))
+        assert carriers(twin) != carriers(model)
+
+
+@torch.no_grad()
+def test_a_compiled_model_routes_no_padding() -> None:
+    model, x = mine(), torch.randn(2, 6, 8)
+    expected = model(x, MASK)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x, MASK), expected)
+    torch.testing.assert_close(compiled(x, MASK.flip(0)), model(x, MASK.flip(0)))
+
+
+def test_a_failed_call_leaves_nothing_behind() -> None:
+    model = mine()
+    with pytest.raises(moezoo.MoezooError, match="does not fit the tokens"):
+        model(torch.randn(2, 6, 8), MASK[:, :5])
+    assert reals(model, torch.randn(2, 6, 8)) == [None, None]
+    assert not any(carrier.held for carrier in carriers(model))
+
+
+def test_the_mask_can_be_named_given_and_refused() -> None:
+    x = torch.randn(2, 6, 8)
+    for option in ("attention_mask", lambda arguments: arguments["attention_mask"].bool()):
+        real = reals(mine(mask=option), x, attention_mask=MASK)
+        assert all(torch.equal(r, MASK.bool().flatten()) for r in real)
+    assert reals(mine(mask=False), x, attention_mask=MASK) == [None, None]
+    with pytest.raises(moezoo.MoezooError, match="no argument 'masks'"):
+        mine(mask="masks")
+
+    class Unclear(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    with pytest.raises(moezoo.MoezooError, match="'mask', which may be of either kind"):
+        moezoo.plug(Unclear(), "mlp", sparse(2))
+    model = Unclear()
+    moezoo.plug(model, "mlp", sparse(2), mask="mask")
+    assert torch.equal(reals(model, x, MASK)[0], MASK.bool().flatten())
+
+
+def test_floats_are_read_by_what_their_argument_is_called() -> None:
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(reals(mine(), x, MASK.float())[0], MASK.bool().flatten())
+    with pytest.raises(moezoo.MoezooError, match="not 0 and 1"):
+        mine()(x, torch.where(MASK.bool(), 0.0, -1e9))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    moezoo.plug(encoder, "layers.0", sparse(2))
+    additive = torch.where(MASK.bool(), 0.0, float("-inf"))
+    found = reals(encoder.eval(), x, src_key_padding_mask=additive)[0]
+    assert torch.equal(found, MASK.bool().flatten())

@@ -1,0 +1,130 @@
+"""What is no MLP is refused by name, and so are routers that see what a decoder may not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moezoo
+from moezoo.adapters.sparse import sparse
+
+from .plugged import GPT2, SIZES, T5, Mine, hugging_face
+
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+WHISPER = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options", "where", "reason"),
+    [
+        ("GPT2Model", "GPT2Config", GPT2, r"h\.0", "GPT2Block"),
+        ("LlamaModel", "LlamaConfig", SIZES, r"layers\.0", "LlamaDecoderLayer"),
+        ("LlamaModel", "LlamaConfig", SIZES, r"layers\.0\.self_attn", "LlamaAttention"),
+        ("BloomModel", "BloomConfig", {"vocab_size": 50, "hidden_size": 16, "n_layer": 1,
+         "n_head": 2}, r"h\.0\.mlp", "required argument: 'residual'"),
+        ("OPTModel", "OPTConfig", {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16},
+         r"decoder\.layers\.0", "OPTDecoderLayer"),
+        ("T5EncoderModel", "T5Config", T5, r"encoder\.block\.0", "T5Block.*returns a tuple"),
+        ("WhisperModel", "WhisperConfig", WHISPER, r"encoder\.layers\.0", "WhisperEncoderLayer"),
+        ("ViTModel", "ViTConfig", VIT,
+         r".*layers?\.0", "ViTLayer.*mixes tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_no_mlp_is_refused_by_name(
+    kind: str, config: str, options: dict[str, Any], where: str, reason: str
+) -> None:
+    model = hugging_face(kind, config, **options)
+    before = dict(model.named_modules())
+    with pytest.raises(moezoo.MoezooError, match=reason):
+        moezoo.plug(model, re.compile(where), sparse(2))
+    assert dict(model.named_modules()) == before
+
+
+class Halves(nn.TransformerEncoderLayer):
+    """Its MLP is another one than its attributes say."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout2(self.linear2(self.activation(self.linear1(x)) ** 2))
+
+
+class Twice(nn.TransformerEncoderLayer):
+    """Its MLP is what its attributes say, and then something."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return 2.0 * super()._ff_block(x)
+
+
+@torch.no_grad()
+def test_a_layer_with_another_feed_forward_is_refused_or_right() -> None:
+    torch.manual_seed(0)
+    # torch's inference path, which (B, L, D) takes, passes by what a subclass overrides.
+    for kind, batch_first in ((Halves, False), (Halves, True), (Twice, True)):
+        with pytest.raises(moezoo.MoezooError, match=f"{kind.__name__} .* something else"):
+            layer = kind(16, 2, 32, batch_first=batch_first)
+            moezoo.plug(nn.ModuleList([layer]), "0", sparse(2))
+    model = nn.ModuleList([Twice(16, 2, 32)]).eval()
+    x = torch.randn(3, 2, 16)
+    expected = model[0](x)
+    moezoo.plug(model, "0", sparse(2))
+    torch.testing.assert_close(model[0](x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_zeros_hide_nothing_and_a_trial_leaves_no_trace() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wi, self.wo = nn.Linear(8, 8), nn.Linear(8, 8)
+            nn.init.zeros_(self.wo.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wo(self.wi(x).cumsum(-2))
+
+    model, state = Mixes(), torch.get_rng_state()
+    with pytest.raises(moezoo.MoezooError, match="mixes tokens"):
+        sparse(2)(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(moezoo.MoezooError, match="'meta'"), torch.device("meta"):
+        sparse(2)(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_routers_that_see_later_tokens_are_refused_in_decoders() -> None:
+    noncausal = sparse(2, router="expert_choice", capacity="dropless")
+    gpt2 = hugging_face("GPT2Model", "GPT2Config", **GPT2)
+    with pytest.raises(moezoo.MoezooError, match=r"'h\.0\.mlp' is in a decoder"):
+        moezoo.plug(gpt2, "h.*.mlp", noncausal)
+    bert = hugging_face("BertModel", "BertConfig", **SIZES)
+    assert moezoo.plug(bert, re.compile(r"encoder\.layer\.\d"), noncausal)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32), 1)
+    with pytest.raises(moezoo.MoezooError, match="is in a decoder"):
+        moezoo.plug(decoder, "layers.0", noncausal)
+    with pytest.raises(moezoo.MoezooError, match=r"may be in a decoder.*causal=False"):
+        moezoo.plug(Mine(), "blocks.*.mlp", noncausal)
+    assert moezoo.plug(Mine(), "blocks.*.mlp", noncausal, causal=False)
+    with pytest.raises(moezoo.MoezooError, match="is in a decoder"):
+        moezoo.plug(Mine(), "blocks.*.mlp", noncausal, causal=True)
+    t5 = hugging_face("T5ForConditionalGeneration", "T5Config", **T5, decoder_start_token_id=0)
+    assert moezoo.plug(t5, "encoder.*.DenseReluDense", noncausal)
+    with pytest.raises(moezoo.MoezooError, match="is in a decoder"):
+        moezoo.plug(t5, "decoder.*.DenseReluDense", noncausal)
