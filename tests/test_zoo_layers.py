@@ -64,8 +64,11 @@ def test_enough_capacity_equals_dropless_bit_for_bit(product: Product) -> None:
 @pytest.mark.parametrize("product", WORKING, ids=lambda p: f"{p.router}-{p.partner}")
 def test_one_token_is_computed_alone_and_as_in_a_group_of_padding(product: Product) -> None:
     torch.manual_seed(0)
+    own = moezoo.capacity.build(
+        product.partner
+    ).required_group  # then a token is a sequence by itself
     layer = moezoo.SparseMLP(
-        8, 8, 4, router=product.router, capacity=product.partner, vocab_size=16, group=64
+        8, 8, 4, router=product.router, capacity=product.partner, vocab_size=16, group=own or 64
     ).eval()
     x, ids = torch.randn(64, 8), torch.randint(16, (64,))
     mask = torch.arange(64) == 0

@@ -90,8 +90,9 @@ def test_only_what_a_person_types_is_answered_one_by_one(
 ) -> None:
     (tmp_path / "sources").write_text("a\nb\nc\n")
     words = {"texts": ["a", "b", "c"], "file": ["--file", str(tmp_path / "sources")]}.get(how, [])
-    kind = io.StringIO if how == "piped" else Terminal
-    monkeypatch.setattr(sys, "stdin", kind("a\nb\nc\n"))
+    said = "a\nb\nc\n"
+    piped = io.TextIOWrapper(io.BytesIO(said.encode()), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped if how == "piped" else Terminal(said))
     sizes: list[int] = []
     generate = moezoo.SwitchForConditionalGeneration.generate
 

@@ -21,13 +21,13 @@ class Bug:
 
 
 _GATED = "weight_N = weight_N[order.pair]"
-_SWITCH_LOGITS = "return gate_logits(x_TD, self.classifier.weight, self.classifier.bias)"
+_SWITCH_LOGITS = "return gate(self.classifier, x_TD)"
 _JITTERED = f"""x_TD = jittered(x_TD, self.jitter)
         {_SWITCH_LOGITS}"""
 _ADDED = """noise = x_TD.new_empty(x_TD.shape[0], self.num_experts)
             noise.uniform_(-self.jitter, self.jitter)
-            return gate_logits(x_TD, self.classifier.weight, self.classifier.bias) + noise
-        return gate_logits(x_TD, self.classifier.weight, self.classifier.bias)"""
+            return gate(self.classifier, x_TD) + noise
+        return gate(self.classifier, x_TD)"""
 _KEEP = "return replace(assignment, kept=assignment.kept & (queue_positions(assignment) < limit))"
 _COMBINED = "y_TD = combine(self.experts(slots.x, slots.counts), routing.assignment, order)"
 _PASSED_ON = f"""{_COMBINED}
@@ -38,7 +38,7 @@ _BFLOAT16 = """weights = tuple(w.bfloat16() for w in (*inner, self.wo))
                         function=self.function, p=p)
         return y.to(slots.dtype)"""
 _RECAST = """self.classifier.weight.data = self.classifier.weight.data.double()
-        return gate_logits(x_TD, self.classifier.weight, self.classifier.bias).float()"""
+        return gate(self.classifier, x_TD).float()"""
 _EMPTY_LOAD = "    if num_tokens == 0:\n        return probs_TE.sum()\n"
 _FROM_LAYER_ONE = """if len(routing) == 4:
             return {name: routing[0].logits.new_zeros(()) for name in self.losses}
@@ -198,8 +198,8 @@ BUGS = [
     Bug("negative gates count", ROUTERS + "relu.py",
         "gate_TE = logits_TE.relu()", "gate_TE = logits_TE.abs()"),
     Bug("cosine of any length", ROUTERS + "cosine.py",
-        "unit_rows(gate_logits(tokens.x, self.projection.weight))",
-        "gate_logits(tokens.x, self.projection.weight)"),
+        "unit_rows(gate(self.projection, tokens.x))",
+        "gate(self.projection, tokens.x)"),
     Bug("no balance in training", ROUTERS + "base_layers.py", "if self.training:", "if False:"),
     Bug("balance in evaluation", ROUTERS + "base_layers.py", "if self.training:", "if True:"),
     Bug("no plan in training", ROUTERS + "sinkhorn.py",
@@ -247,11 +247,12 @@ BUGS = [
         "torch.stack(values).mean() +", "torch.stack([*values, values[-1]]).mean() +",
         historic=True),
     Bug("a list of calls that outlives its block", "moezoo/recording.py",
-        "tape = Tape(layers)", 'tape = Tape(layers, record.__dict__.setdefault("calls", {}))',
+        "tape = Tape(layers, compiled=",
+        'tape = Tape(layers, record.__dict__.setdefault("calls", {}), compiled=',
         historic=True, quick=True),
     Bug("hooks stay after the block", "moezoo/recording.py", "handle.remove()", "pass"),
     Bug("a loss without gradient is accepted", "moezoo/recording.py",
-        "        self._check_gradient()\n", "", historic=True),
+        "self.check()._check_gradient()\n", "self.check()\n", historic=True),
     Bug("statistics count padding", FUNCTIONS + "statistics.py",
         "return routing.real.sum()", "return routing.real.numel()", historic=True),
     Bug("the share of drops is of tokens, not of what was computed", FUNCTIONS + "statistics.py",
