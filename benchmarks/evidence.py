@@ -1,10 +1,10 @@
 """What experts are for, over seeds, with each side's rate tuned: facts learned by heart.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.evidence [TABLE ...]     # resumes; about 40 minutes a core
+    OMP_NUM_THREADS=1 python -m benchmarks.evidence [TABLE ...]    # 40 minutes of one core
 
 Every trial is first run at each rate of RATES on seed 0; the best rate is then run on the other
-seeds. Finished trials are lines of --out and are not run again. evidence.md is written from what
-is there (`--page` writes it and runs nothing).
+seeds. Finished trials are lines of --out and are not run again: a run that was stopped goes on.
+evidence.md is written from what is there (`--page` writes it and runs nothing).
 """
 
 from __future__ import annotations
@@ -192,11 +192,12 @@ def _stayed(before: list[torch.Tensor], now: list[torch.Tensor]) -> float:
 
 def page(rows: list[dict[str, Any]], path: Path) -> None:
     """Every table that has trials, as Markdown."""
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
     parts = [
         "# Evidence\n\n`python -m benchmarks.evidence`; "
-        f"{COUNT:,} facts ({Facts(COUNT).bits / 1000:.0f} kbit), d_model 32, d_ff 64, 1 + 1 layers, "
-        f"every layer sparse, batches of 512, AdamW, linear decay to 0, each row at its best rate "
-        f"of {', '.join(f'{rate:g}' for rate in RATES)} on seed {SEEDS[0]}; mean (least to most) "
+        f"{COUNT:,} facts ({Facts(COUNT).bits / 1000:.0f} kbit), d_model 32, d_ff 64, 1 + 1 "
+        f"layers, every layer sparse, batches of 512, AdamW, linear decay to 0, each row at its "
+        f"best rate of {rates} on seed {SEEDS[0]}; mean (least to most) "
         f"of {len(SEEDS)} seeds. Seconds are of the processor.\n\n{machine()}"
     ]
     for name, trials in TABLES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from moezoo.report.trial import Curve, Trial
 
 TOLERANCE = 1e-4
-TEXT_STEP = 2.0  # a step on text takes about so many times one on facts
+TEXT_STEP = 2.5  # a step on text takes about so many times one on facts
+TEXT_REST = 1000  # the vocabulary, two commands, evaluation and the picture, in steps on facts
 MARK = "made-by-moezoo-demo.txt"
 NOTES = (
     "Facts reward parameters more than any other task: no fact follows from another.",
@@ -41,8 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the facts, at most (3)")
     parser.add_argument("--facts", type=int, default=8192, help="to learn by heart (8192)")
     parser.add_argument("--steps", type=int, default=600, help="of each training on facts (600)")
-    parser.add_argument("--text-steps", type=int, default=300, help="of the dense model (300)")
-    parser.add_argument("--further", type=int, default=150, help="of both, on text (150)")
+    parser.add_argument("--text-steps", type=int, default=150, help="of the dense model (150)")
+    parser.add_argument("--further", type=int, default=75, help="of both, on text (75)")
     parser.add_argument("--experts", type=int, default=8, help="per sparse layer (8)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step (32)")
     parser.add_argument("--vocabulary", type=int, default=1024, help="ids of the tokenizer (1024)")
@@ -104,7 +106,7 @@ def _closed_book(arguments: argparse.Namespace, out: Path, began: float) -> Book
     print("  so recall shows how much a model stores: the task that rewards parameters most.")
     book = Book(arguments.facts, arguments.steps, arguments.experts)
     each, text = book.rehearsed(), arguments.text_steps + 3 * arguments.further
-    rest = text * book.seconds_per_step * TEXT_STEP
+    rest = (text * TEXT_STEP + TEXT_REST) * book.seconds_per_step
     spare = 60 * arguments.minutes - (time.monotonic() - began) - rest
     seeds = min(arguments.seeds, max(1, int(spare / each)))
     total = time.monotonic() - began + seeds * each + rest
@@ -187,6 +189,8 @@ def _dense(arguments: argparse.Namespace, out: Path, material: Material) -> Curv
 
 def _command(*words: object) -> str:
     """Run a verb as a user would, and show it; returns the line."""
+    import torch
+
     from moezoo.errors import MoezooError
 
     line = [str(word) for word in words]
@@ -194,7 +198,14 @@ def _command(*words: object) -> str:
     if words[0] == "upcycle":
         _say(4, "Upcycle and verify, from the command line")
     print(f"  $ {shown}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "moezoo", *line], text=True, capture_output=True)
+    # Threads that spin while they wait would take the time that other programs leave.
+    quiet = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moezoo", *line],
+        text=True,
+        capture_output=True,
+        env={**os.environ, **quiet},
+    )
     for said in (done.stdout + done.stderr).splitlines():
         print(f"    {said}")
     if done.returncode:

@@ -67,10 +67,12 @@ def _recall(
         height = [sum(m.recall for m in column) / len(column) for column in moments]
         axes.plot(place, height, color=color, linewidth=2.2)
         axes.text(place[-1], height[-1], f" {name} {height[-1]:.2f}", color=color, fontsize=10,
-                  va="center")  # fmt: skip
+                  va="bottom" if name == "dense" else "center")  # fmt: skip
         furthest = max(furthest, place[-1])
-        if name == "dense":
-            axes.axhline(height[-1], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    goal = sum(one.recall for one in sides[0][0]) / len(sides[0][0])
+    axes.plot(
+        [0, place[-1]], [goal, goal], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0
+    )
     axes.set_xlim(0, furthest * 1.2)
     axes.set_ylim(0, 1)
     axes.set_xlabel(label, fontsize=9)
