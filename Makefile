@@ -14,11 +14,13 @@ help:  ## this list
 
 $(STAMP): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install $(if $(CI),--quiet) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## a dense T5 becomes a Switch model, on text that ships with Python
-	OMP_NUM_THREADS=2 $(BIN)/moezoo demo --out out/demo
+demo: $(STAMP)  ## what experts are for, in minutes (THREADS=1 STEPS=600 MINUTES=4 OUT=out/demo)
+	OMP_WAIT_POLICY=passive $(BIN)/moezoo demo --out $(or $(OUT),out/demo) \
+	  $(if $(THREADS),--threads $(THREADS)) $(if $(STEPS),--steps $(STEPS)) \
+	  $(if $(MINUTES),--minutes $(MINUTES))
 
 test: $(STAMP)  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -q

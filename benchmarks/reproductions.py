@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import moezoo
 from moezoo.adapters.upcycle.calibration import Calibration
-from moezoo.demonstration import Material, prepare
+from moezoo.demonstration.text import Material, prepare
 from moezoo.functional.assign import token_choice
 from moezoo.records import Routing, Tokens
 from moezoo.routers import SwitchRouter

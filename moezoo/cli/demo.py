@@ -4,99 +4,159 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moezoo.cli.terminal import Progress, duration, table
+
 if TYPE_CHECKING:
-    from moezoo.demonstration import Material, OnStep
+    from moezoo.demonstration.closed_book import Book
+    from moezoo.demonstration.text import Material, OnStep
     from moezoo.report.trial import Curve, Trial
 
 TOLERANCE = 1e-4
+TEXT_STEP = 2.5  # a step on text takes about so many times one on facts
+TEXT_REST = 1000  # the vocabulary, two commands, evaluation and the picture, in steps on facts
+MARK = "made-by-moezoo-demo.txt"
+NOTES = (
+    "Facts reward parameters more than any other task: no fact follows from another.",
+    "A token of the Switch model uses the parameters of one expert per layer, so that a step "
+    "costs hardly more; all experts have to be in memory.",
+    "On real text at this size the gain is a few hundredths of a nat at best: see the text part.",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for all of it")
-    parser.add_argument("--steps", type=int, default=1000, help="of the dense model alone (1000)")
-    parser.add_argument("--further", type=int, default=400, help="of both models after it (400)")
+    parser.add_argument("--overwrite", action="store_true", help="also into a folder of others")
+    parser.add_argument("--minutes", type=float, default=4.0, help="to aim at, with more seeds (4)")
+    parser.add_argument("--threads", type=int, default=1, help="more rarely help this size (1)")
+    parser.add_argument("--seeds", type=int, default=3, help="of the facts, at most (3)")
+    parser.add_argument("--facts", type=int, default=8192, help="to learn by heart (8192)")
+    parser.add_argument("--steps", type=int, default=600, help="of each training on facts (600)")
+    parser.add_argument("--text-steps", type=int, default=150, help="of the dense model (150)")
+    parser.add_argument("--further", type=int, default=75, help="of both, on text (75)")
     parser.add_argument("--experts", type=int, default=8, help="per sparse layer (8)")
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences per step (32)")
-    parser.add_argument("--vocabulary", type=int, default=2048, help="ids of the tokenizer (2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random number (0)")
-    parser.add_argument("--text", nargs="+", help="text, JSONL, CSV or TSV files, not Python's own")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts per step (32)")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="ids of the tokenizer (1024)")
+    parser.add_argument("--seed", type=int, default=0, help="the first (0)")
+    parser.add_argument("--text", nargs="+", help="text or JSONL files, instead of Python's own")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it, and report whichever model wins."""
-    import moezoo
-    from moezoo.demonstration import trial
+    import torch
 
     began = time.monotonic()
-    out = _fresh(arguments)
+    _check(arguments)
+    out = _claimed(arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        book = _closed_book(arguments, out, began)
+        _on_text(arguments, out, book)
+    finally:
+        torch.set_num_threads(threads)
+    print(f"\nAll of it took {duration(time.monotonic() - began)}.")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from moezoo.errors import ConfigError
+
+    least = {"vocabulary": 200, "minutes": 0}
+    for name in ("threads", "seeds", "facts", "steps", "text_steps", "further", "experts",
+                 "batch_size", *least):  # fmt: skip
+        value, low = getattr(arguments, name), least.get(name, 1)
+        if value < low:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is at least {low}", field=name, found=value)
+
+
+def _claimed(arguments: argparse.Namespace) -> Path:
+    """The output folder: new, empty, or of an earlier demo. Raises TargetExists for any other."""
+    from moezoo.errors import TargetExists
+
+    out: Path = arguments.out
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        if not arguments.overwrite:
+            hint = "Choose another --out, or pass --overwrite to replace the demo's names in it."
+            raise TargetExists("the folder holds files that no demo made", path=out, hint=hint)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text("Made by `moezoo demo`, which may replace what it wrote here.\n")
+    return out
+
+
+def _closed_book(arguments: argparse.Namespace, out: Path, began: float) -> Book:
+    """Facts by heart: a dense T5, the Switch made from it, and both trained on, seed by seed."""
+    from moezoo.demonstration.closed_book import Book
+    from moezoo.report.trial import HEADER
+
+    _say(1, f"A closed book: {arguments.facts:,} random facts, which only weights can store")
+    print("  A name of three symbols and a relation -> one of 64 values. Nothing can be inferred,")
+    print("  so recall shows how much a model stores: the task that rewards parameters most.")
+    book = Book(arguments.facts, arguments.steps, arguments.experts)
+    each, text = book.rehearsed(), arguments.text_steps + 3 * arguments.further
+    rest = (text * TEXT_STEP + TEXT_REST) * book.seconds_per_step
+    spare = 60 * arguments.minutes - (time.monotonic() - began) - rest
+    seeds = min(arguments.seeds, max(1, int(spare / each)))
+    total = time.monotonic() - began + seeds * each + rest
+    print(
+        f"  Here, now: about {duration(each)} a seed; {_count(seeds, 'seed')} and the text after it"
+    )
+    print(f"  take about {duration(total)} (--minutes {arguments.minutes:g}, --seeds, --steps).")
+    for seed in range(arguments.seed, arguments.seed + seeds):
+        for label, train in book.trainings(seed):
+            with _bar(f"{label} {seed}", arguments.steps) as step:
+                learner = train(step)
+            print(f"  seed {seed}  {label:<7} recall {learner.curve[0].recall:.3f} -> "
+                  f"{learner.recall:.3f} in {learner.curve[-1].seconds:.0f} s")  # fmt: skip
+    print("\n" + table(HEADER, book.table()) + "\n\n" + book.verdict(), flush=True)
+    return book
+
+
+def _on_text(arguments: argparse.Namespace, out: Path, book: Book) -> None:
+    """Text, by the command line; then the page of both parts."""
+    import moezoo
+    from moezoo.demonstration.text import trial
+
     material = _material(arguments, out)
     history = _dense(arguments, out, material)
     commands = [  # the sample spreads the routers' first choices over the experts
-        _command(
-            "upcycle",
-            out / "dense",
-            out / "switch",
-            "--experts",
-            arguments.experts,
-            "--router-init",
-            "mean_orthogonal",
-            "--calibration",
-            out / "sample.txt",
-        ),  # fmt: skip
+        _command("upcycle", out / "dense", out / "switch", "--experts", arguments.experts,
+                 "--router-init", "mean_orthogonal", "--calibration", out / "sample.txt",
+                 "--overwrite"),
         _command("verify", out / "switch", "--against", out / "dense"),
-    ]
-    _say(4, "Load both, and compare them on held-out text")
+    ]  # fmt: skip
+    _say(5, "Load both, and compare them on held-out text")
     models = {"dense": moezoo.load(out / "dense"), "switch": moezoo.load(out / "switch")}
     _compare({name: material.loss(model) for name, model in models.items()})
-    _say(5, f"Train both on for {arguments.further:,} steps on the same batches")
+    _say(6, f"Train both on for {arguments.further:,} steps on the same batches")
     trials = []
     for name, model in models.items():
         with _bar(name, arguments.further) as step:
             trials.append(
-                trial(name, model, material, steps=arguments.further, skip=arguments.steps,
+                trial(name, model, material, steps=arguments.further, skip=arguments.text_steps,
                       on_step=step)
             )  # fmt: skip
-    _report(out, history, trials[0], trials[1], commands)
-    print(f"\nAll of it took {time.monotonic() - began:.0f} s.")
-    return 0
-
-
-def _fresh(arguments: argparse.Namespace) -> Path:
-    """The output folder, without what an earlier demo left there."""
-    from moezoo.errors import ConfigError
-
-    for name in ("steps", "further", "experts"):
-        value = getattr(arguments, name)
-        if value < 1:
-            raise ConfigError(f"--{name} is at least 1", field=name, found=value)
-    if arguments.vocabulary < 200:
-        found = arguments.vocabulary
-        raise ConfigError("--vocabulary is at least 200", field="vocabulary", found=found)
-    out: Path = arguments.out
-    for name in ("dense", "switch"):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    _report(out, book, history, trials[0], trials[1], commands)
 
 
 def _material(arguments: argparse.Namespace, out: Path) -> Material:
-    from moezoo.demonstration import prepare
+    from moezoo.demonstration.text import prepare
     from moezoo.training.corpus import file_documents, python_documents
 
     source = "your files" if arguments.text else "the documentation that ships with Python"
-    _say(1, f"Text: {source}")
+    _say(2, f"Text: {source}")
     documents = file_documents(arguments.text) if arguments.text else python_documents()
     material = prepare(
         documents,
@@ -115,13 +175,13 @@ def _material(arguments: argparse.Namespace, out: Path) -> Material:
 def _dense(arguments: argparse.Namespace, out: Path, material: Material) -> Curve:
     """Train the dense model and save it; returns its held-out losses."""
     import moezoo
-    from moezoo.demonstration import small_t5, train
+    from moezoo.demonstration.text import small_t5, train
 
-    _say(2, f"Train a dense T5 on span corruption for {arguments.steps:,} steps")
+    _say(3, f"Train a dense T5 on span corruption for {arguments.text_steps:,} steps")
     model = moezoo.build(small_t5(arguments.vocabulary), seed=arguments.seed)
-    with _bar("dense", arguments.steps) as step:
-        _, history = train(model, material, steps=arguments.steps, on_step=step)
-    moezoo.save(model, out / "dense")
+    with _bar("dense", arguments.text_steps) as step:
+        _, history = train(model, material, steps=arguments.text_steps, on_step=step)
+    moezoo.save(model, out / "dense", overwrite=True)
     (out / "spiece.model").rename(out / "dense" / "spiece.model")
     print(f"  held-out loss {history[0][1]:.3f} -> {history[-1][1]:.3f} nats; in {out / 'dense'}")
     return history
@@ -129,14 +189,23 @@ def _dense(arguments: argparse.Namespace, out: Path, material: Material) -> Curv
 
 def _command(*words: object) -> str:
     """Run a verb as a user would, and show it; returns the line."""
+    import torch
+
     from moezoo.errors import MoezooError
 
     line = [str(word) for word in words]
     shown = shlex.join(["moezoo", *line])
     if words[0] == "upcycle":
-        _say(3, "Upcycle and verify, from the command line")
+        _say(4, "Upcycle and verify, from the command line")
     print(f"  $ {shown}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "moezoo", *line], text=True, capture_output=True)
+    # Threads that spin while they wait would take the time that other programs leave.
+    quiet = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moezoo", *line],
+        text=True,
+        capture_output=True,
+        env={**os.environ, **quiet},
+    )
     for said in (done.stdout + done.stderr).splitlines():
         print(f"    {said}")
     if done.returncode:
@@ -153,16 +222,18 @@ def _compare(losses: dict[str, float]) -> None:
         raise MoezooError("upcycling changed the model", expected=f"<= {TOLERANCE}", found=gap)
 
 
-def _report(out: Path, history: Curve, dense: Trial, switch: Trial, commands: list[str]) -> None:
+def _report(
+    out: Path, book: Book, history: Curve, dense: Trial, switch: Trial, commands: list[str]
+) -> None:
     from importlib.util import find_spec
 
-    from moezoo.cli.terminal import table
-    from moezoo.report.page import write_page
+    from moezoo.report.page import html_table, write_page
     from moezoo.report.trial import HEADER, rows, verdict
 
     facts = rows(dense, switch)
     print("\n" + table(HEADER, facts) + "\n\n" + verdict(dense, switch) + "\n")
-    results = {"history": history, "dense": dense.to_dict(), "switch": switch.to_dict()}
+    results = {"closed_book": book.to_dict(), "history": history, "dense": dense.to_dict(),
+               "switch": switch.to_dict()}  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     picture = None
     if find_spec("matplotlib") is None:
@@ -170,10 +241,12 @@ def _report(out: Path, history: Curve, dense: Trial, switch: Trial, commands: li
     else:
         from moezoo.report.picture import draw
 
-        picture = draw(history, dense, switch, out / "demo.png")
-    title = "A dense T5 and the Switch model made from it"
+        picture = draw(book.dense, book.switch, history, dense, switch, path=out / "demo.png")
+    text = ["<h2>On text</h2>", f"<p>{escape(verdict(dense, switch))}</p>",
+            html_table(HEADER, facts)]  # fmt: skip
     page = write_page(
-        out / "demo.html", title=title, lead=verdict(dense, switch), header=HEADER, rows=facts,
+        out / "demo.html", title="What experts are for: a dense T5 and the Switch made from it",
+        lead=book.verdict(), notes=NOTES, header=HEADER, rows=book.table(), sections=text,
         commands=commands, picture=picture,
     )  # fmt: skip
     print(f"Page {page}" + (f", picture {picture}" if picture else ""))
@@ -182,10 +255,12 @@ def _report(out: Path, history: Curve, dense: Trial, switch: Trial, commands: li
 @contextmanager
 def _bar(label: str, steps: int) -> Iterator[OnStep]:
     """A progress bar over training steps that shows the loss."""
-    from moezoo.cli.terminal import Progress
-
     with Progress(steps, f"  {label:<7}") as progress:
         yield lambda record: progress.advance(note=f"loss {record.loss:.3f}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _say(number: int, text: str) -> None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moezoo.errors import ConfigError
 from moezoo.report.trial import Curve, Trial
 
+if TYPE_CHECKING:
+    from moezoo.demonstration.closed_book import Learner
+
 DENSE, SWITCH, PALE, INK = "#7a8594", "#d1495b", "#e8ebef", "#25303b"
 
 
-def draw(history: Curve, dense: Trial, switch: Trial, path: Path) -> Path:
-    """Draw both models as a PNG.
+def draw(
+    learners: Sequence[Learner],
+    sparse_learners: Sequence[Learner],
+    history: Curve,
+    dense: Trial,
+    switch: Trial,
+    *,
+    path: Path,
+) -> Path:
+    """Draw both parts of the demo as a PNG: recall of facts above, text below.
 
     Args:
+        learners, sparse_learners: the curves of both sides by seed.
         history: held-out loss by step of the dense model before both went on.
 
     Raises ConfigError when matplotlib is missing.
@@ -24,15 +37,46 @@ def draw(history: Curve, dense: Trial, switch: Trial, path: Path) -> Path:
     except ModuleNotFoundError:
         hint = "Install it with `pip install 'moezoo[report]'`."
         raise ConfigError("pictures need matplotlib", hint=hint) from None
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    _curves(curves, history, dense, switch)
-    _loads(bars, switch)
-    for axes in (curves, bars):
+    figure = Figure(figsize=(11, 8.6), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 2)
+    sides = ((learners, "dense", DENSE), (sparse_learners, "switch", SWITCH))
+    _recall(panels[0][0], sides, "step", "steps after upcycling")
+    _recall(panels[0][1], sides, "seconds", "seconds of the processor")
+    panels[0][0].set_title("Facts recalled, by steps", loc="left", fontsize=12, color=INK)
+    panels[0][1].set_title("and by seconds", loc="left", fontsize=12, color=INK)
+    _curves(panels[1][0], history, dense, switch)
+    _loads(panels[1][1], switch)
+    for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, labelsize=9)
     figure.savefig(path)
     return path
+
+
+def _recall(
+    axes: Any, sides: Sequence[tuple[Sequence[Learner], str, str]], across: str, label: str
+) -> None:
+    """A thin line a seed, a thick one for their mean; dashed: where the dense model ended."""
+    furthest = 0.0
+    for side, name, color in sides:
+        moments = list(zip(*(one.curve for one in side), strict=True))
+        for one in side:
+            axes.plot([getattr(m, across) for m in one.curve], [m.recall for m in one.curve],
+                      color=color, linewidth=0.7, alpha=0.5)  # fmt: skip
+        place = [sum(getattr(m, across) for m in column) / len(column) for column in moments]
+        height = [sum(m.recall for m in column) / len(column) for column in moments]
+        axes.plot(place, height, color=color, linewidth=2.2)
+        axes.text(place[-1], height[-1], f" {name} {height[-1]:.2f}", color=color, fontsize=10,
+                  va="bottom" if name == "dense" else "center")  # fmt: skip
+        furthest = max(furthest, place[-1])
+    goal = sum(one.recall for one in sides[0][0]) / len(sides[0][0])
+    axes.plot(
+        [0, place[-1]], [goal, goal], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0
+    )
+    axes.set_xlim(0, furthest * 1.2)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_ylabel("share of facts", fontsize=9)
 
 
 def _curves(axes: Any, history: Curve, dense: Trial, switch: Trial) -> None:
@@ -50,10 +94,10 @@ def _curves(axes: Any, history: Curve, dense: Trial, switch: Trial) -> None:
     for (after, trial, color), place in zip(ends, ("top", "bottom"), strict=True):
         label = f" {trial.name} {after:.3f}"
         axes.text(start + trial.steps, after, label, color=color, va=place, fontsize=10)
-    later = [loss for _, loss in [*history, *dense.held_out, *switch.held_out]]
-    low, high = min(later), sorted(later)[int(0.9 * (len(later) - 1))]
-    axes.set_ylim(low - 0.12 * (high - low), high + 0.25 * (high - low))
-    axes.set_xlim(0, (start + dense.steps) * 1.16)
+    losses = [loss for _, loss in [*history, *dense.held_out, *switch.held_out]]
+    margin = 0.06 * (max(losses) - min(losses))
+    axes.set_ylim(min(losses) - margin, max(losses) + margin)
+    axes.set_xlim(0, (start + dense.steps) * 1.2)
     axes.annotate(
         "upcycled here", (start, 1), xycoords=("data", "axes fraction"), xytext=(-6, -4),
         textcoords="offset points", ha="right", va="top", fontsize=9, color=INK,

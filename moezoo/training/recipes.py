@@ -28,7 +28,8 @@ class TrainingRecipe:
         weight_decay, betas: of AdamW. clip: maximal gradient norm; 0: none.
         accumulate: batches per step; every target token weighs the same, whatever its batch.
         autocast: None or "bfloat16"; routers stay in float32.
-        expert_learning_rate: factor on the rate of expert weights.
+        expert_learning_rate, router_learning_rate: factors on the rate of expert weights and of
+            routers.
         dropout, expert_dropout: rates of the model and of its experts; None: the model's own.
         teacher_weight: the teacher's share of the loss, where there is a teacher.
     """
@@ -43,6 +44,7 @@ class TrainingRecipe:
     accumulate: int = 1
     autocast: str | None = None
     expert_learning_rate: float = 1.0
+    router_learning_rate: float = 1.0
     dropout: float | None = None
     expert_dropout: float | None = None
     teacher_weight: float = 0.25
@@ -53,7 +55,7 @@ class TrainingRecipe:
             if value not in allowed:
                 hint = did_you_mean(value, allowed)
                 raise ConfigError(f"unknown {name} {value!r}", field=name, hint=hint)
-        for name in ("learning_rate", "expert_learning_rate"):
+        for name in ("learning_rate", "expert_learning_rate", "router_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be finite and > 0", field=name, found=value)
@@ -105,16 +107,22 @@ def recipe(name: str) -> TrainingRecipe:
 
 
 def make_optimizer(model: nn.Module, settings: TrainingRecipe) -> Optimizer:
-    """The optimizer of a recipe over a model's parameters; experts may have a rate of their own."""
-    experts: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    """The optimizer of a recipe over a model's parameters; experts and routers may have rates of
+    their own.
+    """
+    factors = {"experts": settings.expert_learning_rate}
+    if settings.router_learning_rate != 1.0:  # else as runs of before have saved their optimizers
+        factors["router"] = settings.router_learning_rate
+    by_part: dict[str, list[nn.Parameter]] = {"rest": [], **{part: [] for part in factors}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (experts if ".experts." in name else rest).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": settings.learning_rate}]
-    if experts:
-        rate = settings.learning_rate * settings.expert_learning_rate
-        groups.append({"params": experts, "lr": rate})
+            part = next((part for part in factors if f".{part}." in name), "rest")
+            by_part[part].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": settings.learning_rate * factors.get(part, 1.0)}
+        for part, parameters in by_part.items()
+        if parameters
+    ]
     if settings.optimizer == "adafactor":
         return Adafactor(groups, settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(

@@ -27,16 +27,28 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_demo_goes_from_text_to_a_picture(
+SMALL = (
+    "--facts 64 --steps 6 --seeds 2 --text-steps 6 --further 4 --experts 4 --batch-size 4 "
+    "--vocabulary 260"
+).split()
+
+
+def test_the_demo_goes_from_facts_and_text_to_a_picture(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"
-    words = "--steps 6 --further 4 --experts 4 --batch-size 4 --vocabulary 260".split()
-    assert cli.main(["demo", "--out", str(out), "--text", str(text), *words]) == 0
+    assert cli.main(["demo", "--out", str(out), "--text", str(text), *SMALL]) == 0
     said = capsys.readouterr().out
+    assert "steps to dense's end" in said
     assert "held-out loss after, nats" in said
     assert "    verified: " in said
     results = json.loads((out / "results.json").read_text())
+    book = results["closed_book"]
+    assert (
+        [one["seed"] for one in book["dense"]] == [one["seed"] for one in book["switch"]] == [0, 1]
+    )
+    for dense, switch in zip(book["dense"], book["switch"], strict=True):
+        assert dense["curve"][0]["recall"] == switch["curve"][0]["recall"]
     assert abs(results["dense"]["before"] - results["switch"]["before"]) <= 1e-4
     assert results["dense"]["after"] < results["dense"]["before"]
     for shares in results["switch"]["loads"].values():
@@ -47,11 +59,28 @@ def test_the_demo_goes_from_text_to_a_picture(
     assert "moezoo upcycle" in page
     assert 'src="data:image/png' in page
     assert "http" not in page
+    # A folder that a demo made takes another one.
+    assert cli.main(["demo", "--out", str(out), "--text", str(text), *SMALL]) == 0
 
 
-def test_the_demo_refuses_nonsense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--out", str(tmp_path), "--steps", "0"]) == 2
-    assert "--steps is at least 1" in capsys.readouterr().err
+def test_the_demo_leaves_folders_of_others_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "switch" / "model.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    assert cli.main(["demo", "--out", str(tmp_path), *SMALL]) == 4
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["switch"]
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("option", ["--steps", "--threads", "--text-steps", "--facts"])
+def test_the_demo_refuses_nonsense(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path), option, "0"]) == 2
+    assert f"{option} is at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
