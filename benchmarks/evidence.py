@@ -225,7 +225,7 @@ def _row(
     label: str, trial: Trial, rows: list[dict[str, Any]], goal: dict[int, dict[str, Any]]
 ) -> list[str]:
     found = _of(trial, rows)
-    if not found:
+    if len(found) < len(SEEDS):
         return []
     reached = []
     for seed, row in found.items():

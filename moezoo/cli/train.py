@@ -59,6 +59,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument(
         "--warmup", type=int, help="steps of a linear rise; t5: at the peak (the recipe's)"
     )
+    parser.add_argument("--expert-learning-rate", type=float, help="factor for experts (1)")
+    parser.add_argument("--router-learning-rate", type=float, help="factor for routers (1)")
     parser.add_argument("--clip", type=float, help="maximal gradient norm (1); 0: none")
     parser.add_argument("--accumulate", type=int, help="batches per step (1)")
     parser.add_argument(

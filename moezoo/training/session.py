@@ -40,6 +40,8 @@ _SETTINGS = (
     "autocast",
     "dropout",
     "expert_dropout",
+    "expert_learning_rate",
+    "router_learning_rate",
     "teacher_weight",
 )
 _OWN_VOCABULARY = 8000
