@@ -47,12 +47,18 @@ class CheckpointSource:
     @property
     def aliases(self) -> dict[str, str]:
         """Names in the file under which a written one has no tensor, and what it has instead."""
-        places, found = self.description.places, dict[str, str]()
-        for name, first in self.description.aliases.items():
-            written = SHARED if first == SHARED else HEAD
+        repeats, found = self.description.aliases, dict[str, str]()
+        for name, first in repeats.items():
+            written = SHARED if SHARED in (first, repeats.get(first)) else HEAD
             found |= {n: written for n in (name, first) if n != written}
-        table = places[SHARED][None]  # which stands in where there is no shared.weight
-        return found if table == SHARED else {**found, table: SHARED}
+        return {n: w for n, w in found.items() if self.renamed.get(w) != n}
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """What is written under its own name though the file has only another for it, and that."""
+        places, start = self.description.places, self.description.prefix
+        found = {name: places[name][None] for name in (SHARED, HEAD) if name in places}
+        return {n: disk for n, disk in found.items() if start + n not in self.source.tensors}
 
     @property
     def dtypes(self) -> set[str]:

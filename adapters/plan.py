@@ -14,6 +14,7 @@ from moezoo.adapters.buildable import check_buildable
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible, layout_for
 from moezoo.adapters.formats import TensorInfo
+from moezoo.adapters.left_behind import left_behind
 from moezoo.adapters.names import SHARED, disk_names
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
@@ -59,8 +60,7 @@ class Plan:
     moves: tuple[Move, ...] = field(repr=False)
     routers: dict[str, TensorPlan] = field(repr=False)  # by layer
     left_out: Mapping[str, str]  # tensors of the source that are not converted, and why
-    aliases: Mapping[str, str]  # those of them that repeat another: to come back by `downcycle`
-    dropped_heads: tuple[str, ...]
+    behind: Mapping[str, Any]  # what provenance says of them, for `downcycle` to write them again
 
     @property
     def streams(self) -> bool:
@@ -160,8 +160,7 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
         moves=moves,
         routers=dict(_routers(moves, config, family)),
         left_out=checkpoint.left_out,
-        aliases=checkpoint.aliases,
-        dropped_heads=checkpoint.description.dropped,
+        behind=left_behind(checkpoint),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.files import quoted
-from moezoo.adapters.names import HEAD, LM_HEADS, MAY_REPEAT, SHARED, disk_names
+from moezoo.adapters.left_behind import known_aliases, known_names, known_strays
+from moezoo.adapters.names import disk_names
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.inits import expert_inits
@@ -38,7 +41,7 @@ def downcycle_checkpoint(
     with open_checkpoint(path) as checkpoint:
         config = dense_config(checkpoint)
         family = layout_for(config)
-        outputs = list(copied(_outputs(checkpoint, family.mlp), _known_aliases(checkpoint)))
+        outputs = list(_restored(checkpoint, _outputs(checkpoint, family.mlp)))
         if out is None:
             return {o.plan.name: _tensor(checkpoint.source, o) for o in outputs}
         return rewrite(
@@ -94,19 +97,14 @@ def known_scale(checkpoint: CheckpointSource) -> float | None:
     return float(scale)
 
 
-def _known_aliases(checkpoint: CheckpointSource) -> dict[str, str]:
-    """Names under which the dense source held a tensor once more, from the provenance."""
-    made = checkpoint.description.values.get("moezoo_provenance")
-    found = made.get("aliases", {}) if isinstance(made, Mapping) else {}
-    known = isinstance(found, Mapping) and set(found) <= {*MAY_REPEAT, *LM_HEADS}
-    if not known or not all(first in (SHARED, HEAD) for first in found.values()):
-        raise ConfigError(
-            "moezoo_provenance.aliases names no aliases of a T5",
-            field="aliases",
-            path=checkpoint.source.directory / "config.json",
-            found=repr(found)[:80],
-        )
-    return dict(found)
+def _restored(checkpoint: CheckpointSource, outputs: Iterator[Output]) -> Iterator[Output]:
+    """The outputs by the names that the dense source had, with its aliases and its strays."""
+    names = known_names(checkpoint)
+    for output in copied(outputs, known_aliases(checkpoint)):
+        name = names.get(output.plan.name, output.plan.name)
+        yield replace(output, plan=replace(output.plan, name=name))
+    for plan, content in known_strays(checkpoint).values():
+        yield Output(plan, make=partial(bytes, content))
 
 
 def _outputs(checkpoint: CheckpointSource, mlp: str) -> Iterator[Output]:

@@ -12,6 +12,7 @@ import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import Family, expressible
 from moezoo.adapters.formats import Source
+from moezoo.adapters.left_behind import known, left_behind
 from moezoo.adapters.plan import Plan, layout_words
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.watch import hash_names
@@ -34,8 +35,7 @@ class Provenance:
     files: Mapping[str, str]
     recipe: Mapping[str, Any]
     scale: float
-    aliases: Mapping[str, str] = field(default_factory=dict)  # of the source, and what they repeat
-    dropped_heads: tuple[str, ...] = ()
+    behind: Mapping[str, Any] = field(default_factory=dict)  # see `left_behind`
     operation: str = "upcycle"
     calibration: str | None = None  # sha256 of the sample text's ids
 
@@ -43,7 +43,7 @@ class Provenance:
         sampled = {} if self.calibration is None else {"calibration_sha256": self.calibration}
         return {
             **sampled,
-            **left_behind(self.aliases, self.dropped_heads),
+            **self.behind,
             "moezoo_version": moezoo.__version__,
             "operation": self.operation,
             "recipe": dict(self.recipe),
@@ -68,16 +68,9 @@ def unhashed(plan: Plan, source: Source, calibration: Calibration | None = None)
         files=dict.fromkeys(hash_names(source), _UNKNOWN),
         recipe=plan.recipe.to_dict(),
         scale=plan.scale,
-        aliases=plan.aliases,
-        dropped_heads=plan.dropped_heads,
+        behind=plan.behind,
         calibration=calibration.sha256() if fitted and calibration else None,
     )
-
-
-def left_behind(aliases: Mapping[str, str], dropped_heads: Sequence[str]) -> dict[str, Any]:
-    """What provenance says of tensors that were not converted: nothing where there are none."""
-    found: dict[str, Any] = {"aliases": dict(sorted(aliases.items()))} if aliases else {}
-    return {**found, "dropped_heads": sorted(dropped_heads)} if dropped_heads else found
 
 
 def rewritten(
@@ -100,13 +93,11 @@ def rewritten(
         if isinstance(before, Mapping):
             entry["provenance"] = dict(before)
         made_from.append(entry)
-    first = sources[0].description
-    behind = left_behind(sources[0].aliases, first.dropped)
-    before = first.values.get("moezoo_provenance")
-    if isinstance(before, Mapping):
+    behind = left_behind(sources[0])
+    if isinstance(sources[0].description.values.get("moezoo_provenance"), Mapping):
         # What moezoo wrote has aliases for its layout's sake; the dense source's are in here.
-        kept = {key: before[key] for key in ("aliases", "dropped_heads") if key in before}
-        behind = kept | left_behind({}, first.dropped)
+        dropped = {"dropped_heads": behind["dropped_heads"]} if "dropped_heads" in behind else {}
+        behind = known(sources[0]) | dropped
     version = {"moezoo_version": moezoo.__version__}
     return {**version, **operation, **behind, "made_from": made_from}
 

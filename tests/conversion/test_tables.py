@@ -160,13 +160,60 @@ def test_equal_aliases_come_back_and_are_counted(names: tuple[str, ...], tmp_pat
     assert set(moezoo.downcycle(tmp_path / "half")) == set(stored(source))
 
 
-def test_provenance_that_names_other_tensors_as_aliases_is_refused(tmp_path: Path) -> None:
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+HEADS = ("lm_head.weight", "decoder.lm_head.weight")
+# What stands in a file besides, or instead of, shared.weight and lm_head.weight.
+ODD: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "a stray": ("t5", (STRAY,), ()),
+    "an encoder's table alone": ("t5", TABLES[:1], ("shared.weight",)),
+    "a decoder's table alone": ("t5_v1_1", TABLES[1:], ("shared.weight",)),
+    "both tables alone, and a stray": ("t5", (*TABLES, STRAY), ("shared.weight",)),
+    "the tied head by both its names": ("t5", HEADS, ()),
+    "the tied head by its old name": ("t5", HEADS[1:], ()),
+    "a head by its old name": ("t5_v1_1", HEADS[1:], HEADS[:1]),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_the_very_tensors_of_a_source_come_back(case: str, tmp_path: Path) -> None:
+    family, added, gone = ODD[case]
+    source, up, back = dense_t5(tmp_path / "t5", family), tmp_path / "up", tmp_path / "back"
+    whole = stored(source)
+    table = {name: whole[gone[0] if gone else "shared.weight"] for name in added}
+    stray = {STRAY: torch.randn(32, 2)} if STRAY in added else {}
+    rewritten(source, **{**table, **stray, **dict.fromkeys(gone)})
+    moezoo.upcycle(source, up, num_experts=4)
+    assert STRAY not in stored(up)
+    found = verify(up, source)
+    assert found.passed, found.line
+    assert main(["grow", str(up), str(tmp_path / "more")]) == 0
+    for number, path in enumerate((up, tmp_path / "more")):
+        moezoo.downcycle(path, tmp_path / f"{back}-{number}")
+        assert same(stored(tmp_path / f"{back}-{number}"), stored(source))
+        assert same(moezoo.downcycle(path), stored(source))
+    again = moezoo.load(f"{back}-0").state_dict()
+    assert same(again, moezoo.load(source).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("aliases", {"../x": "shared.weight"}),
+        ("renamed", {"shared.weight": "../x"}),
+        ("strays", {STRAY: {"dtype": "F32", "shape": [2], "base64": "AAAA"}}),
+        ("strays", {"../x": {"dtype": "F32", "shape": [0], "base64": ""}}),
+        ("strays", [1]),
+    ],
+)
+def test_provenance_that_names_other_tensors_is_refused(
+    field: str, value: Any, tmp_path: Path
+) -> None:
     moezoo.upcycle(dense_t5(tmp_path / "t5"), tmp_path / "up", num_experts=4)
     config = json.loads((tmp_path / "up/config.json").read_text())
-    config["moezoo_provenance"]["aliases"] = {"../x": "shared.weight"}
+    config["moezoo_provenance"][field] = value
     (tmp_path / "up/config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="aliases"):
-        moezoo.downcycle(tmp_path / "up", tmp_path / "back")
+    with pytest.raises(ConfigError, match=f"moezoo_provenance.{field}"):
+        moezoo.downcycle(tmp_path / "up")
 
 
 def test_one_table_stands_for_shared_and_two_that_differ_need_a_head(tmp_path: Path) -> None:
@@ -180,7 +227,7 @@ def test_one_table_stands_for_shared_and_two_that_differ_need_a_head(tmp_path: P
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
     moezoo.upcycle(source, tmp_path / "up", num_experts=4)
     moezoo.downcycle(tmp_path / "up", tmp_path / "back")
-    assert set(stored(source)) < set(stored(tmp_path / "back"))
+    assert same(stored(tmp_path / "back"), stored(source))
 
 
 def test_two_heads_that_differ_are_refused_and_equal_ones_are_one(tmp_path: Path) -> None:
@@ -243,12 +290,11 @@ def test_a_vocabulary_without_its_special_ids_is_refused_and_nothing_written(
 
 def test_every_tensor_of_a_file_is_a_parameter_or_left_out_for_a_reason(tmp_path: Path) -> None:
     source = dense_t5(tmp_path / "t5")
-    stray = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    rewritten(source, **{stray: torch.ones(32, 2), TABLES[0]: stored(source)["shared.weight"]})
+    rewritten(source, **{STRAY: torch.ones(32, 2), TABLES[0]: stored(source)["shared.weight"]})
     with open_checkpoint(source) as checkpoint:
         used = {part.name for parts in checkpoint.tensors.values() for part in parts}
         assert used | set(checkpoint.left_out) == set(checkpoint.source.tensors)
-        assert checkpoint.left_out[stray] == "never meant anything"
+        assert checkpoint.left_out[STRAY] == "never meant anything"
     moezoo.upcycle(source, tmp_path / "up", num_experts=4)
     line = verify(tmp_path / "up", source, levels=[1]).line
     assert "2 of the source left out: never meant anything, repeats shared.weight" in line
