@@ -179,7 +179,7 @@ def test_the_very_tensors_of_a_source_come_back(case: str, tmp_path: Path) -> No
     family, added, gone = ODD[case]
     source, up, back = dense_t5(tmp_path / "t5", family), tmp_path / "up", tmp_path / "back"
     whole = stored(source)
-    table = {name: whole[gone[0] if gone else "shared.weight"] for name in added}
+    table = dict.fromkeys(added, whole[gone[0] if gone else "shared.weight"])
     stray = {STRAY: torch.randn(32, 2)} if STRAY in added else {}
     rewritten(source, **{**table, **stray, **dict.fromkeys(gone)})
     moezoo.upcycle(source, up, num_experts=4)
