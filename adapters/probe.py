@@ -68,7 +68,7 @@ def _stranger(module: nn.Module) -> nn.Module:
 
 
 def _tokens(module: nn.Module, d_model: int) -> Tensor:
-    parameter = next(module.parameters(), torch.zeros(()))
+    parameter = next(module.parameters(), torch.zeros((), device="cpu"))
     return torch.randn(2, 3, d_model, device=parameter.device)
 
 

@@ -68,7 +68,7 @@ def sparse(
             causal=causal,
             batch_first=first,
         )
-        weight = next(mlp.parameters(), torch.zeros(()))
+        weight = next(mlp.parameters(), torch.zeros((), device="cpu"))
         made.moe.router.to(weight.device, weight.dtype)
         return made
 

@@ -16,10 +16,10 @@ from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.plan import Move, Plan, make_plan
 from moezoo.adapters.upcycle.drawing import router_bytes
-from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
 from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
-from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, same_table
+from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, same_table
 from moezoo.adapters.upcycle.watch import source_hashes
 from moezoo.adapters.verification import LEVELS, LevelResult, Verification
 from moezoo.config import SwitchConfig
@@ -90,26 +90,34 @@ def _upcycling(made: CheckpointSource) -> tuple[Mapping[str, Any], list[Mapping[
 
 
 def _resized(plan: Plan, made: CheckpointSource) -> Plan:
-    """The plan of a model whose tables of tokens an export gave another number of rows.
-
-    Raises ConfigError after two such exports, of which the second takes rows for the source's that
-    are not.
-    """
-    sizes = [e["vocab_size"] for e in _upcycling(made)[1] if e.get("vocab_size") is not None]
-    if len(sizes) > 1:
-        reason = "its tables were resized twice"
-        hint = "Verify the model that was resized first."
-        raise ConfigError(reason, field="vocab_size", path=made.path, found=sizes[:8], hint=hint)
+    """The plan of a model whose tables of tokens exports gave another number of rows."""
+    sizes = [rows for _, rows in _steps(made) if rows is not None]
     if not sizes:
         return plan
-    (rows,) = sizes
+    rows, left = sizes[-1], min(plan.source_config.vocab_size, *sizes)
     moves = [
         replace(move, targets=tuple(replace(t, shape=(rows, *t.shape[1:])) for t in move.targets))
         if move.parameter in ROWS_OF_TOKENS
         else move
         for move in plan.moves
     ]
-    return replace(plan, config=plan.config.replace(vocab_size=rows), moves=tuple(moves))
+    return replace(
+        plan,
+        config=plan.config.replace(vocab_size=rows),
+        source_config=plan.source_config.replace(vocab_size=left),  # the tokens that both know
+        moves=tuple(moves),
+    )
+
+
+def _steps(made: CheckpointSource) -> list[Step]:
+    """The dtypes and numbers of rows that tables of tokens went through, the first one first."""
+    upcycling, exports = _upcycling(made)
+    dtypes = [Recipe.from_dict(upcycling["recipe"]).dtype, *(e["dtype"] for e in exports[::-1])]
+    rows = [None, *(export.get("vocab_size") for export in exports[::-1])]
+    return [
+        (None if dtype is None else DTYPES[dtype], count)
+        for dtype, count in zip(dtypes, rows, strict=True)
+    ]
 
 
 def _run(level: int, plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:
@@ -176,9 +184,10 @@ def _bytes(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> Leve
             return LevelResult(2, False, summary, {"file": name})
     compared = 0
     drawn: set[str] = set()
+    steps = _steps(made)
     try:
         for move in plan.moves:
-            compared += _compare(plan, move, source.source, made.source, drawn)
+            compared += _compare(plan, move, source.source, made.source, drawn, steps)
         compared += _compare_routers(plan, made.source)
     except _Differs as difference:
         return LevelResult(2, False, f"bytes: {difference} differs", {"key": str(difference)})
@@ -189,10 +198,12 @@ class _Differs(Exception):
     """A tensor of the target is not what the plan says; its name is the message."""
 
 
-def _compare(plan: Plan, move: Move, source: Source, made: Source, drawn: set[str]) -> int:
-    if move.targets[0].shape[:1] != move.source.shape[:1] and move.parameter in ROWS_OF_TOKENS:
+def _compare(
+    plan: Plan, move: Move, source: Source, made: Source, drawn: set[str], steps: list[Step]
+) -> int:
+    if move.parameter in ROWS_OF_TOKENS and any(rows is not None for _, rows in steps):
         for target in move.targets:
-            if not same_table(source, move.source, made, target.name):
+            if not same_table(source, move.source, made, target.name, steps):
                 raise _Differs(target.name)
         return sum(target.nbytes for target in move.targets)
     streams = move.source.dtype == move.targets[0].dtype

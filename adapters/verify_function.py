@@ -43,7 +43,7 @@ def layers_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
         _fill(dense, source, layer)
         _fill(sparse, made, layer)
         generator = keyed_generator(plan.recipe.seed, f"{layer}.verify")
-        x = torch.randn(1, _TOKENS, plan.config.d_model, generator=generator)
+        x = torch.randn(1, _TOKENS, plan.config.d_model, generator=generator, device="cpu")
         expected, (found, _) = dense(x), sparse(x)
         errors[layer] = _relative(found, expected)
         if "F16" in made.dtypes:
@@ -160,7 +160,7 @@ def _disturb(dense: nn.Module, plan: Plan, made: CheckpointSource) -> None:
     for layer in plan.routers:
         weight = dense.get_submodule(layer).get_parameter("wo.weight")
         generator = keyed_generator(plan.recipe.seed, f"{layer}.disturb")
-        noise = torch.randn(weight.shape, generator=generator)
+        noise = torch.randn(weight.shape, generator=generator, device="cpu")
         weight.mul_(noise.mul_(_TOLERANCE["F32"]).add_(1.0))
 
 
@@ -194,7 +194,9 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def _ids(plan: Plan) -> Tensor:
     size = _tokens(plan)
     generator = keyed_generator(plan.recipe.seed, "verify")
-    return torch.randint(min(2, size - 1), size, (_BATCH, _LENGTH), generator=generator)
+    return torch.randint(
+        min(2, size - 1), size, (_BATCH, _LENGTH), generator=generator, device="cpu"
+    )
 
 
 def _tokens(plan: Plan) -> int:

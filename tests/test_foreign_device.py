@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import moezoo
+from moezoo.adapters.upcycle.calibration import Calibration
+from moezoo.adapters.upcycle.export import export
+from moezoo.adapters.upcycle.grow import grow
+from moezoo.adapters.upcycle.shrink import shrink
+from moezoo.adapters.verify import verify
 from moezoo.pairing import loss_refusal
 from moezoo.product_table import policy_products
 from moezoo.routers import Router
@@ -154,5 +160,48 @@ def test_the_training_loop_runs_on_the_cpu() -> None:
         values = evaluate(model, data, count=1)
         with torch.device("cpu"):
             return [torch.tensor([*(r.gradient_norm for r in records), *values.values()])]
+
+    same_under_it(run)
+
+
+@pytest.mark.parametrize(
+    "init", ["copy", "noise:0.1", "drop:0.5", "split", "virtual_group:2", "lora:2"]
+)
+def test_conversions_are_made_and_verified_on_the_cpu(init: str, tmp_path: Path) -> None:
+    with torch.device("cpu"):
+        dense = tiny(num_experts=0, router="switch", capacity=None, experts="stacked")
+    moezoo.save(dense, tmp_path / "dense")
+    names = iter(range(100))
+
+    def run() -> list[Tensor]:
+        path = tmp_path / str(next(names))
+        moezoo.upcycle(tmp_path / "dense", path / "up", num_experts=4, init=init, dtype="float16")
+        assert verify(path / "up", tmp_path / "dense").passed
+        made = [moezoo.upcycle(dense, num_experts=4, init=init), moezoo.load(path / "up")]
+        if init == "copy":
+            made.append(moezoo.downcycle(made[0]))
+            grow(path / "up", path / "grown")
+            shrink(path / "grown", path / "less", num_experts=3)
+            export(path / "less", path / "out", vocab_size=99)
+            made += [moezoo.load(path / "grown"), moezoo.load(path / "out")]
+        return [tensor.clone() for model in made for tensor in model.state_dict().values()]
+
+    same_under_it(run)
+
+
+@pytest.mark.parametrize("router_init", ["mean_orthogonal", "centroids", "prompts"])
+def test_routers_are_fitted_to_text_on_the_cpu(router_init: str, tmp_path: Path) -> None:
+    with torch.device("cpu"):
+        dense = tiny(num_experts=0, router="switch", capacity=None, experts="stacked")
+    moezoo.save(dense, tmp_path / "dense")
+    sample = Calibration([[5, 9, 1], [7, 1], [8, 11, 1]], experts=[0, 0, 1])
+    names = iter(range(100))
+
+    def run() -> list[Tensor]:
+        path = tmp_path / str(next(names))
+        moezoo.upcycle(
+            tmp_path / "dense", path, num_experts=2, router_init=router_init, calibration=sample
+        )
+        return [tensor.clone() for tensor in moezoo.load(path).state_dict().values()]
 
     same_under_it(run)

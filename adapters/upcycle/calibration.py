@@ -162,10 +162,10 @@ def _sample(inputs: list[Tensor], calibration: Calibration) -> LayerSample:
 
     joined, experts = torch.cat(inputs), None
     if calibration.experts is not None:
-        counts = torch.tensor([len(part) for part in inputs])
-        experts = torch.tensor(list(calibration.experts)).repeat_interleave(counts)
+        counts = torch.tensor([len(part) for part in inputs], device="cpu")
+        experts = torch.tensor(list(calibration.experts), device="cpu").repeat_interleave(counts)
     if len(joined) > _MAX_TOKENS:
-        chosen = torch.arange(_MAX_TOKENS) * len(joined) // _MAX_TOKENS
+        chosen = torch.arange(_MAX_TOKENS, device="cpu") * len(joined) // _MAX_TOKENS
         joined = joined[chosen]
         experts = None if experts is None else experts[chosen]
     return LayerSample(joined, experts)

@@ -16,7 +16,7 @@ from moezoo.adapters.upcycle.downcycling import dense_config, known_scale, upcyc
 from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
-from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, resized_output, same_table
+from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, resized_output, same_table
 from moezoo.errors import CheckpointError, ConfigError, did_you_mean
 
 
@@ -78,7 +78,9 @@ def export(
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             max_shard_size=max_shard_size,
-            check=None if vocab_size is None else partial(_check_tables, checkpoint),
+            check=None
+            if vocab_size is None
+            else partial(_check_tables, checkpoint, (wanted, vocab_size)),
         )
 
 
@@ -122,14 +124,14 @@ def _outputs(
             yield _output(checkpoint, target, part, dtype, 1.0)
 
 
-def _check_tables(checkpoint: CheckpointSource, stage: Path) -> None:
+def _check_tables(checkpoint: CheckpointSource, step: Step, stage: Path) -> None:
     """Read what was written once more. Raises CheckpointError for a table that is not as it must
     be.
     """
     with open_source(stage) as made:
         for name in ROWS_OF_TOKENS:
             for info in checkpoint.tensors.get(name, ()):
-                if not same_table(checkpoint.source, info, made, name):
+                if not same_table(checkpoint.source, info, made, name, [step]):
                     reason = f"{name} does not read back as it was written"
                     raise CheckpointError(reason, path=stage, key=name, hint="Check the disk.")
 

@@ -129,7 +129,7 @@ def _rows(
     if noise < torch.finfo(rows.dtype).eps:
         return tensor_bytes(stepped(repeated, noise, seed=seed, name=f"{name}.grow"))
     std = noise * float(rows.double().square().mean().sqrt())
-    draws = torch.tensor(keyed_normals(seed, f"{name}.grow", repeated.numel(), std))
+    draws = torch.tensor(keyed_normals(seed, f"{name}.grow", repeated.numel(), std), device="cpu")
     return tensor_bytes((repeated.double() + draws.view(repeated.shape)).to(rows.dtype))
 
 
@@ -146,7 +146,7 @@ def stepped(rows: Tensor, noise: float, *, seed: int, name: str) -> Tensor:
     share = (noise / torch.finfo(rows.dtype).eps) ** 2
     count = min(width, max(_STEPS, round(width * share)))
     place = rows.float().abs().topk(count, dim=1, largest=False).indices
-    up = torch.rand(experts, count, generator=keyed_generator(seed, name)) < 0.5
+    up = torch.rand(experts, count, generator=keyed_generator(seed, name), device="cpu") < 0.5
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     bits = rows.contiguous().view(words)
     sign = torch.iinfo(words).min  # of a float: its highest bit, above what orders its size

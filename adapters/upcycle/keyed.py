@@ -34,4 +34,4 @@ def keyed_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator for the larger draws that are done in torch."""
     import torch
 
-    return torch.Generator().manual_seed(keyed_seed(seed, name))
+    return torch.Generator("cpu").manual_seed(keyed_seed(seed, name))

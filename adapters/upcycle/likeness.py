@@ -17,7 +17,7 @@ _ROUNDING = 1e-12
 def distances(checkpoint: CheckpointSource, layer: str) -> Tensor:
     """Squared distances (E, E) between the experts of a layer, float64."""
     count = checkpoint.config.num_experts
-    products = torch.zeros(count, count, dtype=torch.float64)
+    products = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for matrix in matrix_names(checkpoint.config):
         names = [part.name for part in checkpoint.tensors[f"{layer}.experts.{matrix}"]]
         size, width = checkpoint.source.tensor(names[0]).numel(), max(_HELD // count, 1)
@@ -39,7 +39,8 @@ def joined(distance: Tensor, count: int) -> tuple[Group, ...]:
     """
     groups: list[Group] = [(expert,) for expert in range(len(distance))]
     while len(groups) > count:
-        first, second = _likest(distance, torch.tensor([len(group) for group in groups]))
+        sizes = torch.tensor([len(group) for group in groups], device="cpu")
+        first, second = _likest(distance, sizes)
         rest = [k for k in range(len(groups)) if k not in (first, second)]
         apart = torch.maximum(distance[first], distance[second])[rest]
         distance = distance[rest][:, rest]

@@ -160,7 +160,9 @@ def _layer(
         experts=None if sample is None else sample.experts,
     )
     like = matrices["wo"]
-    rows = torch.tensor(drawn, dtype=torch.float32).view(count, width)[init.router_rows(count)]
+    rows = torch.tensor(drawn, dtype=torch.float32, device="cpu").view(count, width)[
+        init.router_rows(count)
+    ]
     state[f"{layer}.router.classifier.weight"] = rows.to(like.device, like.dtype)
     return state
 

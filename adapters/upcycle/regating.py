@@ -49,7 +49,7 @@ def wo_factors(
     """
     config = checkpoint.config
     old_TE = _logits(checkpoint, layer, trace)
-    means = torch.zeros(config.num_experts, len(groups), dtype=torch.float64)
+    means = torch.zeros(config.num_experts, len(groups), dtype=torch.float64, device="cpu")
     for index, group in enumerate(groups):
         means[list(group), index] = shares(group, use)
     before_TE, after_TG = _weights(old_TE, config), _weights(old_TE @ means, config)
@@ -80,14 +80,14 @@ def _weights(logits_TE: Tensor, config: SwitchConfig) -> Tensor | None:
     Raises ConfigError for a router that chooses more experts than there are.
     """
     count = logits_TE.shape[1]
-    router = make_router(
-        config.router, config.replace(d_model=count, num_experts=count, router_bias=False)
-    )
+    config = config.replace(d_model=count, num_experts=count, router_bias=False)
+    with torch.device("cpu"):
+        router = make_router(config.router, config)
     if not router.causal:
         return None
     router = router.double().eval()
     with torch.no_grad():
-        router.get_parameter("classifier.weight").copy_(torch.eye(count))
+        router.get_parameter("classifier.weight").copy_(torch.eye(count, device="cpu"))
         pairs = router(Tokens(logits_TE)).assignment
         assert isinstance(pairs, Assignment)
         pairs = router.reweigh(pairs)
@@ -112,7 +112,7 @@ def _logits(checkpoint: CheckpointSource, layer: str, trace: Trace | None) -> Te
     )
     count = max(_TOKENS, _TOKENS_PER_EXPERT * len(rows))
     generator = keyed_generator(0, f"{layer}.shrink")
-    x_TD = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64)
+    x_TD = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     x_TD = x_TD / x_TD.square().mean(-1, keepdim=True).sqrt() * norm
     logits_TE = x_TD @ rows.T
     bias = checkpoint.tensors.get(f"{layer}.router.classifier.bias")

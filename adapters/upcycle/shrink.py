@@ -72,7 +72,7 @@ def shrink(
             layer: wo_factors(checkpoint, layer, made, use[layer], trace)
             for layer, made in groups.items()
         }
-        mean = float(torch.tensor(list(factors.values()), dtype=torch.float64).mean())
+        mean = float(torch.tensor(list(factors.values()), dtype=torch.float64, device="cpu").mean())
         target = config.replace(
             num_experts=num_experts, wo_scale=(known_scale(checkpoint) or 1.0) * mean
         )
@@ -111,14 +111,14 @@ def _sparse_layers(config: SwitchConfig, num_experts: int) -> list[str]:
 def _use(trace: Trace | None, layer: str, num_experts: int) -> Tensor:
     """Tokens that each expert got, (E,); at least one each, so that averages stay defined."""
     if trace is None:
-        return torch.ones(num_experts)
+        return torch.ones(num_experts, device="cpu")
     if layer not in trace.by_layer:
         raise ConfigError(
             f"the trace has no layer {layer!r}",
             field="trace",
             hint=did_you_mean(layer, list(trace.by_layer)),
         )
-    counts = torch.zeros(num_experts)
+    counts = torch.zeros(num_experts, device="cpu")
     for call in trace.by_layer[layer]:
         pairs = call.assignment
         if not isinstance(pairs, Assignment) or pairs.num_experts != num_experts:

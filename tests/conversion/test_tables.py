@@ -22,6 +22,7 @@ from moezoo.adapters.verify import verify
 from moezoo.cli import main
 from moezoo.cost import cost
 from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.models import resizing
 from tests.conversion.dense import FAMILIES, SIZES, dense_t5, ids
 
 TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -273,9 +274,35 @@ def test_a_vocabulary_is_resized_in_another_dtype_too(tmp_path: Path) -> None:
     assert found.passed, found.line
     live = moezoo.resize_embeddings(moezoo.load(up).bfloat16(), 99)
     assert torch.equal(stored(tmp_path / "out")["shared.weight"], live.shared.weight)
-    export(tmp_path / "out", tmp_path / "again", vocab_size=120)
-    with pytest.raises(ConfigError, match="resized twice"):
-        verify(tmp_path / "again", source)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(None, 99), (None, 120)],
+        [(None, 99), (None, 80), (None, 130)],
+        [(None, 40), (None, 61)],
+        [(None, 99), ("bfloat16", None), (None, 50), (None, 70)],
+    ],
+)
+def test_models_resized_again_and_again_verify(
+    steps: list[tuple[str | None, int | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resizing, "BLOCK_BYTES", 16 * 4 * 7)  # several blocks, the last one short
+    source, path = own_tables(tmp_path / "t5", "t5_v1_1"), tmp_path / "up"
+    moezoo.upcycle(source, path, num_experts=4)
+    for number, (dtype, rows) in enumerate(steps):
+        export(path, tmp_path / str(number), dtype=dtype, vocab_size=rows)
+        path = tmp_path / str(number)
+    found = verify(path, source, levels=[1, 2, 3, 4])
+    assert found.passed, found.line
+    for name in ("shared.weight", "lm_head.weight", *TABLES):
+        table = stored(path)[name]
+        table[-1, -1] += 1
+        rewritten(path, **{name: table})
+        assert not verify(path, source, levels=[2]).passed
+        table[-1, -1] -= 1
+        rewritten(path, **{name: table})
 
 
 @pytest.mark.parametrize("rows", ["0", "1", "-3"])

@@ -37,7 +37,9 @@ class DropInit(ExpertInit):
         width = layer["wo"].shape[1]
         count = round(self.rate * width)
         unit_key = f"{key}.experts.{index}.units"
-        units = torch.randperm(width, generator=keyed_generator(seed, unit_key))[:count]
+        units = torch.randperm(width, generator=keyed_generator(seed, unit_key), device="cpu")[
+            :count
+        ]
         made: dict[str, Tensor] = {}
         for name, matrix in layer.items():
             made[name] = matrix.clone()
@@ -47,6 +49,6 @@ class DropInit(ExpertInit):
             old = matrix.index_select(axis, units).float()
             generator = keyed_generator(seed, f"{key}.experts.{index}.{name}")
             spread = (old - old.mean()).square().mean().sqrt()
-            new = old.mean() + spread * torch.randn(old.shape, generator=generator)
+            new = old.mean() + spread * torch.randn(old.shape, generator=generator, device="cpu")
             made[name].index_copy_(axis, units, new.to(matrix.dtype))
         return made

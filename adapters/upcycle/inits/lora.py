@@ -46,8 +46,8 @@ class LoraInit(ExpertInit):
         for name, matrix in dense[0].items():
             wide = matrix.float()
             generator = keyed_generator(seed, f"{key}.experts.{index}.{name}")
-            left = torch.randn(matrix.shape[0], self.rank, generator=generator)
-            right = torch.randn(self.rank, matrix.shape[1], generator=generator)
+            left = torch.randn(matrix.shape[0], self.rank, generator=generator, device="cpu")
+            right = torch.randn(self.rank, matrix.shape[1], generator=generator, device="cpu")
             spread = (wide - wide.mean()).square().mean().sqrt()
             delta = left @ right * (self.scale * spread / self.rank**0.5)
             made[name] = (wide + delta).to(matrix.dtype)

@@ -34,7 +34,7 @@ class NoiseInit(ExpertInit):
         for name, matrix in dense[0].items():
             wide = matrix.float()
             generator = keyed_generator(seed, f"{key}.experts.{index}.{name}")
-            draws = torch.randn(matrix.shape, generator=generator)
+            draws = torch.randn(matrix.shape, generator=generator, device="cpu")
             noisy[name] = (wide + draws * (self.scale * _spread(wide))).to(matrix.dtype)
         return noisy
 

@@ -123,7 +123,7 @@ class MeanOrthogonalRouter(RouterInit):
 
         inputs = _inputs(inputs, key)
         draws = keyed_normals(seed, f"{key}.router", num_experts * d_model, _std(self.std, d_model))
-        rows = torch.tensor(draws, dtype=torch.float64).view(num_experts, d_model)
+        rows = torch.tensor(draws, dtype=torch.float64, device="cpu").view(num_experts, d_model)
         mean = inputs.double().mean(dim=0)
         square = mean.dot(mean).clamp(min=torch.finfo(torch.float64).tiny)
         return _flat(rows - (rows @ mean)[:, None] * mean / square)
@@ -203,7 +203,7 @@ class PromptsRouter(RouterInit):
         from torch.nn.functional import normalize
 
         inputs = _inputs(inputs, key).double()
-        experts = torch.empty(0, dtype=torch.int64) if experts is None else experts
+        experts = torch.empty(0, dtype=torch.int64, device="cpu") if experts is None else experts
         counts = torch.bincount(experts, minlength=num_experts)
         if len(counts) != num_experts or not bool((counts > 0).all()):
             raise ConfigError(
@@ -213,7 +213,7 @@ class PromptsRouter(RouterInit):
                 found=f"prompts for {int((counts > 0).sum())}",
                 hint="Pass a JSON file: a list with one list of texts per expert.",
             )
-        sums = torch.zeros(num_experts, d_model, dtype=torch.float64)
+        sums = torch.zeros(num_experts, d_model, dtype=torch.float64, device="cpu")
         means = sums.index_add_(0, experts, inputs) / counts[:, None]
         directions = normalize(means - means.mean(dim=0), dim=1)
         return _flat(directions * (_std(self.std, d_model) * d_model**0.5))
@@ -223,7 +223,7 @@ def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tenso
     """A random point, then again and again the one that is least like those taken."""
     import torch
 
-    first = int(torch.randint(len(points), (1,), generator=generator))
+    first = int(torch.randint(len(points), (1,), generator=generator, device="cpu"))
     taken = [first]
     likeness = points @ points[first]
     for _ in range(count - 1):
