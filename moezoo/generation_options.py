@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, ItemsView, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -268,7 +269,9 @@ def options_for(
         stored: fields of generation_config.json; those that change nothing here may be any.
         said: options by name; None takes back what is stored.
 
-    Raises ConfigError naming an option that is unknown, bad, or cannot be followed.
+    Warns, as transformers, of a length that is said and not followed, because the other one of its
+    kind goes before it. Raises ConfigError naming an option that is unknown, bad, or cannot be
+    followed.
     """
     unknown = next((name for name in said if name not in OPTIONS | UNFOLLOWED), None)
     if unknown is not None:
@@ -276,8 +279,9 @@ def options_for(
         raise ConfigError(f"unknown option {unknown!r} of generate", field=unknown, hint=hint)
     values = dict(stored)
     for new, total in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if said.get(total) is not None and said.get(new) is None:
-            values.pop(new, None)
+        if said.get(total) is not None and {**values, **said}.get(new) is not None:
+            goes = f"{new} = {str({**values, **said}[new])[:20]} goes before {total}"
+            warnings.warn(f"{goes}; pass {new}, or {new}=None (--without {new})", stacklevel=4)
     values = {name: value for name, value in {**values, **said}.items() if value is not None}
     tokens = {name: getattr(config, name) for name in _TOKENS}
     known = {name: value for name, value in values.items() if name in OPTIONS}

@@ -44,8 +44,9 @@ def lines(file: str | Path | BinaryIO) -> Iterator[tuple[int, str]]:
 def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
     """Line number and fields of every row of a CSV or TSV file with a header, else of a JSONL file.
 
-    A row that spans lines has the number of its first. Blank lines are no rows. Raises CorruptFile
-    naming the line of a row that is malformed, has a field twice, or not as many as the header.
+    A row that spans lines has the number of its first. Blank lines are no rows, but an empty cell
+    each in a table of one column, which has no other way to write it. Raises CorruptFile naming the
+    line of a row that is malformed, has a field twice, or not as many as the header.
     """
     delimiter = _TABLES.get(Path(path).suffix.lower())
     return _json_rows(path) if delimiter is None else _table_rows(path, delimiter)
@@ -151,6 +152,9 @@ def _twice(names: list[str]) -> str:
 def _table_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     header: list[str] | None = None
     for number, cells in _table(path, delimiter):
+        if not cells and (header is None or len(header) > 1):
+            continue
+        cells = cells or [""]
         if header is None:
             header = cells
             if len(set(header)) != len(header):
@@ -168,7 +172,7 @@ def _table_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, Row]]:
 
 
 def _table(path: str | Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every row that is not blank."""
+    """Line number and cells of every row; none of a blank line."""
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     reader = csv.reader(_csv_lines(path), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
@@ -179,8 +183,7 @@ def _table(path: str | Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             raise CorruptFile(f"the row of line {number}: {error}", path=path) from None
         if cells is None:
             return
-        if cells:
-            yield number, cells
+        yield number, cells
 
 
 def _csv_lines(path: str | Path) -> Iterator[str]:

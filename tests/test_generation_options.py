@@ -72,7 +72,12 @@ def test_a_call_goes_before_the_checkpoint_and_that_before_the_config() -> None:
     assert (found.num_beams, found.length_penalty, found.max_new_tokens) == (2, 0.5, 9)
     assert (found.eos_token_ids, found.pad_token_id) == ((7,), 5)
     assert options_for(stored, {"eos_token_id": None}, CONFIG).eos_token_ids == (3, 4)
-    assert options_for(stored, {"max_length": 30}, CONFIG).lengths(2) == (0, 30)
+    with pytest.warns(UserWarning, match="max_new_tokens = 9 goes before max_length"):
+        assert options_for(stored, {"max_length": 30}, CONFIG).lengths(2) == (0, 11)
+    unsaid = {"max_length": 30, "max_new_tokens": None}
+    assert options_for(stored, unsaid, CONFIG).lengths(2) == (0, 30)
+    with pytest.warns(UserWarning, match="min_new_tokens = 3 goes before min_length"):
+        assert options_for({"min_new_tokens": 3}, {"min_length": 4}, CONFIG).lengths(1) == (4, 21)
     assert options_for({"max_length": 30}, {"max_new_tokens": 5}, CONFIG).lengths(2) == (0, 7)
     assert options_for({"min_length": 40}, {"max_new_tokens": 5}, CONFIG).lengths(2) == (40, 7)
     assert options_for({}, {}, CONFIG).lengths(3) == (0, 23)

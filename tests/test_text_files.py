@@ -115,6 +115,20 @@ def test_fields_are_of_any_length_and_the_limit_of_the_process_stays(tmp_path: P
     assert csv.field_size_limit() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", 'text\na\n\n""\nb\n'), ("a.tsv", "\ntext\r\na\r\n\r\n\r\nb\r\n")],
+)
+def test_an_empty_cell_in_a_table_of_one_column_is_a_row(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / name, content, bom=False)
+    assert [text for _, text in texts(path, field="text")] == ["a", "", "", "b"]
+    wide = "text,n\n\na,1\n".replace(",", "," if name == "a.csv" else "\t")
+    path = written(tmp_path / f"wide-{name}", wide, bom=False)
+    assert list(rows(path)) == [(3, {"text": "a", "n": "1"})]
+
+
 def test_paragraphs_lie_between_blank_lines(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "\r\n one\r\ntwo\x0c\r\n \t\n\n\nthree\x85four", bom=True)
     assert list(paragraphs(path)) == [" one\ntwo\x0c", "three\x85four"]

@@ -44,6 +44,32 @@ def test_it_prints_every_sequence_with_its_score(
     assert scores[0] >= scores[1] and scores[2] >= scores[3]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [
+        ("a.txt", "one\n\ntwo\n", 3),
+        ("a.csv", "text\none\n\ntwo\n", 3),
+        ("a.tsv", "text\tn\none\t1\n\t2\n\ntwo\t3\n", 3),
+        ("a.jsonl", '{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n', 3),
+    ],
+)
+def test_every_line_or_row_is_answered_in_order_empty_ones_too(
+    name: str,
+    content: str,
+    count: int,
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_text(content)
+    words = ("--file", str(tmp_path / name), "--scores", "--without", "penalty_alpha")
+    assert main(["generate", checkpoint, *words]) == 0
+    found = capsys.readouterr().out.split("\n")[:-1]
+    assert len(found) == count
+    assert main(["generate", checkpoint, "one", "", "two", *words[2:]]) == 0
+    assert found == capsys.readouterr().out.split("\n")[:-1]
+
+
 def test_a_prompt_begins_every_answer(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = lines(capsys, checkpoint, "one", "two", "--decoder-prompt", "So: ")
     assert [line[:4] for line in found] == ["So: ", "So: "]
