@@ -106,7 +106,7 @@ class Source(abc.ABC):
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._files = OpenFiles()
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps: dict[Path, mmap.mmap | ctypes.Array[ctypes.c_ubyte]] = {}
 
     def info(self, name: str) -> TensorInfo:
         """The tensor called `name`. Raises TensorMismatch naming the nearest."""
@@ -198,9 +198,8 @@ class Source(abc.ABC):
 
         assert info.path is not None
         if info.path not in self._maps:
-            # ACCESS_COPY: torch wants writable memory; a write stays private to this process.
             with self._descriptor(info.path) as descriptor:
-                self._maps[info.path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+                self._maps[info.path] = _map(info.path, descriptor)
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype, device="cpu")
@@ -233,9 +232,30 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     count = tensor.numel() * tensor.element_size()
     if not count:
         return memoryview(b"")
-    window = (ctypes.c_ubyte * count).from_address(tensor.data_ptr())
-    window.owner = tensor  # type: ignore[attr-defined]  # keeps the memory alive with the view
-    return memoryview(window).cast("B")
+    return memoryview(_window(tensor.data_ptr(), count, tensor)).cast("B")
+
+
+def _map(path: Path, descriptor: int) -> mmap.mmap | ctypes.Array[ctypes.c_ubyte]:
+    """A file in memory; a write stays private to this process.
+
+    By torch, because every map of the mmap module keeps a descriptor, and a checkpoint may have
+    more shards than a process may open files; by that module where torch cannot spell the name.
+    """
+    import torch
+
+    name, size = os.fspath(path), os.fstat(descriptor).st_size
+    try:
+        storage = torch.UntypedStorage.from_file(name, shared=False, nbytes=size)
+    except UnicodeEncodeError:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    return _window(storage.data_ptr(), size, storage)
+
+
+def _window(address: int, size: int, owner: object) -> ctypes.Array[ctypes.c_ubyte]:
+    """Memory of `owner`, which lives as long as the window does."""
+    window = (ctypes.c_ubyte * size).from_address(address)
+    window.owner = owner  # type: ignore[attr-defined]
+    return window
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import moezoo
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.open_files import OpenFiles
 from moezoo.adapters.portable import locked
@@ -141,15 +142,23 @@ from moezoo.adapters.upcycle.recipe import Recipe
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 convert(sys.argv[1], sys.argv[2], Recipe(8, max_shard_size=1))
 export(sys.argv[2], sys.argv[3], max_shard_size=1)
+moezoo.save(moezoo.load(sys.argv[2]), sys.argv[4])
 """
     source = dense_t5(tmp_path / "dense", num_layers=10)
-    out, back = tmp_path / "out", tmp_path / "back"
-    command = [sys.executable, "-c", code, str(source), str(out), str(back)]
+    out, back, live = tmp_path / "out", tmp_path / "back", tmp_path / "live"
+    command = [sys.executable, "-c", code, *map(str, (source, out, back, live))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(out.glob("*.safetensors"))) > 200
     convert(source, tmp_path / "whole", Recipe(8))
-    for made in (out, back):
+    for made in (out, back, live):
         with open_source(made) as many, open_source(tmp_path / "whole") as one:
             assert set(many.tensors) == set(one.tensors)
             assert all(bytes(many.read(name)) == bytes(one.read(name)) for name in one.tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text on other systems")
+def test_a_directory_whose_name_is_no_text_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"odd\xff")
+    dense_t5(tmp_path / "dense").rename(path)
+    assert moezoo.load(path).config.vocab_size == 61
