@@ -21,7 +21,7 @@ from moezoo.functional.dispatch import (
     soft_dispatch,
     split_weights,
 )
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import is_batched, is_eager, is_recorded
 from moezoo.ops.observed import is_observed
 from moezoo.pairing import check_pair
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
@@ -83,8 +83,11 @@ class MoE(Component):
         Returns:
             y like x, and the Routing: `.assignment` as admitted, `.proposed` as the router's.
 
-        Raises ShapeError, DtypeError or ConfigError naming the argument.
+        Raises ShapeError, DtypeError or ConfigError naming the argument, and ConfigError under
+        `torch.jit.trace`, and under `torch.vmap` for components that the host waits for.
         """
+        if not is_eager():
+            self._check_transform(x, mask, token_ids)
         tokens = self._tokens(x, mask, token_ids)
         routing = self.route(tokens)
         if isinstance(routing.assignment, SoftAssignment):
@@ -184,6 +187,18 @@ class MoE(Component):
     def _is_moved(self) -> bool:
         """Whether somebody observes a part, and may bring its weights or rows over (offload)."""
         return any(is_observed(module) for module in self.modules())
+
+    def _check_transform(self, *inputs: Tensor | None) -> None:
+        if is_recorded():
+            hint = "Use torch.export, or torch.compile."
+            reason = "torch.jit.trace keeps the sizes and counts of one batch for every other"
+            raise ConfigError(reason, field="x", hint=hint)
+        for part in (self.router, self.experts):
+            state = (*self.router.parameters(), *self.router.buffers())
+            if getattr(part, "waits", False) and any(map(is_batched, (*inputs, *state))):
+                hint = "Loop over the batch, or choose a component that does not wait."
+                reason = f"{type(part).__name__} waits for a number, torch.vmap has many of it"
+                raise ConfigError(reason, field="x", hint=hint)
 
     def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():

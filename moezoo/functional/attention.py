@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moezoo.functional.dropout import LEVELS, dropout, kept
+from moezoo.ops.eager import is_followed, plain_gradients
 
 _SCORES_AT_ONCE = 2**19  # 2 MiB of float32
 
@@ -22,17 +23,30 @@ def attention_with_dropout(
     On a CPU torch has no fused kernel for this; its composite keeps the weights, the mask and the
     dropped weights for backward, 9 bytes per pair. Here the sign of a weight says whether it was
     dropped: 4 bytes; every step but the products works in place, on as many sequences at a time
-    as the cache holds, and no head is copied for a product. It differentiates once; reduced
+    as the cache holds, and no head is copied for a product. Reduced
     precision takes the composite, whose softmax is in float32.
     """
     wide = query.dtype in (torch.float32, torch.float64)
     threshold = round(p * LEVELS)
     if not wide or torch.is_autocast_enabled("cpu") or not 0 < threshold < LEVELS:
-        scores = query @ key.transpose(2, 3)
-        scores = scores if bias is None else scores + bias
-        return dropout(scores.softmax(-1), p, training=True).to(value.dtype) @ value
+        return composed_attention(query, key, value, bias, partial(dropout, p=p, training=True))
     out: Tensor = _DroppedAttention.apply(query, key, value, bias, threshold)  # type: ignore[no-untyped-call]
     return out
+
+
+def composed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    drop: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """drop(softmax(q k^T + bias)) v, of operators that autograd and every transform follow, as they
+    do not the fused ones.
+    """
+    scores = query @ key.transpose(2, 3)
+    scores = scores if bias is None else scores + bias
+    return drop(scores.softmax(-1)).to(value.dtype) @ value
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -56,9 +70,10 @@ class _DroppedAttention(torch.autograd.Function):
         return out.mul_(ctx.scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, all_signed = ctx.saved_tensors
+        if is_followed(grad):
+            return _composed_backward(ctx, grad)
         grad = grad * ctx.scale
         grads = [_heads_last(tensor, tensor.shape[2]) for tensor in (query, key, value)]
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
@@ -79,6 +94,19 @@ class _DroppedAttention(torch.autograd.Function):
                 target = _part_of(grad_bias, part)
                 target.add_(scores.sum_to_size(target.shape))
         return *grads, grad_bias, None
+
+
+def _composed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as a function that autograd can follow, with the same weights dropped."""
+    query, key, value, bias, signed = ctx.saved_tensors
+    mask = (signed > 0).to(signed.dtype) * ctx.scale
+    inputs = (query, key, value) if bias is None else (query, key, value, bias)
+
+    def made(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return composed_attention(query, key, value, bias, partial(torch.mul, mask))
+
+    found = plain_gradients(made, inputs, grad, ctx.needs_input_grad[: len(inputs)])
+    return (*found, None) if bias is not None else (*found, None, None)
 
 
 Part = tuple[slice, slice]

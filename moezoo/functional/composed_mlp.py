@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moezoo.functional.activations import Activation
 from moezoo.functional.dropout import dropout, relu_dropout
+from moezoo.ops.eager import plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear
 
 
@@ -57,7 +58,8 @@ def composed_gradients(
     autograd can follow.
     """
     drop = 0.0 if mask is None else partial(torch.mul, mask)
-    out = composed_mlp(x, counts, weights, function, drop)
-    chosen = [tensor for tensor, want in zip((x, *weights), wants, strict=True) if want]
-    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
-    return [next(found) if want else None for want in wants]
+
+    def made(x: Tensor, *weights: Tensor) -> Tensor:
+        return composed_mlp(x, counts, weights, function, drop)
+
+    return plain_gradients(made, (x, *weights), grad, wants)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moezoo.functional.activations import Activation
 from moezoo.functional.composed_mlp import composed_gradients
 from moezoo.ops.backends import Backend, choose
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import is_eager, is_followed
 
 
 def fits_device_mlp(x: Tensor, counts: Tensor, weights: Sequence[Tensor], p: float) -> bool:
@@ -68,8 +68,8 @@ class _DeviceMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, counts, *rest = ctx.saved_tensors
         weights, kept = rest[: ctx.num_weights], rest[ctx.num_weights :]
-        if torch.is_grad_enabled():
-            return _second(ctx, grad, x, counts, weights, kept)
+        if is_followed(grad):
+            return _composed_backward(ctx, grad, x, counts, weights, kept)
         *inner, outer = weights
         wants_x, (*wants_inner, wants_outer) = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
         grad = grad.contiguous()
@@ -136,7 +136,7 @@ def _activation_backward(
     return hidden.detach(), found
 
 
-def _second(
+def _composed_backward(
     ctx: Any,
     grad: Tensor,
     x: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.functional.queues import occurrences, pairs_per_expert
 from moezoo.ops.eager import is_eager
 from moezoo.records import Assignment, Slots, SoftAssignment
 
@@ -33,15 +34,13 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Order]:
     """
     a = assignment
     if a.num_pairs == 1:  # one token to decode: nothing to sort
-        count_E = torch.zeros(a.num_experts, dtype=torch.int64, device=a.expert.device)
-        count_E.index_add_(0, a.expert, a.kept.long())
+        count_E = pairs_per_expert(a)
         row = x_TD if a.num_tokens == 1 else x_TD.index_select(0, a.token)
         first = torch.zeros_like(a.token)
         return Slots(row, count_E), Order(first, a.token, first[:, None] if a.choices else None)
     key_N = torch.where(a.kept, a.expert, a.num_experts)
     order = _order(a, _sorted_pairs(key_N, a.num_experts))
-    count_E = torch.zeros(a.num_experts + 1, dtype=torch.int64, device=key_N.device)
-    count_E.index_add_(0, key_N, torch.ones_like(key_N))
+    count_E = occurrences(key_N, a.num_experts + 1)
     if x_TD.requires_grad and order.rows is not None and is_eager():
         spread: Tensor = _Spread.apply(x_TD, order.token, order.rows)  # type: ignore[no-untyped-call]
         return Slots(spread, count_E[:-1]), order
@@ -61,7 +60,8 @@ def combine(y_ND: Tensor, assignment: Assignment, order: Order) -> Tensor:
         weight_T = weight_N if a.rank_major else weight_N[order.pair[order.rows[:, 0]]]
         weight_T1 = weight_T.unsqueeze(-1).to(y_ND.dtype)
         # Without a gradient nobody else has seen this copy.
-        return out_TD * weight_T1 if torch.is_grad_enabled() else out_TD.mul_(weight_T1)
+        seen = torch.is_grad_enabled() or not is_eager()
+        return out_TD * weight_T1 if seen else out_TD.mul_(weight_T1)
     weight_N = weight_N[order.pair]
     weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
     if order.rows is not None:

@@ -14,7 +14,7 @@ from moezoo.functional.composed_mlp import composed_gradients, composed_mlp
 from moezoo.functional.device_mlp import device_mlp, fits_device_mlp
 from moezoo.functional.dropout import LEVELS, kept
 from moezoo.ops.backends import Runs, runs_of
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import is_eager, is_followed
 from moezoo.ops.memory import stacked_gradient
 from moezoo.ops.products import outer_product, product
 
@@ -137,7 +137,7 @@ class _FusedMLP(torch.autograd.Function):
         weights, kept_parts = rest[: ctx.num_weights], rest[ctx.num_weights :]
         per_run = len(kept_parts) // max(len(ctx.runs), 1)
         by_run = [kept_parts[i : i + per_run] for i in range(0, len(kept_parts), per_run or 1)]
-        if torch.is_grad_enabled():  # somebody differentiates a second time
+        if is_followed(grad):
             return _composed_backward(ctx, grad, x, counts, weights, by_run)
         wants = ctx.needs_input_grad[4:]
         grad_x = _empty_result(x, ctx.runs, weights[-1]) if ctx.needs_input_grad[2] else None

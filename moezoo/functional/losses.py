@@ -63,7 +63,7 @@ def expert_fractions(
     key_N = (a.token // max(size, 1)) * a.num_experts + a.expert
     dtype = torch.promote_types(a.weight.dtype, torch.float32)  # which counts every pair
     count = torch.zeros(groups * a.num_experts, dtype=dtype, device=a.weight.device)
-    count.index_add_(0, key_N, a.kept.to(count.dtype))
+    count = count.index_add(0, key_N, a.kept.to(count.dtype))
     return count.view(groups, a.num_experts) / group_counts(a.num_tokens, real, size, count)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.functional.assign import best_experts
-from moezoo.functional.queues import positions_in_runs, queue_positions, reorder
+from moezoo.functional.queues import occurrences, positions_in_runs, queue_positions, reorder
 from moezoo.records import Assignment
 
 _FEW = 16  # so many passes over the scores are cheaper than sorting them
@@ -90,7 +90,6 @@ def _places(
     """The position that each trying pair would get in the queue of its target expert."""
     queues = a.num_groups * a.num_experts
     group_N = (a.token // max(a.group_size, 1)) * a.num_experts
-    full_Q = torch.zeros(queues + 1, dtype=torch.int64, device=a.token.device)
-    full_Q.index_add_(0, torch.where(seated_N, group_N + expert_N, queues), seated_N.long())
+    full_Q = occurrences(torch.where(seated_N, group_N + expert_N, queues), queues + 1)
     key_N = torch.where(trying_N, group_N + target_N, queues)
     return full_Q[key_N] + positions_in_runs(key_N, queues + 1)

@@ -38,19 +38,24 @@ def queue_positions(assignment: Assignment, *, everyone: bool = False) -> Tensor
 def positions_in_runs(key_N: Tensor, num_keys: int) -> Tensor:
     """How many earlier entries of the list share each entry's key; keys lie in [0, num_keys)."""
     sorted_N, order_N = key_N.sort(stable=True)
-    count_Q = torch.zeros(num_keys, dtype=torch.int64, device=key_N.device)
-    count_Q.index_add_(0, key_N, torch.ones_like(key_N))
+    count_Q = occurrences(key_N, num_keys)
     start_Q = count_Q.cumsum(0) - count_Q
     place_N = torch.arange(key_N.shape[0], device=key_N.device)
     rank_N = place_N - start_Q.index_select(0, sorted_N)
     return torch.empty_like(rank_N).index_copy_(0, order_N, rank_N)
 
 
+def occurrences(key_N: Tensor, num_keys: int) -> Tensor:
+    """How often every key of [0, num_keys) is in the list, (num_keys,) int64."""
+    # Zeros of the keys' own kind: `vmap` adds to nothing else in place.
+    return key_N.new_zeros(num_keys).index_add_(0, key_N, torch.ones_like(key_N))
+
+
 def pairs_per_expert(assignment: Assignment) -> Tensor:
     """How many kept pairs every expert has, (E,) int64, without leaving the device."""
-    kept_N = assignment.kept.to(torch.int64)
-    count_E = torch.zeros(assignment.num_experts, dtype=torch.int64, device=kept_N.device)
-    return count_E.index_add_(0, assignment.expert, kept_N)
+    kept_N = assignment.kept.long()
+    count_E = kept_N.new_zeros(assignment.num_experts)
+    return count_E.index_add(0, assignment.expert, kept_N)
 
 
 def reorder(assignment: Assignment, order_N: Tensor) -> Assignment:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,8 +36,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody differentiates a second time
-            return _composed_backward(ctx, grad, x, weight)
+        if is_followed(grad):
+            grads = plain_gradients(
+                lambda x, weight: F.rms_norm(x, weight.shape, weight, ctx.eps),
+                (x, weight),
+                grad,
+                ctx.needs_input_grad[:2],
+            )
+            return grads[0], grads[1], None
         width = weight.shape[0]
         both = (grad * x).reshape(-1, width)
         inverse_T = inverse.reshape(-1)
@@ -48,15 +54,3 @@ class _RMSNorm(torch.autograd.Function):
         along = torch.mv(both, weight).mul_(inverse_T.pow(3)).div_(-width).view(inverse.shape)
         grad_x = torch.mul(grad, weight).mul_(inverse).addcmul_(x, along)
         return grad_x, grad_weight, None
-
-
-def _composed_backward(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None, None]:
-    """The gradients as a function that autograd can follow."""
-    wanted = ctx.needs_input_grad[:2]
-    chosen = [tensor for tensor, want in zip((x, weight), wanted, strict=True) if want]
-    out = F.rms_norm(x, weight.shape, weight, ctx.eps)
-    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
-    grad_x, grad_weight = (next(found) if want else None for want in wanted)
-    return grad_x, grad_weight, None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moezoo.functional.assign import best_experts
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 from moezoo.ops.products import product, steady_product
 
 _SCORES = 1 << 18  # of one chunk: 1 MiB in float32
@@ -23,7 +22,7 @@ def streamed_top_1(
     over real tokens.
 
     Nothing of size (T, E) is ever held, in backward neither, where each chunk's scores are computed
-    again. It differentiates once.
+    again. Where autograd follows that, all scores are held.
 
     Args:
         x_TD: float32 or float64, finite. weight: (E, D) of the same dtype. bias: (E,) or None.
@@ -38,11 +37,16 @@ def streamed_top_1(
 
 def top_1_of(logits_TE: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`streamed_top_1` of scores that somebody has computed at once."""
-    share_T = _shares(logits_TE, real)
+    return _top_1_of(logits_TE, _shares(logits_TE, real))
+
+
+def _top_1_of(logits_TE: Tensor, share_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     probs_TE = logits_TE.softmax(-1)
     expert_T = probs_TE.argmax(-1)
     gate_T = probs_TE.gather(1, expert_T[:, None])[:, 0]
-    return expert_T, gate_T, share_T @ probs_TE, share_T @ logits_TE.logsumexp(-1).square()
+    # A product with a vector has forward-mode gradients of the wrong size where many are taken.
+    mean_E = (share_T[:, None] * probs_TE).sum(0)
+    return expert_T, gate_T, mean_E, share_T @ logits_TE.logsumexp(-1).square()
 
 
 def _shares(like: Tensor, real: Tensor | None) -> Tensor:
@@ -86,11 +90,12 @@ class _Streamed(torch.autograd.Function):
         return expert_T, gate_T, mean_E, share_T @ lse_T.square()
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, _: Tensor, grad_gate_T: Tensor, grad_mean_E: Tensor, grad_z: Tensor
     ) -> tuple[Tensor | None, ...]:
         x_TD, weight, bias, share_T, expert_T, lse_T = ctx.saved_tensors
+        if is_followed(grad_gate_T):
+            return _composed_backward(ctx, (grad_gate_T, grad_mean_E, grad_z))
         grad_x = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight)
         grad_b = None if bias is None else torch.zeros_like(bias)
@@ -110,3 +115,17 @@ class _Streamed(torch.autograd.Function):
             if grad_b is not None:
                 grad_b += grad.sum(0)
         return grad_x, grad_w, grad_b, None
+
+
+def _composed_backward(
+    ctx: Any, grads: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    """The gradients as a function that autograd can follow, of all scores at once."""
+    x_TD, weight, bias, share_T, *_ = ctx.saved_tensors
+    inputs = (x_TD, weight) if bias is None else (x_TD, weight, bias)
+
+    def made(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        return _top_1_of(torch.nn.functional.linear(x_TD, weight, bias), share_T)[1:]
+
+    found = plain_gradients(made, inputs, grads, ctx.needs_input_grad[: len(inputs)])
+    return found[0], found[1], None if bias is None else found[2], None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.config import SwitchConfig
-from moezoo.functional.attention import attention_with_dropout
+from moezoo.functional.attention import attention_with_dropout, composed_attention
+from moezoo.functional.dropout import dropout
 from moezoo.models.cache import DecoderCache
 from moezoo.models.linear import Linear
 from moezoo.models.position import Buckets, PositionBias, relative_bias
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import is_eager, is_transformed
 
 
 class Attention(nn.Module):
@@ -100,6 +103,9 @@ class Attention(nn.Module):
             # Autocast: a narrower type may not hold the lowest float32, and -inf would give NaN.
             bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         rate = self.dropout if self.training else 0.0
+        if is_transformed():
+            drop = partial(dropout, p=rate, training=self.training)
+            return composed_attention(query, key, value, bias, drop)
         if rate and query.device.type == "cpu" and is_eager():
             return attention_with_dropout(query, key, value, bias, p=rate)
         return F.scaled_dot_product_attention(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from moezoo.ops.eager import is_transformed
 
 _FIRST_SIZE = 32
 
@@ -13,9 +16,9 @@ _FIRST_SIZE = 32
 class DecoderCache:
     """Per decoder layer: self-attention keys and values so far, and those of the encoder's output.
 
-    Buffers double when full, so that a token costs amortised constant copying. `length` counts
-    tokens whose keys every layer holds. The one mutable record of the package: a cache that copied
-    itself at every token would be quadratic.
+    Buffers double when full, so that a token costs amortised constant copying; with a gradient each
+    step makes its own. `length` counts tokens whose keys every layer holds. The one mutable record
+    of the package: a cache that copied itself at every token would be quadratic.
     """
 
     length: int = 0
@@ -28,6 +31,14 @@ class DecoderCache:
         """
         end = self.length + key.shape[2]
         buffers = self.self_attention.get(layer)
+        wanted = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+        if wanted or is_transformed():
+            # Earlier steps may be asked for their gradients: what they have read stays as it is.
+            earlier = buffers or (key[:, :, :0], value[:, :, :0])
+            keys = torch.cat([earlier[0][:, :, : self.length], key], 2)
+            values = torch.cat([earlier[1][:, :, : self.length], value], 2)
+            self.self_attention[layer] = keys, values
+            return keys, values
         if buffers is None or buffers[0].shape[2] < end:
             old_keys, old_values = (None, None) if buffers is None else buffers
             buffers = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.ops.backends import choose
-from moezoo.ops.eager import is_transformed
+from moezoo.ops.eager import is_transformed, tangents_followed, without_tangent
 
 
 def grouped_linear(
@@ -85,7 +85,9 @@ def _product(operator: Any, first: Tensor, second: Tensor, counts: Tensor, backe
 
 
 class _Transformed(torch.autograd.Function):
-    """An operator for `torch.func.grad`, which does not differentiate custom ones by itself."""
+    """An operator for `torch.func` and forward-mode differentiation, which do not see through
+    custom ones by themselves; it is linear in each of its two factors.
+    """
 
     @staticmethod
     def forward(
@@ -97,11 +99,34 @@ class _Transformed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.operator, *others = inputs
         _keep(ctx, tuple(others), output)
+        ctx.save_for_forward(*others[:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = _linear_backward if ctx.operator is _linear else _outer_backward
         return None, *backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, first: Tensor, second: Tensor, *__: None) -> Tensor:
+        with tangents_followed():
+            one, other, counts = map(without_tangent, ctx.saved_for_forward)
+            left = _product(ctx.operator, first, other, counts, ctx.backend)
+            return left + _product(ctx.operator, one, second, counts, ctx.backend)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], operator: Any, *inputs: Any
+    ) -> tuple[Tensor, int]:
+        *tensors, backend = inputs
+        parts = [
+            [tensor] * info.batch_size if dim is None else tensor.unbind(dim)
+            for tensor, dim in zip(tensors, dims[1:-1], strict=True)
+        ]
+        each = [
+            _product(operator, first, second, counts, backend)
+            for first, second, counts in zip(*parts, strict=True)
+        ]
+        return torch.stack(each), 0
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
