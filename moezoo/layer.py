@@ -21,7 +21,7 @@ from moezoo.functional.dispatch import (
     soft_dispatch,
     split_weights,
 )
-from moezoo.ops.eager import is_batched, is_eager, is_recorded
+from moezoo.ops.eager import is_batched, is_eager, is_recorded, is_transformed
 from moezoo.ops.observed import is_observed
 from moezoo.pairing import check_pair
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
@@ -193,12 +193,14 @@ class MoE(Component):
             hint = "Use torch.export, or torch.compile."
             reason = "torch.jit.trace keeps the sizes and counts of one batch for every other"
             raise ConfigError(reason, field="x", hint=hint)
-        for part in (self.router, self.experts):
-            state = (*self.router.parameters(), *self.router.buffers())
-            if getattr(part, "waits", False) and any(map(is_batched, (*inputs, *state))):
-                hint = "Loop over the batch, or choose a component that does not wait."
-                reason = f"{type(part).__name__} waits for a number, torch.vmap has many of it"
-                raise ConfigError(reason, field="x", hint=hint)
+        waiting = [part for part in (self.router, self.experts) if getattr(part, "waits", False)]
+        if not waiting or not is_transformed():
+            return
+        state = (*self.router.parameters(), *self.router.buffers())
+        if any(map(is_batched, (*inputs, *state))):
+            hint = "Loop over the batch, or choose a component that does not wait."
+            reason = f"{type(waiting[0]).__name__} waits for a number, torch.vmap has many of it"
+            raise ConfigError(reason, field="x", hint=hint)
 
     def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():
