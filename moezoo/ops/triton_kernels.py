@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.ops.backends import rounds_float32
+from moezoo.ops.rounding import rounds_float32
 
 # What TRITON_INTERPRET=1 said when this module was imported: the kernels below run on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
