@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moezoo.functional.dropout import LEVELS, dropout, kept
+from moezoo.private_torch import softmax_gradient
 
 _SCORES_AT_ONCE = 2**19  # 2 MiB of float32
 
@@ -70,9 +71,7 @@ class _DroppedAttention(torch.autograd.Function):
             # In place from here on: the gradient of the dropped weights, of all, of the scores.
             torch.ops.aten.threshold_backward.grad_input(scores, signed, 0, grad_input=scores)
             torch.abs(signed, out=weights)
-            torch.ops.aten._softmax_backward_data.out(
-                scores, weights, -1, scores.dtype, grad_input=scores
-            )
+            softmax_gradient(scores, weights, out=scores)
             _fill(grads[0][part], torch.bmm(_flat(scores), _flat(key[part])))
             _fill(grads[1][part], torch.bmm(_flat(scores).mT, _flat(query[part])))
             if grad_bias is not None:

@@ -18,6 +18,7 @@ from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
 from moezoo.ops.observed import is_plain
 from moezoo.ops.products import fast_products, steady_product
+from moezoo.private_torch import softmax_gradient
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -132,8 +133,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> Tensor:
         (probs_TE,) = ctx.saved_tensors
-        grad: Tensor = torch.ops.aten._softmax_backward_data(grad_TE, probs_TE, -1, probs_TE.dtype)
-        return grad
+        return softmax_gradient(grad_TE, probs_TE)
 
 
 def jittered(x_TD: Tensor, epsilon: float) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
+
+from moezoo.private_torch import is_differentiated_forward, is_traced_by_jit, is_within_func
 
 
 def is_eager() -> bool:
@@ -11,14 +12,11 @@ def is_eager() -> bool:
     `torch.export` and `torch.jit.trace` nor transformed by `torch.func` or differentiated forward,
     which see through operators of torch alone.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or is_differentiated_forward():
         return False
-    return torch._C._get_tracing_state() is None and not is_transformed()
+    return not is_traced_by_jit() and not is_within_func()
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, such as `grad`, is active outside tracing."""
-    if torch.compiler.is_compiling():
-        return False
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active
+    return not torch.compiler.is_compiling() and is_within_func()
