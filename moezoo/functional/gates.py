@@ -28,6 +28,11 @@ def gate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def is_plain_gate(module: nn.Module) -> bool:
+    """Whether a gate is a linear map that nobody observes: its weights may be read."""
+    return is_plain(module, nn.Linear, DrawnLinear)
+
+
 def gate(module: nn.Module, x_TD: Tensor) -> Tensor:
     """Scores (T, E) that a linear gate, as a module, gives tokens (T, D): `gate_logits`.
 
@@ -36,7 +41,7 @@ def gate(module: nn.Module, x_TD: Tensor) -> Tensor:
 
     Raises ConfigError for half-precision weights that are on "meta" until they are called for.
     """
-    if is_plain(module, nn.Linear, DrawnLinear):
+    if is_plain_gate(module):
         return gate_logits(x_TD, module.weight, module.bias)  # type: ignore[arg-type]
     dtype = gate_dtype(x_TD.dtype)
     named = (*module.named_parameters(), *module.named_buffers())
@@ -56,7 +61,7 @@ def gate_weight(module: nn.Module, like_TD: Tensor) -> Tensor:
     """The matrix (E, D) of a linear gate that is not applied to tokens, in gate precision: what it
     makes of unit vectors, when it must be called.
     """
-    if is_plain(module, nn.Linear, DrawnLinear):
+    if is_plain_gate(module):
         return cast(Tensor, module.weight).to(gate_dtype(like_TD.dtype))
     return gate(module, torch.eye(like_TD.shape[1], dtype=like_TD.dtype, device=like_TD.device)).t()
 
