@@ -170,6 +170,41 @@ def test_the_adapters_import_as_part_of_the_package_alone() -> None:
     assert "import moezoo.adapters" in done.stderr.splitlines()[-1]
 
 
+ASKING = {"is_plain", "is_observed", "is_eager", "is_transformed", "is_plain_gate"}
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+FAST_PATHS = PAGE.partition("## Fast paths")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_fast_paths_holds_all_who_ask_and_nobody_else() -> None:
+    asking = {
+        (str(path.relative_to(ROOT)).removeprefix("moezoo/"), node.name)
+        for path in SOURCES
+        if path.name not in ("observed.py", "eager.py")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and ASKING & _called(node)
+    }
+    text = FAST_PATHS.replace("\n", " ")
+    found = re.findall(r"`([\w/]+\.py)`: (`\w+`(?:, `\w+`)*)", text)
+    listed = {(file, name) for file, names in found for name in re.findall(r"\w+", names)}
+    assert listed == asking
+
+
+def test_every_fast_path_names_tests_and_pages_that_exist() -> None:
+    rows = [line.split(" | ") for line in FAST_PATHS.splitlines() if line.startswith("| `")]
+    assert rows and all(len(row) == 5 for row in rows)
+    for *_, buys, held in rows:
+        file, _, name = held.strip(" |`").partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), held
+        for page in re.findall(r"\]\(\.\./(.*?)\)", buys):
+            assert (ROOT / page).is_file(), page
+        assert "](" in buys or "not measured alone" in buys or "above" in buys or "below" in buys
+
+
+def _called(node: ast.AST) -> set[str]:
+    calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
 def test_no_file_is_called_after_nothing() -> None:
     vague = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
     assert not [name for name in MODULES if vague & set(name.split("."))]
