@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moezoo.functional.dropout import LEVELS, dropout, kept
+from moezoo.functional.dropout import LEVELS, dropout, dropout_mask
 from moezoo.private_torch import softmax_gradient
 
 _SCORES_AT_ONCE = 2**19  # 2 MiB of float32
@@ -49,7 +49,7 @@ class _DroppedAttention(torch.autograd.Function):
             if bias is not None:
                 scores.add_(_part_of(bias, part))
             torch.softmax(scores, -1, out=scores)
-            scores.mul_(kept(scores.shape, threshold).mul_(2).sub_(1))
+            scores.mul_(dropout_mask(scores.shape, threshold).mul_(2).sub_(1))
             mixed = torch.bmm(_flat(scores.clamp(min=0)), _flat(value[part]))
             _fill(out[part], mixed)
         ctx.scale = LEVELS / (LEVELS - threshold)

@@ -30,7 +30,7 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Order]:
     """Copy kept tokens into rows sorted by expert.
 
     Returns:
-        The slots (N rows; those past the kept ones belong to nobody), and what stands where.
+        The slots (N rows; those past the kept pairs are unused), and what stands where.
     """
     a = assignment
     if a.num_pairs == 1:  # one token to decode: nothing to sort

@@ -115,8 +115,8 @@ def _cleared_rows(out: Tensor, counts: Tensor) -> Tensor:
     if out.is_cuda and _has_triton():
         _triton_clear().clear_rows(out, counts)
         return out
-    nobody_N1 = torch.arange(out.shape[0], device=out.device).unsqueeze(1) >= counts.sum()
-    return out.masked_fill_(nobody_N1, 0.0)
+    unused_N1 = torch.arange(out.shape[0], device=out.device).unsqueeze(1) >= counts.sum()
+    return out.masked_fill_(unused_N1, 0.0)
 
 
 def _cleared_experts(out: Tensor, counts: Tensor) -> Tensor:
