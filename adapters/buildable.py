@@ -9,7 +9,7 @@ from moezoo.registry import Spec
 
 # What these need is known without building anything, so that planning needs no torch.
 _WEIGHTS = ("probability", "unit")
-_POLICIES = ("dropless", "switch", "transformers")
+_POLICIES = {"switch": ("dropless", "switch", "transformers"), "top_k": ("dropless", "switch")}
 
 
 def check_buildable(config: SwitchConfig, task: str) -> None:
@@ -18,7 +18,7 @@ def check_buildable(config: SwitchConfig, task: str) -> None:
     """
     router = Spec.parse(config.router, kind="router")
     policy = Spec.parse(config.capacity or "switch", kind="capacity")
-    usual = policy.name in _POLICIES and not policy.options
+    usual = policy.name in _POLICIES.get(router.name, ()) and not policy.options
     if usual and _is_usual(router, config.num_experts):
         return
     from moezoo.building import build

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from moezoo.errors import ConfigError, ShapeError
+from moezoo.private_torch import is_in_backward
 from moezoo.sparse_mlp import SparseMLP
 
 Mask = str | Callable[[Mapping[str, Any]], Tensor | None] | bool | None
@@ -143,9 +144,9 @@ class Padding:
             return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         stack = self._stack()
-        if stack and torch.is_grad_enabled() and tensors and not _recomputing():
+        if stack and torch.is_grad_enabled() and tensors and not is_in_backward():
             tensors[0].__dict__.setdefault(_TAG, {})[self] = stack[-1]
-        elif not stack and _recomputing():
+        elif not stack and is_in_backward():
             found = [value.__dict__.get(_TAG, {}) for value in tensors]
             marks = [mark[self] for mark in found if self in mark]
             if not marks:
@@ -177,10 +178,6 @@ class Padding:
             found = tuple(mask.shape)
             raise ShapeError(reason, field="mask", expected=tuple(wanted), found=found, hint=hint)
         return args, {**kwargs, "mask": mask}
-
-
-def _recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def real_of(mask: Tensor, name: str) -> Tensor:

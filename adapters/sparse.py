@@ -12,6 +12,7 @@ from torch import nn
 from moezoo.adapters.probe import check_row_wise, check_twin
 from moezoo.errors import ConfigError
 from moezoo.experts.modules import ModuleExperts
+from moezoo.private_torch import shallow_copy
 from moezoo.sparse_mlp import SparseMLP
 
 UNIT_SWITCH = {"name": "switch", "weight": "unit"}
@@ -107,7 +108,7 @@ def _of_one(twin_of: Callable[[Any, Mixture], nn.Module]) -> Callable[[Any], nn.
 
 def _torch_layer(layer: Any, mixture: Mixture) -> nn.Module:
     """A twin of a torch layer: linear1 becomes the mixture, the rest of the MLP passes through."""
-    twin = _twin(layer)
+    twin = shallow_copy(layer)
     function = layer.activation
     mlp = nn.Sequential(layer.linear1, _Function(function), layer.dropout, layer.linear2)
     twin.linear1 = mixture(mlp, layer.self_attn.batch_first)
@@ -119,18 +120,11 @@ def _torch_layer(layer: Any, mixture: Mixture) -> nn.Module:
 
 def _bert_layer(layer: Any, mixture: Mixture) -> nn.Module:
     """A twin of a BERT layer: intermediate becomes the mixture, output keeps norm and residual."""
-    twin = _twin(layer)
+    twin = shallow_copy(layer)
     twin.intermediate = mixture(nn.Sequential(layer.intermediate, layer.output.dense), True)
-    twin.output = _twin(layer.output)
+    twin.output = shallow_copy(layer.output)
     twin.output.dense = nn.Identity()
     return twin  # type: ignore[no-any-return]
-
-
-def _twin(module: Any) -> Any:
-    """A shallow copy whose children can be replaced without changing the original's."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 class _Function(nn.Module):

@@ -56,7 +56,7 @@ def main() -> int:
         begin = time.perf_counter()
         record[part] = PARTS[part](options.rounds)
         print(f"{part}: {time.perf_counter() - begin:.0f} s", flush=True)
-        save(options.out, record, page(record))
+        save(options.out, record, page(record, __doc__ or ""))
     print(options.out.with_suffix(".md").read_text())
     return 0
 

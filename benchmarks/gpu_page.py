@@ -8,11 +8,9 @@ from typing import Any
 from benchmarks.tables import milliseconds, ratio, table
 
 
-def page(record: dict[str, Any]) -> list[str]:
-    """The sections of gpu.md."""
-    from benchmarks import gpu
-
-    intro = (gpu.__doc__ or "").strip().split("\n\n")[-1]
+def page(record: dict[str, Any], about: str) -> list[str]:
+    """The sections of gpu.md; about: the docstring of the script, whose last paragraph opens it."""
+    intro = about.strip().split("\n\n")[-1]
     sections = ["# On a GPU", f"`python -m benchmarks.gpu`, {record['machine']}. {intro}"]
     sections.append(
         "Times are median (min) in ms; ratios of medians (of minima). Above 1 in a column "

@@ -45,13 +45,13 @@ class Component(nn.Module):
 
     def widen_buffers(self) -> None:
         """Make half-precision buffers float32."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None and _is_half(buffer):
-                self._buffers[name] = buffer.float()
+        for name, buffer in _own_buffers(self).items():
+            if _is_half(buffer):
+                setattr(self, name, buffer.float())
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As in torch, which assigns to a buffer by this method too."""
-        before = self._buffers.get(name)
+        before = _own_buffers(self).get(name)
         if tensor is not None and before is not None and not before.is_floating_point():
             tensor = tensor.to(before.dtype)
         elif tensor is not None and _is_half(tensor):
@@ -59,13 +59,12 @@ class Component(nn.Module):
         super().register_buffer(name, tensor, persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
-        before = dict(self._buffers)
+        # Private to torch, but what every cast and move calls; there is no public place for this.
+        before = _own_buffers(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after is not None and _is_half(after):
-                # From the value before it was rounded.
-                self._buffers[name] = buffer.to(after.device, torch.float32)
+        for name, buffer in _own_buffers(self).items():
+            if _is_half(buffer):  # from the value before it was rounded
+                setattr(self, name, before[name].to(buffer.device, torch.float32))
         return self
 
 
@@ -86,8 +85,15 @@ def redraw(module: nn.Module) -> None:
 
 def owns_tensors(module: nn.Module) -> bool:
     """Whether a module itself, without its children, has a parameter or buffer."""
-    own = (*module._parameters.values(), *module._buffers.values())
-    return any(tensor is not None for tensor in own)
+    return bool(_own_tensors(module))
+
+
+def _own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(recurse=False)), **_own_buffers(module)}
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -95,9 +101,9 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 def _no_home(module: nn.Module, method: str) -> ConfigError:
-    names = [*module._parameters, *module._buffers]
+    first = next(iter(_own_tensors(module)))
     return ConfigError(
-        f"{type(module).__name__} cannot be drawn: nothing says how {names[0]!r} starts",
-        field=names[0],
+        f"{type(module).__name__} cannot be drawn: nothing says how {first!r} starts",
+        field=first,
         hint=f"Set its parameters and buffers in a method {method}(self).",
     )

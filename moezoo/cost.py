@@ -13,7 +13,7 @@ from moezoo.registry import Spec
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 # What these do is known without torch (a test asks them): the option that holds the choices.
 _PLAIN_ROUTERS = {"switch": (None, 1), "top_k": ("k", 2)}
-_PLAIN_EXPERTS = frozenset(("d_ff", "dropout", "backend"))
+_PLAIN_EXPERTS = frozenset(("d_ff", "dropout"))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from moezoo.functional.dispatch import (
 from moezoo.ops.eager import is_batched, is_eager, is_recorded, is_transformed
 from moezoo.ops.observed import is_observed
 from moezoo.pairing import check_pair
+from moezoo.private_torch import own_parameters
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router
 
@@ -225,8 +226,7 @@ class MoE(Component):
                     f"{name} must be bool or integer", field=name, found=value.dtype, hint=hint
                 )
         # A stack of experts at once; else whichever parameter is found, which takes longer.
-        own = self.experts._parameters.values()
-        parameter = next(iter(own), None)
+        parameter = next(iter(own_parameters(self.experts).values()), None)
         parameter = next(self.parameters(), None) if parameter is None else parameter
         if parameter is not None and parameter.device != x.device and not self._is_moved():
             where = f"x on {x.device}, weights on {parameter.device}"

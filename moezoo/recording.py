@@ -18,6 +18,7 @@ from moezoo.layer import MoE
 from moezoo.losses.base import RouterLoss
 from moezoo.ops.observed import is_compiled
 from moezoo.pairing import loss_refusal
+from moezoo.private_torch import is_in_backward
 from moezoo.records import Routing
 
 
@@ -162,7 +163,7 @@ def _recorder(tape: Tape, name: str, layer: MoE) -> Callable[..., None]:
         if module is not layer or not (is_compiling() or threading.get_ident() == thread):
             return
         # Inside backward this is the recomputation of a checkpointed block, seen before.
-        if torch._C._current_graph_task_id() == -1:
+        if not is_in_backward():
             tape.by_layer.setdefault(name, []).append(output[1])
 
     return hook

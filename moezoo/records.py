@@ -212,7 +212,7 @@ class Slots:
     """What experts see: rows sorted by expert.
 
     Fields: x (N, D); counts (E,) int64. Rows [sum(counts[:e]), sum(counts[:e + 1])) belong to
-    expert e; rows past sum(counts) belong to nobody and their output is zero.
+    expert e; rows past sum(counts) are unused and their output is zero.
     """
 
     x: Tensor

@@ -116,11 +116,6 @@ class Registry(Generic[T]):
             )
         return self._components[name]
 
-    def name_of(self, component: object) -> str | None:
-        """The name under which an instance's class is registered, or None."""
-        matches = (name for name, cls in self._components.items() if cls is type(component))
-        return next(matches, None)
-
     def build(self, spec: object, **sizes: Any) -> T:
         """Build a component from a name, a mapping with `name`, a Spec, or pass an instance
         through.

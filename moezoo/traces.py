@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moezoo.capacity.base import CapacityPolicy
 from moezoo.errors import ConfigError, CorruptFile, RoutingError, SaveError
 from moezoo.layer import MoE
+from moezoo.private_torch import is_in_backward
 from moezoo.recording import Tape
 from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
 
@@ -220,7 +221,7 @@ class _Player:
             raise RoutingError(reason, expected=len(self.calls), found=self.played)
 
     def _next(self) -> Routing:
-        if torch._C._current_graph_task_id() != -1:  # recomputation inside backward
+        if is_in_backward():  # recomputation inside backward
             if len(self.calls) != 1:
                 reason = f"layer {self.name!r} is recomputed, and was recorded more than once"
                 hint = "Replay one forward call at a time, or without activation checkpointing."

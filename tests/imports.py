@@ -18,6 +18,12 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in SOURCES}
+BENCHMARKS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+}
+FILES = MODULES | BENCHMARKS
+_OURS = ("moezoo", "benchmarks")
 
 
 def unit(module: str) -> str:
@@ -32,17 +38,17 @@ def parsed(path: Path) -> ast.Module:
 
 def imports(module: str) -> Iterator[str]:
     """Modules of this project that a module imports anywhere, but for type checking alone."""
-    for node in _running(parsed(MODULES[module])):
+    for node in _running(parsed(FILES[module])):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == "moezoo")
+            yield from (a.name for a in node.names if a.name.split(".")[0] in _OURS)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} line {node.lineno}: relative import"
-            if (node.module or "").split(".")[0] == "moezoo":
+            if (node.module or "").split(".")[0] in _OURS:
                 yield from (_target(str(node.module), alias.name) for alias in node.names)
 
 
 def _target(module: str, name: str) -> str:
-    return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
+    return f"{module}.{name}" if f"{module}.{name}" in FILES else module
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.imports import MODULES, ROOT, SOURCES, imports, module_name, parsed, unit
+from tests.imports import FILES, MODULES, ROOT, SOURCES, imports, module_name, parsed, unit
 
 COMPONENTS = {"routers", "capacity", "experts", "losses"}
 TORCH_FREE = [
@@ -55,10 +55,28 @@ def test_units_never_import_each_other() -> None:
     for module in MODULES:
         targets = {unit(name) for name in imports(module) if name != "moezoo"}
         edges.setdefault(unit(module), set()).update(targets - {unit(module)})
-    while edges:
-        leaves = {name for name, targets in edges.items() if not targets & set(edges)}
-        assert leaves, f"a circle among {sorted(edges)}"
-        edges = {name: targets for name, targets in edges.items() if name not in leaves}
+    assert not in_a_circle(edges)
+
+
+def test_no_file_imports_itself_by_way_of_others_not_even_when_a_function_runs() -> None:
+    assert not in_a_circle({name: set(imports(name)) - {name} for name in FILES})
+
+
+def test_a_circle_is_found() -> None:
+    edges = {"top": {"one"}, "one": {"two"}, "two": {"one", "leaf"}, "leaf": set()}
+    assert in_a_circle(edges) == ["one", "two"]
+
+
+def in_a_circle(edges: dict[str, set[str]]) -> list[str]:
+    """What can be reached from itself, and what lies between two such circles."""
+    for inward in (False, True):  # take off what leads nowhere, then what nothing leads to
+        while edges:
+            reached = {target for targets in edges.values() for target in targets}
+            ends = set(edges) - reached if inward else {n for n in edges if not edges[n]}
+            if not ends:
+                break
+            edges = {name: edges[name] - ends for name in edges if name not in ends}
+    return sorted(edges)
 
 
 @pytest.mark.parametrize("module", ["moezoo.layer", "moezoo.pairing"])
@@ -150,6 +168,41 @@ def test_the_adapters_import_as_part_of_the_package_alone() -> None:
         [sys.executable, "-c", "import adapters"], cwd=ROOT, capture_output=True, text=True
     )
     assert "import moezoo.adapters" in done.stderr.splitlines()[-1]
+
+
+ASKING = {"is_plain", "is_observed", "is_eager", "is_transformed", "is_plain_gate"}
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+FAST_PATHS = PAGE.partition("## Fast paths")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_fast_paths_holds_all_who_ask_and_nobody_else() -> None:
+    asking = {
+        (str(path.relative_to(ROOT)).removeprefix("moezoo/"), node.name)
+        for path in SOURCES
+        if path.name not in ("observed.py", "eager.py")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and ASKING & _called(node)
+    }
+    text = FAST_PATHS.replace("\n", " ")
+    found = re.findall(r"`([\w/]+\.py)`: (`\w+`(?:, `\w+`)*)", text)
+    listed = {(file, name) for file, names in found for name in re.findall(r"\w+", names)}
+    assert listed == asking
+
+
+def test_every_fast_path_names_tests_and_pages_that_exist() -> None:
+    rows = [line.split(" | ") for line in FAST_PATHS.splitlines() if line.startswith("| `")]
+    assert rows and all(len(row) == 5 for row in rows)
+    for *_, buys, held in rows:
+        file, _, name = held.strip(" |`").partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), held
+        for page in re.findall(r"\]\(\.\./(.*?)\)", buys):
+            assert (ROOT / page).is_file(), page
+        assert "](" in buys or "not measured alone" in buys or "above" in buys or "below" in buys
+
+
+def _called(node: ast.AST) -> set[str]:
+    calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
 
 
 def test_no_file_is_called_after_nothing() -> None:

@@ -226,7 +226,7 @@ def _component_refusal(config: SwitchConfig) -> str | None:
         return f"Switch's layout has the plain top-1 router only, this model {router.to_json()!r}"
     if router.options.get("bias", config.router_bias) != config.router_bias:
         return "the router's bias option contradicts router_bias"
-    if experts.name != "stacked" or set(experts.options) - {"dropout", "backend"}:
+    if experts.name != "stacked" or set(experts.options) - {"dropout"}:
         return f"Switch's layout has plain experts only, this model {experts.to_json()!r}"
     if config.shared_expert is not None:
         return "Switch's layout has no shared expert"

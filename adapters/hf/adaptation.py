@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from moezoo.layer import MoE
+from moezoo.private_torch import is_in_backward
 from moezoo.records import Routing
 
 
@@ -47,7 +47,7 @@ class AdaptRouters(TrainerCallback):  # type: ignore[misc]
     def _keep(self, layer: nn.Module, inputs: Any, output: tuple[Any, Routing]) -> None:
         # A layer that runs within backward is recomputed under activation checkpointing: the same
         # routing again.
-        recomputed = torch._C._current_graph_task_id() != -1
+        recomputed = is_in_backward()
         # A copy has the hook too, and is none of the layers that are adapted.
         if layer.training and not recomputed and layer in self._seen:
             self._seen[layer].append(output[1])

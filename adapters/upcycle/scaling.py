@@ -19,7 +19,6 @@ from typing import Any
 from moezoo.errors import NonFiniteWeights
 
 _FORMATS = {"F16": (2, 10), "BF16": (2, 7), "F32": (4, 23), "F64": (8, 52)}  # bytes, mantissa bits
-SCALABLE = tuple(_FORMATS)
 
 
 def scale_bytes(content: bytes | memoryview, dtype: str, factor: float) -> bytes | memoryview:

@@ -50,12 +50,12 @@ class Experts(Component):
         """Apply each expert to its rows.
 
         Args:
-            slots: (N, D), rows sorted by expert; rows past `counts.sum()` belong to nobody.
+            slots: (N, D), rows sorted by expert; rows past `counts.sum()` are unused and may hold
+                anything.
             counts: (E,) int64.
 
         Returns:
-            (N, D), zero in the rows that belong to nobody. Experts without rows get a zero
-            gradient, never None.
+            (N, D), zero in unused rows. Experts without rows get a zero gradient, never None.
         """
         raise NotImplementedError
 

@@ -35,7 +35,7 @@ class LowRank(Component):
         nn.init.zeros_(self.b)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """(N, inputs), counts (E,) -> (N, outputs), zero in rows of nobody."""
+        """(N, inputs), counts (E,) -> (N, outputs), zero in unused rows."""
         return self.scale * grouped_linear(grouped_linear(x, self.a, counts), self.b, counts)
 
 

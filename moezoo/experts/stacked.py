@@ -62,8 +62,7 @@ class StackedExperts(Experts):
         """Truncated normals of standard deviation 1 / sqrt(fan-in), as in `FeedForward`; in a model
         times its scale.
         """
-        for parameter in self._parameters.values():
-            assert parameter is not None
+        for parameter in self.parameters(recurse=False):
             self.initial(parameter)
 
     @property

@@ -81,7 +81,7 @@ class ZeroExperts(Experts):
         out_ND: Tensor = self.experts(slots, counts[: self.real])  # zero past the real rows
         end_E = counts.cumsum(0)
         row_N = torch.arange(slots.shape[0], device=slots.device)
-        expert_N = torch.searchsorted(end_E, row_N, right=True)  # E for rows of nobody
+        expert_N = torch.searchsorted(end_E, row_N, right=True)  # E for unused rows
         first_copy = self.real + self.zero
         copies_N = (expert_N >= first_copy) & (expert_N < first_copy + self.copy)
         out_ND = out_ND + torch.where(copies_N[:, None], slots, 0.0)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moezoo.functional.dropout import LEVELS, dropout, kept
+from moezoo.functional.dropout import LEVELS, dropout, dropout_mask
 from moezoo.ops.eager import is_followed, plain_gradients
+from moezoo.private_torch import softmax_gradient
 
 _SCORES_AT_ONCE = 2**19  # 2 MiB of float32
 
@@ -62,7 +63,7 @@ class _DroppedAttention(torch.autograd.Function):
             if bias is not None:
                 scores.add_(_part_of(bias, part))
             torch.softmax(scores, -1, out=scores)
-            scores.mul_(kept(scores.shape, threshold).mul_(2).sub_(1))
+            scores.mul_(dropout_mask(scores.shape, threshold).mul_(2).sub_(1))
             mixed = torch.bmm(_flat(scores.clamp(min=0)), _flat(value[part]))
             _fill(out[part], mixed)
         ctx.scale = LEVELS / (LEVELS - threshold)
@@ -85,9 +86,7 @@ class _DroppedAttention(torch.autograd.Function):
             # In place from here on: the gradient of the dropped weights, of all, of the scores.
             torch.ops.aten.threshold_backward.grad_input(scores, signed, 0, grad_input=scores)
             torch.abs(signed, out=weights)
-            torch.ops.aten._softmax_backward_data.out(
-                scores, weights, -1, scores.dtype, grad_input=scores
-            )
+            softmax_gradient(scores, weights, out=scores)
             _fill(grads[0][part], torch.bmm(_flat(scores), _flat(key[part])))
             _fill(grads[1][part], torch.bmm(_flat(scores).mT, _flat(query[part])))
             if grad_bias is not None:

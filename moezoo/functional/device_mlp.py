@@ -34,7 +34,7 @@ def device_mlp(
     """`grouped_mlp` as one step of autograd on whichever backend suits the device.
 
     Against the same composed of `grouped_linear`: a third of the launches, the activation in place,
-    and of the rows that belong to nobody only those of the result and of the gradient of x are
+    and of the unused rows only those of the result and of the gradient of x are
     cleared, which are four times narrower than the hidden units.
 
     Args:
@@ -59,22 +59,22 @@ class _DeviceMLP(torch.autograd.Function):
         parts = [_linear(x, weight, counts) for weight in inner]
         hidden, mask = _activated(ctx, parts)
         # With relu the hidden units say by themselves what was dropped, or where relu was flat.
-        kept = [hidden] if ctx.relu else parts if mask is None else [*parts, mask]
-        ctx.save_for_backward(x, counts, *weights, *kept)
+        saved = [hidden] if ctx.relu else parts if mask is None else [*parts, mask]
+        ctx.save_for_backward(x, counts, *weights, *saved)
         ctx.num_weights = len(weights)
         return _linear(hidden, outer, counts, tail=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, counts, *rest = ctx.saved_tensors
-        weights, kept = rest[: ctx.num_weights], rest[ctx.num_weights :]
+        weights, saved = rest[: ctx.num_weights], rest[ctx.num_weights :]
         if is_followed(grad):
-            return _composed_backward(ctx, grad, x, counts, weights, kept)
+            return _composed_backward(ctx, grad, x, counts, weights, saved)
         *inner, outer = weights
         wants_x, (*wants_inner, wants_outer) = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
         grad = grad.contiguous()
         hidden, grad_parts = _activation_backward(
-            ctx, kept, _linear(grad, outer.transpose(1, 2), counts)
+            ctx, saved, _linear(grad, outer.transpose(1, 2), counts)
         )
         grad_outer = _outer(grad, hidden, counts, outer) if wants_outer else None
         grads = [
@@ -96,7 +96,7 @@ def _backend(x: Tensor, other: Tensor, counts: Tensor) -> Backend:
 
 
 def _linear(x: Tensor, weight: Tensor, counts: Tensor, *, tail: bool = False) -> Tensor:
-    tail = tail or torch.is_anomaly_enabled()  # which looks at rows of nobody too
+    tail = tail or torch.is_anomaly_enabled()  # which looks at unused rows too
     return _backend(x, weight, counts).linear(x, weight, counts, tail=tail)
 
 
@@ -118,15 +118,15 @@ def _activated(ctx: Any, parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def _activation_backward(
-    ctx: Any, kept: list[Tensor], grad: Tensor
+    ctx: Any, saved: list[Tensor], grad: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The hidden units, and the gradients of the products that they are made of."""
     scale = 1.0 / (1.0 - ctx.p)
     if ctx.relu:
-        hidden = kept[0]
+        hidden = saved[0]
         torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
         return hidden, (grad.mul_(scale) if ctx.p else grad,)
-    parts, mask = (kept[:-1], kept[-1]) if ctx.p else (kept, None)
+    parts, mask = (saved[:-1], saved[-1]) if ctx.p else (saved, None)
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in parts]
         hidden = ctx.function(leaves[0])
@@ -142,10 +142,10 @@ def _composed_backward(
     x: Tensor,
     counts: Tensor,
     weights: Sequence[Tensor],
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a function that autograd can follow, with the same units dropped."""
-    mask = (kept[-1] != 0).to(x.dtype) / (1.0 - ctx.p) if ctx.p else None
+    mask = (saved[-1] != 0).to(x.dtype) / (1.0 - ctx.p) if ctx.p else None
     wants = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
     grad_x, *grads = composed_gradients(x, counts, weights, ctx.function, mask, grad, wants)
     return None, None, grad_x, None, *grads

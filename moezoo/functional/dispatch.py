@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from moezoo.functional.queues import occurrences, pairs_per_expert
@@ -30,7 +31,7 @@ def dispatch(x_TD: Tensor, assignment: Assignment) -> tuple[Slots, Order]:
     """Copy kept tokens into rows sorted by expert.
 
     Returns:
-        The slots (N rows; those past the kept ones belong to nobody), and what stands where.
+        The slots (N rows; those past the kept pairs are unused), and what stands where.
     """
     a = assignment
     if a.num_pairs == 1:  # one token to decode: nothing to sort
@@ -144,16 +145,16 @@ class _Collect(torch.autograd.Function):
 
 def soft_dispatch(x_TD: Tensor, assignment: SoftAssignment) -> Slots:
     """Mix tokens into slots: rows sorted by expert, then group, then slot (Soft MoE, eq. 1)."""
-    groups, size, experts, slots = assignment.dispatch.shape
-    x_GSD = x_TD.view(groups, size, x_TD.shape[1])
+    groups, _, experts, slots = assignment.dispatch.shape
+    x_GSD = rearrange(x_TD, "(g s) d -> g s d", g=groups)
     mixed = torch.einsum("gsd,gsep->egpd", x_GSD, assignment.dispatch.to(x_TD.dtype))
     count_E = torch.full((experts,), groups * slots, dtype=torch.int64, device=x_TD.device)
-    return Slots(mixed.reshape(experts * groups * slots, x_TD.shape[1]), count_E)
+    return Slots(rearrange(mixed, "e g p d -> (e g p) d"), count_E)
 
 
 def soft_combine(y_ND: Tensor, assignment: SoftAssignment) -> Tensor:
     """Mix slots back into tokens: (T, D) (Soft MoE, eq. 3)."""
-    groups, size, experts, slots = assignment.combine.shape
-    y_EGPD = y_ND.view(experts, groups, slots, y_ND.shape[1])
+    groups, _, experts, slots = assignment.combine.shape
+    y_EGPD = rearrange(y_ND, "(e g p) d -> e g p d", e=experts, g=groups, p=slots)
     out_GSD = torch.einsum("egpd,gsep->gsd", y_EGPD, assignment.combine.to(y_ND.dtype))
-    return out_GSD.reshape(groups * size, y_ND.shape[1])
+    return rearrange(out_GSD, "g s d -> (g s) d")

@@ -18,6 +18,7 @@ from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
 from moezoo.ops.observed import is_plain
 from moezoo.ops.products import fast_products, steady_product
+from moezoo.private_torch import softmax_gradient
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,6 +26,11 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 when the input is float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_plain_gate(module: nn.Module) -> bool:
+    """Whether a gate is a linear map that nobody observes: its weights may be read."""
+    return is_plain(module, nn.Linear, DrawnLinear)
 
 
 def gate(module: nn.Module, x_TD: Tensor) -> Tensor:
@@ -35,7 +41,7 @@ def gate(module: nn.Module, x_TD: Tensor) -> Tensor:
 
     Raises ConfigError for half-precision weights that are on "meta" until they are called for.
     """
-    if is_plain(module, nn.Linear, DrawnLinear):
+    if is_plain_gate(module):
         return gate_logits(x_TD, module.weight, module.bias)  # type: ignore[arg-type]
     dtype = gate_dtype(x_TD.dtype)
     named = (*module.named_parameters(), *module.named_buffers())
@@ -55,7 +61,7 @@ def gate_weight(module: nn.Module, like_TD: Tensor) -> Tensor:
     """The matrix (E, D) of a linear gate that is not applied to tokens, in gate precision: what it
     makes of unit vectors, when it must be called.
     """
-    if is_plain(module, nn.Linear, DrawnLinear):
+    if is_plain_gate(module):
         return cast(Tensor, module.weight).to(gate_dtype(like_TD.dtype))
     return gate(module, torch.eye(like_TD.shape[1], dtype=like_TD.dtype, device=like_TD.device)).t()
 
@@ -132,8 +138,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> Tensor:
         (probs_TE,) = ctx.saved_tensors
-        grad: Tensor = torch.ops.aten._softmax_backward_data(grad_TE, probs_TE, -1, probs_TE.dtype)
-        return grad
+        return softmax_gradient(grad_TE, probs_TE)
 
 
 def jittered(x_TD: Tensor, epsilon: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moezoo.functional.activations import Activation
 from moezoo.functional.composed_mlp import composed_gradients, composed_mlp
 from moezoo.functional.device_mlp import device_mlp, fits_device_mlp
-from moezoo.functional.dropout import LEVELS, kept
+from moezoo.functional.dropout import LEVELS, dropout_mask
 from moezoo.ops.backends import Runs, runs_of
 from moezoo.ops.eager import is_eager, is_followed
 from moezoo.ops.memory import stacked_gradient
@@ -115,28 +115,28 @@ class _FusedMLP(torch.autograd.Function):
         ctx.scale = LEVELS / (LEVELS - threshold)
         ctx.relu = len(inner) == 1 and function is F.relu
         out = _empty_result(x, ctx.runs, outer)
-        kept_parts: list[Tensor] = []
+        saved_parts: list[Tensor] = []
         for expert, rows in ctx.runs:
             parts = _projected(x[rows], inner, expert, function, training=True)
             hidden = _hidden(parts, function)
             if threshold:
-                mask = kept(hidden.shape, threshold)
+                mask = dropout_mask(hidden.shape, threshold)
                 hidden = hidden.mul_(mask) if ctx.relu else hidden * mask
                 hidden.mul_(ctx.scale)
                 if not ctx.relu:  # with relu the result shows by itself what was dropped
                     parts.append(mask)
             out[rows] = product(hidden, outer[expert], training=True)
-            kept_parts += parts
-        ctx.save_for_backward(x, counts, *weights, *kept_parts)
+            saved_parts += parts
+        ctx.save_for_backward(x, counts, *weights, *saved_parts)
         ctx.num_weights = len(weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, counts, *rest = ctx.saved_tensors
-        weights, kept_parts = rest[: ctx.num_weights], rest[ctx.num_weights :]
-        per_run = len(kept_parts) // max(len(ctx.runs), 1)
-        by_run = [kept_parts[i : i + per_run] for i in range(0, len(kept_parts), per_run or 1)]
+        weights, saved_parts = rest[: ctx.num_weights], rest[ctx.num_weights :]
+        per_run = len(saved_parts) // max(len(ctx.runs), 1)
+        by_run = [saved_parts[i : i + per_run] for i in range(0, len(saved_parts), per_run or 1)]
         if is_followed(grad):
             return _composed_backward(ctx, grad, x, counts, weights, by_run)
         wants = ctx.needs_input_grad[4:]

@@ -121,7 +121,7 @@ def key_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """An additive mask (B, 1, 1, Lk) from a mask (B, Lk) of real tokens; None stays None.
 
     Masked keys get the lowest finite number, not -inf: a row without any real key then has a mean
-    instead of NaN, and its output concerns nobody.
+    instead of NaN, and its output is not used.
     """
     if mask is None:
         return None

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from moezoo.capacity import Dropless, FirstCome, SwitchCapacity, TransformersCapacity
 from moezoo.experts.base import Experts
 from moezoo.functional.dropout import Dropout
+from moezoo.functional.gates import is_plain_gate
 from moezoo.layer import MoE
 from moezoo.models.attention import Attention, key_mask
 from moezoo.models.block import Block
@@ -81,7 +82,7 @@ def _keeps_its_pair(moe: MoE) -> bool:
     router = moe.router
     if type(router) is not SwitchRouter or is_observed(router, "logits", "reweigh"):
         return False
-    known = type(router.classifier) is nn.Linear and type(moe.capacity) in _KEEPS_ONE
+    known = is_plain_gate(router.classifier) and type(moe.capacity) in _KEEPS_ONE
     return known and moe.shared is None
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.ops.memory import stacked_gradient
 from moezoo.ops.products import fast_products, outer_product, product
+from moezoo.ops.rounding import rounds_float32
 
 Runs = list[tuple[int, slice]]
 
@@ -114,8 +115,8 @@ def _cleared_rows(out: Tensor, counts: Tensor) -> Tensor:
     if out.is_cuda and _has_triton():
         _triton_clear().clear_rows(out, counts)
         return out
-    nobody_N1 = torch.arange(out.shape[0], device=out.device).unsqueeze(1) >= counts.sum()
-    return out.masked_fill_(nobody_N1, 0.0)
+    unused_N1 = torch.arange(out.shape[0], device=out.device).unsqueeze(1) >= counts.sum()
+    return out.masked_fill_(unused_N1, 0.0)
 
 
 def _cleared_experts(out: Tensor, counts: Tensor) -> Tensor:
@@ -245,16 +246,6 @@ class Choice:
 @cache
 def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-def rounds_float32() -> bool:
-    """Whether torch may round the operands of products of float32 on a GPU to TF32.
-
-    `torch.get_float32_matmul_precision` would say it too, but raises for whom the newer settings
-    of `torch.backends` were used.
-    """
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    return bool(setting == "tf32")
 
 
 # The first line that fits and does not refuse. For a CPU as measured in benchmarks/layer.md

@@ -9,22 +9,32 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from moezoo.private_torch import (
+    are_tangents_on,
+    is_batched_by_autograd,
+    is_batched_by_vmap,
+    is_differentiated_forward,
+    is_traced_by_jit,
+    is_within_func,
+    tangents,
+)
+
 
 def is_eager() -> bool:
     """Whether operators run at once, on plain tensors: neither traced by `torch.compile`,
     `torch.export` and `torch.jit.trace` nor transformed by `torch.func` or differentiated forward,
     which see through operators of torch alone.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or is_differentiated_forward():
         return False
-    return torch._C._get_tracing_state() is None and not is_transformed()
+    return not is_traced_by_jit() and not is_within_func()
 
 
 def is_followed(grad: Tensor) -> bool:
     """Whether the gradient that is computed now must be of plain operators: somebody
     differentiates it again, or computes many at once (`is_grads_batched`).
     """
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+    if torch.is_grad_enabled() or is_batched_by_autograd(grad):
         return True
     return not is_eager()
 
@@ -50,8 +60,7 @@ def plain_gradients(
 
 def tangents_followed() -> AbstractContextManager[object]:
     """Within an operator's `jvp`, where torch switches them off: tangents of tangents count too."""
-    context: AbstractContextManager[object] = forward_ad._set_fwd_grad_enabled(True)
-    return context
+    return tangents(True)
 
 
 def without_tangent(x: Tensor) -> Tensor:
@@ -62,16 +71,12 @@ def without_tangent(x: Tensor) -> Tensor:
 
 def is_recorded() -> bool:
     """Whether `torch.jit.trace` writes down which operators run."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    return not torch.compiler.is_compiling() and is_traced_by_jit()
 
 
 def is_batched(x: Tensor | None) -> bool:
     """Whether `torch.vmap` holds many tensors in the place of this one."""
-    while x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
-        x = torch._C._functorch.get_unwrapped(x)
-    return False
+    return x is not None and is_batched_by_vmap(x)
 
 
 def is_transformed() -> bool:
@@ -80,5 +85,4 @@ def is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
+    return is_within_func() or (is_differentiated_forward() and are_tangents_on())

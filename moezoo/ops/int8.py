@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moezoo.ops.eager import is_eager
+from moezoo.private_torch import int8_product
 
 _LEVELS = 127.0
 
@@ -39,7 +40,7 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if codes.shape[1] == 1:  # torch 2.13's product of int8 is wrong for one column
         product = rows.float() * codes.float().t()
     else:
-        product = torch._int_mm(rows, codes.t())
+        product = int8_product(rows, codes.t())
     return torch.mul(product, row_scale).mul_(scale).to(x.dtype)
 
 
@@ -48,5 +49,5 @@ def _row(x: Tensor, row_scale: float, codes: Tensor, scale: Tensor) -> Tensor:
     first in the product, to be read as they lie.
     """
     column = torch.div(x.float(), row_scale).round_().to(torch.int8).view(-1, 1)
-    product = torch._int_mm(codes, column).view(1, -1)
+    product = int8_product(codes, column).view(1, -1)
     return torch.mul(product, row_scale).mul_(scale).to(x.dtype)

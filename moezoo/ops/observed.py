@@ -6,12 +6,10 @@ from types import FunctionType
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
+
+from moezoo.private_torch import is_compiled_in_place, is_hooked, is_made_by_compile
 
 _CALL = nn.Module.__call__
-_FORWARD, _BEFORE = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
-_BACKWARD = torch_module._global_backward_hooks
-_BEFORE_BACKWARD = torch_module._global_backward_pre_hooks
 _CLASSES: dict[type, tuple[frozenset[str], object]] = {}  # names of functions; a sound `forward`
 
 
@@ -29,16 +27,10 @@ def is_observed(module: nn.Module, *methods: str, whole: bool = False) -> bool:
     have; `forward`, or one of `methods`, is hidden by the instance (with `whole`: any function is)
     or not what the class was written with; it is compiled. While `torch.compile` traces, always.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_hooked(module):
         return True
     own, kind = vars(module), type(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return True
-    if own["_backward_hooks"] or own["_backward_pre_hooks"] or _FORWARD or _BEFORE:
-        return True
-    if _BACKWARD or _BEFORE_BACKWARD:
-        return True
-    if kind.__call__ is not _CALL or "_compiled_call_impl" in own:
+    if kind.__call__ is not _CALL:
         return True
     functions, forward = _CLASSES.get(kind) or _read(kind)
     if forward is not kind.forward or "forward" in own:
@@ -50,9 +42,7 @@ def is_observed(module: nn.Module, *methods: str, whole: bool = False) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled in place, or is what `torch.compile` made of another."""
-    # The class by its home: to import it is to import the compiler.
-    of_compiler = type(module).__module__ == "torch._dynamo.eval_frame"
-    return of_compiler or "_compiled_call_impl" in vars(module)
+    return is_made_by_compile(module) or is_compiled_in_place(module)
 
 
 def _read(kind: type[nn.Module]) -> tuple[frozenset[str], object]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
+from moezoo.private_torch import onednn_product
 
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
@@ -199,9 +200,4 @@ def _onednn(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
     if not (built_in and torch.backends.mkldnn.enabled):
         out = torch.mm(x, weight.t())
         return out.relu_() if relu else out
-    # The operator that torch.compile itself emits for a linear layer on a CPU.
-    attribute = "relu" if relu else "none"
-    fused: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.contiguous(), weight, None, attribute, [], None
-    )
-    return fused
+    return onednn_product(x.contiguous(), weight, relu=relu)

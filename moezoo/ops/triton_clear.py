@@ -32,11 +32,11 @@ def clear_rows_kernel(
     if first + ROWS <= start:
         return
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-    nobody = (rows >= start) & (rows < num_rows)
+    unused = (rows >= start) & (rows < num_rows)
     zeros = tl.zeros((ROWS, COLS), dtype=out_ptr.dtype.element_ty)
     for begin in range(0, num_cols, COLS):
         cols = begin + tl.arange(0, COLS)
-        inside = nobody[:, None] & (cols < num_cols)[None, :]
+        inside = unused[:, None] & (cols < num_cols)[None, :]
         tl.store(out_ptr + rows[:, None] * num_cols + cols[None, :], zeros, mask=inside)
 
 

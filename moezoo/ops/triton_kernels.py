@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moezoo.ops.backends import rounds_float32
+from moezoo.ops.rounding import rounds_float32
 
 # What TRITON_INTERPRET=1 said when this module was imported: the kernels below run on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -36,7 +36,7 @@ class Tiling:
     stages: int = 3
 
     def programs(self, num_rows: int, num_experts: int) -> int:
-        """Tiles of rows that any counts of `num_rows` rows fit into, rows of nobody among them."""
+        """Tiles of rows that any counts of `num_rows` rows fit into, unused ones among them."""
         groups = min(num_experts + 1, num_rows)
         return (num_rows + groups * (self.rows - 1)) // self.rows
 
@@ -116,8 +116,8 @@ def find_tile(
     tile = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + e, mask=e < num_experts, other=0).to(tl.int32)
-    nobody = tl.maximum(num_rows - tl.sum(counts), 0)
-    counts = tl.where(e == num_experts, nobody, counts)
+    unused = tl.maximum(num_rows - tl.sum(counts), 0)
+    counts = tl.where(e == num_experts, unused, counts)
     tiles = (counts + ROWS - 1) // ROWS
     expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32))
     start = tl.sum(tl.where(e < expert, counts, 0))

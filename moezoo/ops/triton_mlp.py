@@ -132,7 +132,7 @@ def scatter_kernel(
     expert, first, end = find_tile(counts_ptr, num_rows, num_experts, EXPERTS, ROWS)
     if first >= end:
         return
-    if ADDED:  # to zeros, which rows of nobody leave as they are
+    if ADDED:  # to zeros, which unused rows leave as they are
         if expert == num_experts:
             return
     rows = (first + tl.arange(0, ROWS)).to(tl.int64)

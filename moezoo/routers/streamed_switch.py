@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moezoo.functional.assign import pairs_of
-from moezoo.functional.drawn import DrawnLinear
-from moezoo.functional.gates import gate, gate_dtype, jittered
+from moezoo.functional.gates import gate, gate_dtype, is_plain_gate, jittered
 from moezoo.functional.losses import expert_fractions
 from moezoo.functional.streamed import streamed_top_1, top_1_of
-from moezoo.ops.observed import is_plain
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.switch import check_jitter, check_sizes, classifier
@@ -52,7 +50,7 @@ class StreamedSwitchRouter(Router):
         if real is not None:  # padding may hold anything
             x_TD = torch.where(real[:, None], x_TD, x_TD.new_zeros(()))
         dtype = gate_dtype(x_TD.dtype)
-        if is_plain(self.classifier, nn.Linear, DrawnLinear):
+        if is_plain_gate(self.classifier):
             weight, bias = self.classifier.weight, self.classifier.bias
             bias_E = None if bias is None else bias.to(dtype)
             with torch.autocast(x_TD.device.type, enabled=False):

@@ -51,7 +51,7 @@ def experts_promises(subject: Subject, *, device: str = "cpu") -> Promises:
     checks = _Checks(subject)
     invariants: dict[str, tuple[str, Invariant]] = {
         **state_invariants(lambda case: checks.construct(case.num_experts)),
-        "rows of nobody": ("rows past the counts come out as zero", checks.rows_of_nobody),
+        "unused rows": ("rows past the counts come out as zero", checks.unused_rows),
         "alone": ("an expert's rows come out as if it were run alone", checks.alone),
         "unhit": ("an expert without rows gets a zero gradient, never None", checks.unhit),
         "input": ("slots and counts are never changed", checks.input_unchanged),
@@ -97,7 +97,7 @@ class _Checks:
             return containers.build(self.subject, **sizes)
         return self.subject(D_MODEL, D_FF, num_experts)
 
-    def rows_of_nobody(self, case: Case) -> None:
+    def unused_rows(self, case: Case) -> None:
         slots, counts = inputs(case)
         used = int(counts.sum())
         slots[used:] = float("nan")
@@ -203,7 +203,7 @@ class _Checks:
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor]:
-    """Slots (N, D) float64 and counts (E,) of a case; some rows may belong to nobody."""
+    """Slots (N, D) float64 and counts (E,) of a case; some rows may be unused."""
     total = case.num_tokens
     source = case.generator(5)
     slots = torch.randn(total, D_MODEL, generator=source, dtype=torch.float64)

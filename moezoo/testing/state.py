@@ -132,9 +132,7 @@ def _own_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers of a component and of what it consists of; not those of foreign experts in it."""
     for prefix, part in module.named_modules():
         if isinstance(part, Component) or part is module:
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    yield f"{prefix}.{name}".lstrip("."), buffer
+            yield from part.named_buffers(prefix, recurse=False)
 
 
 @contextmanager

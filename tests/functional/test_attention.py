@@ -7,7 +7,7 @@ import torch
 
 from moezoo.functional import attention
 from moezoo.functional.attention import attention_with_dropout
-from moezoo.functional.dropout import LEVELS, kept
+from moezoo.functional.dropout import LEVELS, dropout_mask
 
 
 def composite(
@@ -20,7 +20,7 @@ def composite(
     scores = query @ key.transpose(2, 3)
     weights = (scores if bias is None else scores + bias).softmax(-1)
     threshold = round(p * LEVELS)
-    mask = kept(weights.shape, threshold).to(weights.dtype)
+    mask = dropout_mask(weights.shape, threshold).to(weights.dtype)
     return (weights * mask * LEVELS / (LEVELS - threshold)) @ value
 
 

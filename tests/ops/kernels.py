@@ -84,10 +84,10 @@ def test_every_row_finds_its_expert_over_several_tiles(counts: list[int]) -> Non
 
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=40), st.integers(0, 50))
-def test_the_grid_has_a_program_for_every_tile(counts: list[int], nobody: int) -> None:
+def test_the_grid_has_a_program_for_every_tile(counts: list[int], unused: int) -> None:
     tile = tiling(random(1, 1, seed=0))
-    needed = sum(-(-count // tile.rows) for count in [*counts, nobody])
-    assert needed <= tile.programs(sum(counts) + nobody, len(counts))
+    needed = sum(-(-count // tile.rows) for count in [*counts, unused])
+    assert needed <= tile.programs(sum(counts) + unused, len(counts))
 
 
 def test_transposed_weights_and_rows_need_no_copy() -> None:
@@ -102,7 +102,7 @@ def test_transposed_weights_and_rows_need_no_copy() -> None:
 
 
 @given(row_counts(), st.integers(1, 40))
-def test_rows_of_nobody_and_experts_without_rows_are_cleared_and_nothing_else(
+def test_unused_rows_and_experts_without_rows_are_cleared_and_nothing_else(
     rows: tuple[Tensor, int], width: int
 ) -> None:
     counts, num_rows = rows[0].to(DEVICE), rows[1]

@@ -17,7 +17,7 @@ def cpu_backends() -> list[str]:
 
 @st.composite
 def row_counts(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Counts (E,) with empty experts among them, and rows that belong to nobody."""
+    """Counts (E,) with empty experts among them, and unused rows."""
     counts = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
     return torch.tensor(counts), sum(counts) + draw(st.integers(0, 3))
 
@@ -28,5 +28,5 @@ def looped(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None
     rows = [x[row] @ weight[e].t() for row, e in enumerate(experts)]
     if bias is not None:
         rows = [y + bias[e] for y, e in zip(rows, experts, strict=True)]
-    nobody = x.new_zeros(x.shape[0] - len(experts), weight.shape[1])
-    return torch.cat([torch.stack(rows), nobody]) if rows else nobody
+    unused = x.new_zeros(x.shape[0] - len(experts), weight.shape[1])
+    return torch.cat([torch.stack(rows), unused]) if rows else unused

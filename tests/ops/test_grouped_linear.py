@@ -243,7 +243,7 @@ def test_the_table_suits_the_device(
 def test_old_and_new_settings_of_rounding_are_understood(setting: str, rounds: bool) -> None:
     code = f"""
 import torch
-from moezoo.ops.backends import rounds_float32
+from moezoo.ops.rounding import rounds_float32
 {setting}
 assert rounds_float32() is {rounds}
 """

@@ -141,7 +141,7 @@ class ForgetsTheEnd(StackedExperts):
 
 
 def test_a_wrong_container_is_caught() -> None:
-    with pytest.raises(InvariantBroken, match="rows of nobody"):
+    with pytest.raises(InvariantBroken, match="unused rows"):
         check_experts(ForgetsTheEnd, examples=30)
 
 
