@@ -145,8 +145,8 @@ class _Collect(torch.autograd.Function):
 
 def soft_dispatch(x_TD: Tensor, assignment: SoftAssignment) -> Slots:
     """Mix tokens into slots: rows sorted by expert, then group, then slot (Soft MoE, eq. 1)."""
-    groups, _, experts, slots = assignment.dispatch.shape
-    x_GSD = rearrange(x_TD, "(g s) d -> g s d", g=groups)
+    groups, size, experts, slots = assignment.dispatch.shape
+    x_GSD = rearrange(x_TD, "(g s) d -> g s d", g=groups, s=size)  # both: either may be 0
     mixed = torch.einsum("gsd,gsep->egpd", x_GSD, assignment.dispatch.to(x_TD.dtype))
     count_E = torch.full((experts,), groups * slots, dtype=torch.int64, device=x_TD.device)
     return Slots(rearrange(mixed, "e g p d -> (e g p) d"), count_E)
