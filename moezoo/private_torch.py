@@ -6,6 +6,7 @@ They may change with any version of torch; tests/test_private_torch.py says what
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -14,11 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils import _pytree
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Class = TypeVar("_Class")
 _FORWARD, _BEFORE = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 _BACKWARD = torch_module._global_backward_hooks
 _BEFORE_BACKWARD = torch_module._global_backward_pre_hooks
+
+
+def is_seen_through(record: type[_Class]) -> type[_Class]:
+    """A class decorator: torch finds the tensors in a dataclass. DDP and FSDP hook what a module
+    returns and is given; they take what they do not know for one object without a gradient, which
+    trains wrongly and in silence (DDP with `static_graph`).
+    """
+    names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
+    _pytree.register_dataclass(record, field_names=names, drop_field_names=[])
+    return record
 
 
 def is_hooked(module: nn.Module) -> bool:
