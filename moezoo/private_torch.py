@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Class = TypeVar("_Class")
@@ -146,3 +150,20 @@ def softmax_gradient(grad: Tensor, probs: Tensor, *, out: Tensor | None = None) 
     operator = torch.ops.aten._softmax_backward_data.out
     written: Tensor = operator(grad, probs, -1, probs.dtype, grad_input=out)
     return written
+
+
+def share_timeout(groups: Iterable[ProcessGroup], device: str) -> None:
+    """Give process groups the timeout of the first one: those of a mesh have torch's otherwise,
+    half an hour, whatever the user said.
+    """
+    from torch.distributed import distributed_c10d  # which not every build of torch has
+
+    place = torch.device(device)
+    timeout = distributed_c10d._get_default_group()._get_backend(place).options._timeout
+    for group in groups:
+        distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def flattened(mesh: DeviceMesh) -> DeviceMesh:
+    """A mesh of the same ranks in one dimension."""
+    return mesh if mesh.ndim == 1 else mesh._flatten()

@@ -26,8 +26,9 @@ OF_MODULES = {
     if name.startswith("_") and not name.startswith("__")
 }
 HOME = ROOT / "moezoo" / "private_torch.py"
-# What every cast and move of a module calls; torch has no public name for it.
-OVERRIDDEN = {("moezoo/component.py", "_apply")}
+# What every cast and move of a module calls, and the one method of torch's ParallelStyle, which is
+# public: torch has no public name for either.
+OVERRIDDEN = {("moezoo/component.py", "_apply"), ("moezoo/parallel/style.py", "_apply")}
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:

@@ -46,7 +46,7 @@ def accept_scalar(router: nn.Module, name: str) -> None:
 
     It has a dimension because a tensor without one cannot be divided among ranks (FSDP2).
     """
-    router.register_load_state_dict_pre_hook(partial(_widen, name))
+    router.register_load_state_dict_pre_hook(partial(_widen, name))  # type: ignore[no-untyped-call]
 
 
 def _widen(name: str, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
