@@ -134,7 +134,7 @@ class MoE(Component):
             return False
         if assignment.num_pairs != 1 or assignment.num_tokens != 1:
             return False
-        if not isinstance(self.experts, Experts):  # somebody wraps them
+        if not isinstance(self.experts, Experts) or self.experts.is_spread:  # somebody looks on
             return False
         plain = type(assignment.expert) is Tensor and assignment.expert.is_cpu
         return plain and not self._weighs_first(x_TD)

@@ -6,19 +6,36 @@ They may change with any version of torch; tests/test_private_torch.py says what
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Class = TypeVar("_Class")
 _FORWARD, _BEFORE = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 _BACKWARD = torch_module._global_backward_hooks
 _BEFORE_BACKWARD = torch_module._global_backward_pre_hooks
+
+
+def is_seen_through(record: type[_Class]) -> type[_Class]:
+    """A class decorator: torch finds the tensors in a dataclass. DDP and FSDP hook what a module
+    returns and is given; they take what they do not know for one object without a gradient, which
+    trains wrongly and in silence (DDP with `static_graph`).
+    """
+    names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
+    _pytree.register_dataclass(record, field_names=names, drop_field_names=[])
+    return record
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -133,3 +150,20 @@ def softmax_gradient(grad: Tensor, probs: Tensor, *, out: Tensor | None = None) 
     operator = torch.ops.aten._softmax_backward_data.out
     written: Tensor = operator(grad, probs, -1, probs.dtype, grad_input=out)
     return written
+
+
+def share_timeout(groups: Iterable[ProcessGroup], device: str) -> None:
+    """Give process groups the timeout of the first one: those of a mesh have torch's otherwise,
+    half an hour, whatever the user said.
+    """
+    from torch.distributed import distributed_c10d  # which not every build of torch has
+
+    place = torch.device(device)
+    timeout = distributed_c10d._get_default_group()._get_backend(place).options._timeout
+    for group in groups:
+        distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def flattened(mesh: DeviceMesh) -> DeviceMesh:
+    """A mesh of the same ranks in one dimension."""
+    return mesh if mesh.ndim == 1 else mesh._flatten()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import RoutingError, ShapeError
+from moezoo.private_torch import is_seen_through
 
 
 def _require(holds: bool, record: str, number: int, claim: str) -> None:
@@ -22,6 +23,7 @@ def _require(holds: bool, record: str, number: int, claim: str) -> None:
         raise RoutingError(f"{record} breaks invariant {number}: {claim}")
 
 
+@is_seen_through
 @dataclass(frozen=True)
 class Tokens:
     """A flat batch of tokens, in G contiguous groups of `group_size`.
@@ -65,6 +67,7 @@ class Tokens:
         return self
 
 
+@is_seen_through
 @dataclass(frozen=True)
 class Assignment:
     """N proposed token-expert pairs; list order is priority order.
@@ -133,6 +136,7 @@ class Assignment:
         return torch.equal(given, each(self.choices))
 
 
+@is_seen_through
 @dataclass(frozen=True)
 class SoftAssignment:
     """Dense routing: every slot is a mean over tokens, every token a mean over slots (Soft MoE).
@@ -181,6 +185,7 @@ class SoftAssignment:
         return self
 
 
+@is_seen_through
 @dataclass(frozen=True)
 class Routing:
     """What a router decided for one batch of tokens.
@@ -207,6 +212,7 @@ class Routing:
         return self.assignment if self.proposed is None else self.proposed
 
 
+@is_seen_through
 @dataclass(frozen=True)
 class Slots:
     """What experts see: rows sorted by expert.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
+import moezoo
 from moezoo import private_torch
 from tests.imports import ROOT, SOURCES, module_name, parsed
 
@@ -25,8 +26,9 @@ OF_MODULES = {
     if name.startswith("_") and not name.startswith("__")
 }
 HOME = ROOT / "moezoo" / "private_torch.py"
-# What every cast and move of a module calls; torch has no public name for it.
-OVERRIDDEN = {("moezoo/component.py", "_apply")}
+# What every cast and move of a module calls, and the one method of torch's ParallelStyle, which is
+# public: torch has no public name for either.
+OVERRIDDEN = {("moezoo/component.py", "_apply"), ("moezoo/parallel/style.py", "_apply")}
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
@@ -164,6 +166,22 @@ def test_a_recomputation_runs_in_backward_and_nothing_else_does() -> None:
     other.start()
     other.join()
     assert seen == [False, True, False]
+
+
+def test_torch_finds_the_tensors_in_a_record() -> None:
+    from torch.utils import _pytree
+
+    layer = moezoo.SparseMLP(8, 16, 4).moe
+    _, routing = layer(torch.randn(3, 8))
+    found = _pytree.tree_leaves((routing,))
+    assert any(leaf is routing.probs for leaf in found)
+    assert any(leaf is routing.assignment.weight for leaf in found)
+    twice = _pytree.tree_map(
+        lambda x: x * 2 if torch.is_tensor(x) and x.dtype.is_floating_point else x, routing
+    )
+    assert (
+        torch.equal(twice.probs, 2 * routing.probs) and twice.losses.keys() == routing.losses.keys()
+    )
 
 
 def test_own_parameters_are_those_of_the_module_without_its_children() -> None:

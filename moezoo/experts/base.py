@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from moezoo.component import Component
 from moezoo.records import Assignment
 from moezoo.registry import Registry
+
+if TYPE_CHECKING:
+    from moezoo.dispatchers.base import Dispatcher
 
 
 class Experts(Component):
@@ -16,23 +21,30 @@ class Experts(Component):
     Attributes: num_experts; d_model (input and output width); row_wise: a row's output depends on
     that row alone; takes_weights: `forward` takes the rows' weights (N,) as a third argument and
     multiplies by them before it rounds a result to the dtype. A layer passes them in float16,
-    whose range an expert's result may leave where the weighted one does not.
+    whose range an expert's result may leave where the weighted one does not. dispatcher: brings
+    rows to the ranks that hold the experts; None: all are here.
     """
 
     num_experts: int
     d_model: int
     row_wise: bool = True
+    dispatcher: Dispatcher | None = None
 
     @property
     def takes_weights(self) -> bool:
         return False
 
     @property
+    def is_spread(self) -> bool:
+        """Whether experts are on other ranks, so that every call counts: all ranks must make it."""
+        return self.dispatcher is not None
+
+    @property
     def waits(self) -> bool:
         """Whether `forward` makes the host wait for a GPU whatever the dtype (for some dtypes every
         container does, `moezoo.ops.backends.never_waits`); a CUDA graph cannot hold it then.
         """
-        return False
+        return self.dispatcher is not None and self.dispatcher.waits
 
     def expert_sizes(self) -> tuple[int, tuple[int, ...]]:
         """Parameters that every row meets, and those of each expert alone: stacks (E, ..., ...) are

@@ -13,6 +13,7 @@ from moezoo.functional.drawn import FanIn
 from moezoo.functional.dropout import Dropout
 from moezoo.functional.fused_experts import fused_experts, worth_fusing
 from moezoo.functional.grouped_mlp import grouped_mlp, lone_mlp
+from moezoo.functional.shards import local_of
 from moezoo.ops.observed import is_plain
 from moezoo.records import Assignment
 
@@ -71,13 +72,27 @@ class StackedExperts(Experts):
         return type(self).forward is StackedExperts.forward and "forward" not in vars(self)
 
     def forward(self, slots: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
-        inner, plain = self._inner(), is_plain(self.dropout, Dropout)
+        if self.dispatcher is None:
+            return self._run(slots, counts, weights)
+        if weights is None:
+            return self.dispatcher(slots, counts, self._run)
+        # They travel as one more column, in the dtype that the hidden units are weighed in.
+        joined = torch.cat([slots, weights[:, None].to(slots.dtype)], 1)
+        return self.dispatcher(joined, counts, self._run_joined)
+
+    def _run_joined(self, joined: Tensor, counts: Tensor) -> Tensor:
+        return self._run(joined[:, :-1], counts, joined[:, -1])
+
+    def _run(self, slots: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The experts of this rank: all, or those that a dispatcher has for it."""
+        inner, outer = self._inner(), local_of(self.wo)
+        plain = is_plain(self.dropout, Dropout)
         p = self.dropout.p if plain and self.dropout.training else 0.0
         if weights is not None or not plain:
             drop = p if plain else self.dropout
-            matrices = (*inner, self.wo)
+            matrices = (*inner, outer)
             return composed_mlp(slots, counts, matrices, self.function, drop, gate_N=weights)
-        return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)
+        return grouped_mlp(slots, counts, inner, outer, function=self.function, p=p)
 
     def alone(self, row: Tensor, expert: int) -> Tensor:
         if type(row) is not Tensor or row.dtype != self.wo.dtype or not self._may_be_passed_by():
@@ -85,6 +100,8 @@ class StackedExperts(Experts):
         return lone_mlp(row, expert, self._inner(), self.wo, function=self.function)
 
     def fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
+        if self.is_spread:
+            return None
         inner, function = self._inner(), self.function
         if not worth_fusing(x_TD, assignment, (*inner, self.wo), function):
             return None
@@ -94,12 +111,13 @@ class StackedExperts(Experts):
 
     def _may_be_passed_by(self) -> bool:
         dropout = self.dropout
-        if dropout.training and dropout.p > 0.0:
+        if self.is_spread or (dropout.training and dropout.p > 0.0):
             return False
         return is_plain(self, StackedExperts) and is_plain(dropout, Dropout)
 
     def _inner(self) -> tuple[Tensor, ...]:
-        return (self.wi_0, self.wi_1) if self.gated else (self.wi,)
+        weights = (self.wi_0, self.wi_1) if self.gated else (self.wi,)
+        return tuple(map(local_of, weights))
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"

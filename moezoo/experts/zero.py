@@ -74,6 +74,10 @@ class ZeroExperts(Experts):
         return common, (*real, *(0,) * (self.zero + self.copy), *constants)
 
     @property
+    def is_spread(self) -> bool:
+        return self.experts.is_spread  # real ones alone travel
+
+    @property
     def waits(self) -> bool:
         return self.experts.waits
 

@@ -1,14 +1,39 @@
-"""Sums over the ranks of a distributed run; the identity in a run of one process."""
+"""What the ranks of a distributed run exchange; in a run of one process, nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_DATA_GROUP: list[dist.ProcessGroup] = []
+
+
+def set_data_group(group: dist.ProcessGroup | None) -> None:
+    """Say which ranks hold other tokens than this one, it included; None: all. A program's process
+    groups are its own, and so is this.
+    """
+    _DATA_GROUP[:] = [] if group is None else [group]
+
+
+def data_group() -> dist.ProcessGroup | None:
+    """The ranks over whose tokens losses and statistics are summed; None stands for all ranks."""
+    return _DATA_GROUP[0] if _DATA_GROUP else None
+
+
+def is_distributed() -> bool:
+    """Whether this process is a rank of a run of torch.distributed."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def num_ranks() -> int:
     """How many processes train together (1 without torch.distributed)."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(data_group()) if is_distributed() else 1
 
 
 def summed_over_ranks(value: Tensor) -> Tensor:
@@ -16,5 +41,125 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     if num_ranks() == 1:
         return value.detach()
     total = value.detach().clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=data_group())
     return total
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank sent to others for its experts, and in how many collectives."""
+
+    rows: int = 0
+    counts: int = 0
+    calls: int = 0
+
+
+_METERS: list[Traffic] = []
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Count what this process sends to the experts of other ranks while the block runs, backward
+    and recomputation included: `.rows` and `.counts` in bytes, `.calls` in collectives.
+    """
+    meter = Traffic()
+    _METERS.append(meter)
+    try:
+        yield meter
+    finally:
+        _METERS.remove(meter)
+
+
+def exchanged_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Row p of (ranks, n) goes to rank p; row p of the result came from it."""
+    received = torch.empty_like(counts)
+    _count("counts", counts.nbytes - counts[0].nbytes)
+    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    return received
+
+
+def exchanged_rows(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """The first sent[0] rows of x (N, D) go to rank 0, the next sent[1] to rank 1, ...; the result
+    holds received[p] rows from rank p, in that order. Differentiable, twice too.
+
+    Without a single row it is still part of the graph: the other ranks wait in backward.
+    """
+    out: Tensor = _AllToAll.apply(x, list(sent), list(received), group)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        out = x.new_empty(sum(received), *x.shape[1:])
+        elsewhere = sum(sent) - sent[dist.get_rank(group)]
+        _count("rows", elsewhere * x[:1].nbytes if x.shape[0] else 0)
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        back = _AllToAll.apply(grad, ctx.received, ctx.sent, ctx.group)  # type: ignore[no-untyped-call]
+        return back, None, None, None
+
+
+def gathered_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(n,) of every rank: (ranks, n)."""
+    ranks = dist.get_world_size(group)
+    out = counts.new_empty(ranks * counts.shape[0])
+    _count("counts", (ranks - 1) * counts.nbytes)
+    dist.all_gather_into_tensor(out, counts.contiguous(), group=group)
+    return out.view(ranks, -1)
+
+
+def gathered_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows (N, D) of every rank, of which each has as many: (ranks * N, D). Differentiable,
+    twice too: its gradient is `scattered_sum`, whose gradient it is.
+    """
+    out: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def scattered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(ranks * N, D) summed over the ranks: (N, D), this rank's part of the sum."""
+    out: Tensor = _Scatter.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ranks = group, dist.get_world_size(group)
+        out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+        _count("rows", (ranks - 1) * x.nbytes)
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Scatter.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ranks = group, dist.get_world_size(group)
+        out = x.new_empty(x.shape[0] // ranks, *x.shape[1:])
+        _count("rows", (ranks - 1) * out.nbytes)
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+def _count(kind: str, size: int) -> None:
+    for meter in _METERS:
+        setattr(meter, kind, getattr(meter, kind) + size)
+        meter.calls += 1

@@ -9,7 +9,7 @@ from moezoo.assemble import make_moe
 from moezoo.config import SwitchConfig
 from moezoo.functional.dropout import Dropout
 from moezoo.layer import MoE
-from moezoo.models.attention import Attention
+from moezoo.models.attention import Attention, merged_bias
 from moezoo.models.cache import DecoderCache
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.models.norm import norm_of
@@ -50,16 +50,24 @@ class Block(nn.Module):
         x: Tensor,
         bias: Tensor | None,
         *,
+        offset: int | None = None,
+        masks: Tensor | None = None,
         routed: Tensor | None = None,
         token_ids: Tensor | None = None,
         memory: Tensor | None = None,
         memory_bias: Tensor | None = None,
         cache: DecoderCache | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        """x (B, L, D) -> (B, L, D) and, for a sparse block, its Routing.
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
+        """x (B, L, D) -> (B, L, D), the bias that the next block attends with, and, for a sparse
+        block, its Routing.
 
+        A block with a table of position biases makes its own bias, of that table and `masks`, for
+        tokens from `offset` on: whoever brings a block's weights for its call alone (FSDP) brings
+        those of the table too. Others attend with `bias`, and so do all where offset is None.
         `routed` (B, L) marks the tokens that experts see; see `Stack.forward` for the rest.
         """
+        if offset is not None:
+            bias = self._own_bias(x, offset, masks, bias)
         x = finite(x + self.dropout(self.attention(self.attention_norm(x), bias, cache)))
         if memory is not None:
             attended = self.cross_attention.cross(self.cross_norm(x), memory, memory_bias, cache)
@@ -69,7 +77,16 @@ class Block(nn.Module):
             y, routing = self.mlp(normed, mask=routed, token_ids=token_ids)
         else:
             y, routing = self.mlp(normed), None
-        return finite(x + self.dropout(y)), routing
+        return finite(x + self.dropout(y)), bias, routing
+
+    def _own_bias(
+        self, x: Tensor, offset: int, masks: Tensor | None, given: Tensor | None
+    ) -> Tensor | None:
+        length = x.shape[1]
+        position = self.attention.relative_bias(
+            length, offset + length, offset=offset, device=x.device
+        )
+        return given if position is None else merged_bias(position.to(x.dtype), masks)
 
 
 def finite(x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class GraphStep:
             if last is not None:
                 lowest = torch.finfo(last.dtype).min
                 bias = last.index_select(3, moved_S).masked_fill_(later_S, lowest)
-            x, _ = block(
+            x, _, _ = block(
                 x,
                 bias,
                 token_ids=self.token,

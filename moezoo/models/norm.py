@@ -30,7 +30,10 @@ class RMSNorm(nn.Module):
         # torch rounds half precision after the weight, T5 before it.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(self.weight.dtype) * self.weight
+        y = (wide * scale).to(self.weight.dtype) * self.weight
+        # A weight that is kept wider than the activations (FSDP2 in half precision) widens none.
+        kept_wider = x.element_size() < self.weight.element_size() and x.element_size() == 2
+        return y.to(x.dtype) if kept_wider else y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moezoo.models.cache import DecoderCache
+from moezoo.private_torch import is_seen_through
 from moezoo.records import Routing
 
 
+@is_seen_through
 @dataclass(frozen=True)
 class SwitchOutput:
     """Results of one forward pass; what a task does not compute is None.

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moezoo.config import SwitchConfig
 from moezoo.functional.dropout import Dropout
-from moezoo.models.attention import causal_mask, key_mask, merged_bias
+from moezoo.models.attention import causal_mask, key_mask
 from moezoo.models.block import Block
 from moezoo.models.cache import DecoderCache
 from moezoo.models.embedding import Embedding
@@ -79,6 +79,8 @@ class Stack(nn.Module):
         if routed is None and mask is not None:
             routed = mask[:, offset:]
         arguments = {
+            "offset": offset,
+            "masks": masks,
             "routed": routed,
             "token_ids": token_ids,
             "memory": memory,
@@ -86,9 +88,7 @@ class Stack(nn.Module):
             "cache": cache,
         }
         recompute = self.gradient_checkpointing and self.training and cache is None
-        x, routing = self._run_blocks(
-            self.dropout(x), masks, offset, arguments, recompute=recompute
-        )
+        x, routing = self._run_blocks(self.dropout(x), masks, arguments, recompute=recompute)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.dropout(self.final_norm(x)), routing
@@ -96,22 +96,15 @@ class Stack(nn.Module):
     def _run_blocks(
         self,
         x: Tensor,
-        masks: Tensor | None,
-        offset: int,
+        bias: Tensor | None,
         arguments: Mapping[str, Any],
         *,
         recompute: bool,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        length, bias = x.shape[1], masks
         routings: list[Routing] = []
         for block in cast("list[Block]", self.blocks):
-            position = block.attention.relative_bias(
-                length, offset + length, offset=offset, device=x.device
-            )
-            if position is not None:
-                bias = merged_bias(position.to(x.dtype), masks)
             run = partial(block, **arguments)
-            x, routing = (
+            x, bias, routing = (
                 checkpoint(run, x, bias, use_reentrant=False) if recompute else run(x, bias)
             )
             if routing is not None:

@@ -83,7 +83,7 @@ def _keeps_its_pair(moe: MoE) -> bool:
     if type(router) is not SwitchRouter or is_observed(router, "logits", "reweigh"):
         return False
     known = is_plain_gate(router.classifier) and type(moe.capacity) in _KEEPS_ONE
-    return known and moe.shared is None
+    return known and moe.shared is None and not moe.experts.is_spread
 
 
 class DecoderStep:

@@ -1,9 +1,14 @@
-"""Refusals that several routers share. Each raises ConfigError naming the option."""
+"""Refusals that several routers share, each a ConfigError naming the option, and one thing that two
+of them accept.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
 
@@ -34,3 +39,17 @@ def check_whole(name: str, value: int, low: int, high: int | None = None) -> Non
     if not plain or value < low or (high is not None and value > high):
         wanted = f"a whole number >= {low}" if high is None else f"a whole number, {low} to {high}"
         raise ConfigError(f"{name} is out of range", field=name, expected=wanted, found=repr(value))
+
+
+def accept_scalar(router: nn.Module, name: str) -> None:
+    """Let a router load its learned number `name` (1,) from a state of before, where it was ().
+
+    It has a dimension because a tensor without one cannot be divided among ranks (FSDP2).
+    """
+    router.register_load_state_dict_pre_hook(partial(_widen, name))  # type: ignore[no-untyped-call]
+
+
+def _widen(name: str, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    found = state.get(prefix + name)
+    if found is not None and found.dim() == 0:
+        state[prefix + name] = found.view(1)

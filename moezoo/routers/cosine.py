@@ -10,7 +10,7 @@ from moezoo.functional.drawn import DrawnLinear, orthogonal_
 from moezoo.functional.gates import gate, gate_logits, gate_weight
 from moezoo.records import Routing, Tokens
 from moezoo.routers.base import Router, registry
-from moezoo.routers.checks import check_number, check_whole
+from moezoo.routers.checks import accept_scalar, check_number, check_whole
 from moezoo.routers.soft import unit_rows
 from moezoo.routers.switch import check_sizes
 
@@ -49,7 +49,8 @@ class CosineRouter(Router):
         self.projection = nn.Linear(d_model, low_dim, bias=False)
         self.classifier = DrawnLinear(low_dim, num_experts, orthogonal_)
         self.first_temperature = float(temperature)
-        self.temperature = nn.Parameter(torch.empty(()))
+        self.temperature = nn.Parameter(torch.empty(1))
+        accept_scalar(self, "temperature")
         self.reset_own()
 
     def reset_own(self) -> None:

@@ -10,7 +10,7 @@ from moezoo.functional.drawn import normal_
 from moezoo.functional.gates import gate_dtype, gate_logits
 from moezoo.records import Routing, SoftAssignment, Tokens
 from moezoo.routers.base import Router, registry
-from moezoo.routers.checks import check_whole
+from moezoo.routers.checks import accept_scalar, check_whole
 from moezoo.routers.switch import check_sizes
 
 
@@ -43,7 +43,8 @@ class SoftRouter(Router):
         self.d_model, self.num_experts, self.slots = d_model, num_experts, slots
         self.normalize = normalize
         self.phi = nn.Parameter(torch.empty(num_experts * slots, d_model))
-        self.scale = nn.Parameter(torch.empty(())) if normalize else None
+        self.scale = nn.Parameter(torch.empty(1)) if normalize else None
+        accept_scalar(self, "scale")
         self.reset_own()
 
     def reset_own(self) -> None:

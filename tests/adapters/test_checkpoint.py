@@ -308,3 +308,19 @@ def test_training_a_loaded_model_leaves_its_file_as_it_was(tmp_path: Path) -> No
     changed = zip(loaded.parameters(), model.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in changed)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_file_that_holds_a_learned_number_without_a_dimension_is_read(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tiny(router="cosine", router_losses={})
+    moezoo.save(model, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("temperature")]:
+        assert tensors[name].shape == (1,)
+        tensors[name] = tensors[name].view(())
+    save_file(tensors, file, metadata={"format": "pt"})
+    loaded = moezoo.load(tmp_path / "out").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor)

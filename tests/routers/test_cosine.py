@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+import moezoo
 from moezoo.records import Tokens
 from tests.routers.batches import batch, make, pairs, sparse
 
@@ -41,3 +43,13 @@ def test_a_token_of_zeros_has_finite_gradients() -> None:
     x = torch.zeros(2, 6, requires_grad=True)
     sparse(make("cosine")(Tokens(x))).weight.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize(("name", "number"), [("cosine", "temperature"), ("soft", "scale")])
+def test_a_number_that_was_saved_without_a_dimension_is_loaded(name: str, number: str) -> None:
+    layer = moezoo.SparseMLP(8, 16, 4, router=name)
+    state = layer.state_dict()
+    state[f"moe.router.{number}"] = torch.tensor(0.5)
+    layer.load_state_dict(state)
+    assert layer.moe.router.get_parameter(number).tolist() == [0.5]
+    assert state[f"moe.router.{number}"].dim() == 0

@@ -1,0 +1,118 @@
+"""The part of a divided tensor (a DTensor) that this rank holds, and its place in the whole."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moezoo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a tensor: where it begins and how long it is, by dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def runs(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+        """The row-major elements of the whole that it holds, as few contiguous runs as there are:
+        the first element in the whole, in the part, and how many.
+        """
+        if not math.prod(self.sizes):
+            return
+        whole = len(shape)  # the dimensions from here on are held entirely
+        while whole and self.sizes[whole - 1] == shape[whole - 1]:
+            whole -= 1
+        split = max(whole - 1, 0)
+        length = math.prod(self.sizes[split:])
+        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        inner = sum(o * s for o, s in zip(self.offsets[split:], strides[split:], strict=True))
+        for number in range(math.prod(self.sizes[:split])):
+            start, rest = inner, number
+            for d in reversed(range(split)):
+                rest, place = divmod(rest, self.sizes[d])
+                start += (self.offsets[d] + place) * strides[d]
+            yield start, number * length, length
+
+    def of(self, index: int) -> Part | None:
+        """The part of slice `index` of the first dimension; None: it is elsewhere."""
+        if not self.offsets[0] <= index < self.offsets[0] + self.sizes[0]:
+            return None
+        return Part(self.offsets[1:], self.sizes[1:])
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank may hold a part."""
+    loaded: Any = sys.modules.get("torch.distributed.tensor")  # nobody has one before
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of a model is divided among ranks."""
+    return any(map(is_divided, model.parameters()))
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Refuse to do to a sharded model what needs all of its weights. Raises ConfigError."""
+    if isinstance(model, nn.Module) and is_sharded(model):
+        hint = "Save it with moezoo.save, and use what moezoo.load reads on one rank."
+        raise ConfigError(
+            f"{what} needs a model that is not sharded over ranks", field="model", hint=hint
+        )
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; the gradient of a part is a part."""
+    divided: Any = tensor
+    own: Tensor = divided.to_local() if is_divided(tensor) else tensor
+    return own
+
+
+def part_of(tensor: Tensor) -> Part:
+    """The place of what this rank holds. Raises ConfigError for a tensor that is divided otherwise
+    than by slices of a dimension, or twice along one.
+    """
+    sizes, offsets = list(tensor.shape), [0] * tensor.dim()
+    if not is_divided(tensor):
+        return Part(tuple(offsets), tuple(sizes))
+    divided: Any = tensor
+    divided_dims: set[int] = set()
+    for number, placement in enumerate(divided.placements):
+        if placement.is_replicate():
+            continue
+        dim: int = getattr(placement, "dim", -1)
+        if not placement.is_shard() or dim in divided_dims:
+            hint = "Shard it by moezoo.parallel.shard."
+            found = str(divided.placements)
+            raise ConfigError("a tensor is divided in a way not known", found=found, hint=hint)
+        divided_dims.add(dim)
+        ranks, place = (
+            divided.device_mesh.size(number),
+            divided.device_mesh.get_coordinate()[number],
+        )
+        each = -(-sizes[dim] // ranks)  # as torch.chunk does
+        offsets[dim] = min(place * each, sizes[dim])
+        sizes[dim] = min(each, sizes[dim] - offsets[dim])
+    local = tuple(divided.to_local().shape)
+    assert local == tuple(sizes), f"{local} held, {sizes} expected"
+    return Part(tuple(offsets), tuple(sizes))
+
+
+def is_first_holder(tensor: Tensor) -> bool:
+    """Whether this rank is the one of all that hold the same part who speaks for it: rank 0 for
+    what all hold.
+    """
+    if not is_divided(tensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    divided: Any = tensor
+    place = divided.device_mesh.get_coordinate()
+    repeated = any(p.is_replicate() and at for p, at in zip(divided.placements, place, strict=True))
+    # Of the meshes of experts alone, one per replica, the first one holds rank 0.
+    return not repeated and bool((divided.device_mesh.mesh == 0).any())

@@ -1,0 +1,57 @@
+"""The mesh of a run: data parallelism times expert parallelism."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moezoo.errors import ConfigError
+from moezoo.functional.collective import is_distributed
+from moezoo.private_torch import share_timeout
+
+NAMES = ("dp", "ep")
+
+
+def mesh(ep: int | None = None, *, device: torch.device | str | None = None) -> DeviceMesh:
+    """All ranks as a mesh ("dp", "ep"): those along "ep" hold different experts, those along "dp"
+    the same ones, and every rank has tokens of its own. Every rank must call it.
+
+    Args:
+        ep: ranks that share one set of experts; None: all ranks of a node (torchrun's
+            `LOCAL_WORLD_SIZE`; without torchrun, all ranks).
+        device: its type; None: the accelerator, or "cpu" where there is none.
+
+    Raises ConfigError outside a process group (`join` makes one), and for an `ep` that does not
+    divide the ranks.
+    """
+    if not is_distributed():
+        hint = "Start with torchrun, and call moezoo.parallel.join() first."
+        raise ConfigError("there is no process group to make a mesh of", field="mesh", hint=hint)
+    ranks = dist.get_world_size()
+    if ep is None:
+        ep = min(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), ranks)
+    if isinstance(ep, bool) or not isinstance(ep, int) or ep < 1 or ranks % ep:
+        wanted = f"a divisor of {ranks} ranks"
+        raise ConfigError("bad ep", field="ep", expected=wanted, found=repr(ep))
+    kind = torch.device(device).type if device is not None else _accelerator()
+    made = init_device_mesh(kind, (ranks // ep, ep), mesh_dim_names=NAMES)
+    share_timeout(made.get_all_groups(), kind)
+    return made
+
+
+def check_mesh(mesh: object) -> DeviceMesh:
+    """The mesh, if it has the dimensions "dp" and "ep". Raises ConfigError."""
+    if not isinstance(mesh, DeviceMesh) or mesh.mesh_dim_names != NAMES:
+        names = getattr(mesh, "mesh_dim_names", None)
+        found = type(mesh).__name__ if names is None else names
+        hint = 'Use moezoo.parallel.mesh(), or the part mesh["dp", "ep"] of a larger one.'
+        raise ConfigError("not a mesh of data and experts", field="mesh", found=found, hint=hint)
+    return mesh
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
