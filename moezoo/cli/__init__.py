@@ -22,9 +22,8 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from moezoo.cli.settings import settings_first
+from moezoo.cli.parser import Parser
 from moezoo.cli.signals import orderly_termination
 from moezoo.cli.terminal import complain
 from moezoo.errors import MoezooError
@@ -52,17 +51,6 @@ VERBS = {
 }
 INTERRUPTED, CLOSED_PIPE = 130, 141
 _WRITE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the nearest verb or flag in its errors."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = [w.rstrip(":,") for w in message.split() if w.startswith("--")]
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = [m for w in unknown for m in difflib.get_close_matches(w.split("=")[0], flags, n=1)]
-        hint = f" Did you mean {near[0]}?" if near and near[0] not in unknown else ""
-        self.exit(2, f"{self.prog}: {message.rstrip('.?')}.{hint} See `{self.prog} --help`.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +104,7 @@ def _answered(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb], allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.configure(parser)
-    parsed = parser.parse_args(settings_first(words))
+    parsed = parser.parsed(words)
     return _guarded(module.run, parsed)
 
 

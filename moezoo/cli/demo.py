@@ -255,7 +255,7 @@ def _report(
 @contextmanager
 def _bar(label: str, steps: int) -> Iterator[OnStep]:
     """A progress bar over training steps that shows the loss."""
-    with Progress(steps, f"  {label:<7}") as progress:
+    with Progress(steps, label) as progress:
         yield lambda record: progress.advance(note=f"loss {record.loss:.3f}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.parser import add_output
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.train import add_dataset_argument, add_run_arguments
 
@@ -11,7 +12,7 @@ from moezoo.cli.train import add_dataset_argument, add_run_arguments
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("source", help="a checkpoint with its tokenizer, dense or Switch")
-    parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
+    add_output(parser, "out", text="directory of the run; its model ends up in OUT/model")
     add_tokenizer_argument(parser)
     add_task_arguments(parser)
     parser.add_argument(
