@@ -6,6 +6,7 @@ import argparse
 
 from moezoo.cli.parser import add_output
 from moezoo.cli.samples import add_tokenizer_argument
+from moezoo.cli.terminal import complain
 from moezoo.cli.train import add_dataset_argument, add_run_arguments
 
 
@@ -32,6 +33,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs, translation, summarization, or a toy task: identifiers, docstrings",
     )
     parser.add_argument("--pairs", help="JSONL, CSV or TSV file of pairs")
+    parser.add_argument(
+        "--no-header", action="store_true", help="CSV or TSV of two columns: source, then target"
+    )
     add_dataset_argument(parser)
     parser.add_argument("--source-field", help="field of the source (the task's)")
     parser.add_argument("--target-field", help="field of the target (the task's)")
@@ -41,14 +45,14 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, then generate for held-out sources and print the metrics."""
-    from moezoo.training.batches import pair_batches
+    from moezoo.training.batches import pair_batches, unknown_targets
     from moezoo.training.corpus import fingerprint
-    from moezoo.training.evaluation import check_metrics, chosen_task, report, task_pairs
+    from moezoo.training.evaluation import chosen_task, measurable, report, task_pairs
     from moezoo.training.session import execute, prepared
 
     task = chosen_task(arguments)
     train, held = task_pairs(arguments, task)
-    check_metrics(task)
+    task = measurable(task, complain)
     session = prepared(arguments)
 
     def batches(pairs: list[tuple[str, str]], seed: int):  # type: ignore[no-untyped-def]
@@ -62,11 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
             seed=seed,
         )
 
+    train_batches = batches(train, arguments.seed)
+    count, first = unknown_targets(train_batches, session.tokenizer.unk_id)
+    if first is not None:
+        complain(
+            f"warning: {count} of {len(train)} targets hold text that the vocabulary lacks, which "
+            f"the model cannot learn to write, such as {train[first][1][:60]!r}"
+        )
     data = fingerprint(text for pair in [*train, *held] for text in pair)
     facts = {"task": arguments.task, "pairs": len(train), "prefix": task.prefix, "data": data}
     code = execute(
         session,
-        batches(train, arguments.seed),
+        train_batches,
         batches(held, arguments.seed + 1) if held else None,
         arguments,
         facts,
