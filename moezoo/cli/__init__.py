@@ -51,6 +51,7 @@ VERBS = {
     "doctor": "what this installation has and lacks",
 }
 INTERRUPTED, CLOSED_PIPE = 130, 141
+_REQUIRED = ("torch", "einops", "sentencepiece", "safetensors", "numpy")
 _WRITE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -174,6 +175,8 @@ def _line(error: Exception) -> str:
         return f"{error.filename or 'file system'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, ModuleNotFoundError) and error.name in _REQUIRED:
+        return f"{error.name} is not installed: pip install {error.name}, then `moezoo doctor`"
     kind = type(error).__name__
     return f"internal error, {kind}: {error}. Run again with --debug for the traceback."
 
@@ -183,4 +186,6 @@ def _exit_code(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, OSError):
         return 4 if error.errno in _WRITE_FAILURES else 3
+    if isinstance(error, ModuleNotFoundError) and error.name in _REQUIRED:
+        return 3
     return 3 if isinstance(error, MemoryError) else 1

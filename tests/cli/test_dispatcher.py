@@ -47,6 +47,11 @@ def failing(error: BaseException) -> object:
         (OSError(28, "No space left on device", "out"), 4, "out: No space left on device"),
         (PermissionError(13, "Permission denied", "in"), 3, "in: Permission denied"),
         (MemoryError(), 3, "out of memory"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            3,
+            "torch is not installed: pip install torch, then `moezoo doctor`",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyError("x"), 1, "internal error, KeyError: 'x'. Run again with --debug"),
     ],
