@@ -23,6 +23,7 @@ from moezoo.adapters.tensor_files import TensorPlan, write_tensors
 from moezoo.adapters.writer import replacing_directory
 from moezoo.building import TASKS, build, usable_device
 from moezoo.config import SwitchConfig
+from moezoo.dtypes import as_dtype
 from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
 from moezoo.models import SwitchForConditionalGeneration
 from moezoo.ops.memory import large_empty
@@ -34,7 +35,7 @@ def load(
     *,
     task: str | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     allow_nonfinite: bool = False,
     drop_heads: bool = False,
     **overrides: Any,
@@ -48,7 +49,8 @@ def load(
         path: a directory, weight file or shard index; safetensors or PyTorch .bin, single or
             sharded (a .bin is read with `weights_only=True` and nothing else).
         task: "conditional_generation", "model" or "encoder"; None: what the checkpoint holds.
-        device, dtype: where to and in which precision; None: CPU, as stored.
+        device, dtype: where to and in which precision ("bfloat16" as well as torch.bfloat16); None:
+            CPU, as stored.
         allow_nonfinite: accept NaN and infinity in weights.
         drop_heads: leave out heads that moezoo's models do not have, such as a classifier's; they
             are refused otherwise.
@@ -58,12 +60,13 @@ def load(
     UnsafeCheckpoint) or ConfigError, naming file, tensor or field.
     """
     device = None if device is None else usable_device(device)
+    precision = as_dtype(dtype)
     with open_source(path) as source:
         description = describe(source, drop_heads=drop_heads)
         config = description.config.replace(**overrides)
         chosen = _task(task, description)
         model = build(config, task=chosen, device="meta")
-        tensors = _Tensors(source, description, device, dtype, allow_nonfinite)
+        tensors = _Tensors(source, description, device, precision, allow_nonfinite)
         _fill(model, tensors, chosen)
         if isinstance(model, SwitchForConditionalGeneration):
             stored = read_generation(source.directory, description.values)

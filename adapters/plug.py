@@ -44,6 +44,10 @@ def plug(
     Raises ConfigError when nothing matches, when `make` does not return a module, and when mask or
     causal cannot be told.
     """
+    if isinstance(make, nn.Module):
+        hint = "Pass lambda old: moezoo.SparseMLP(...), or moezoo.adapters.sparse.sparse(8)."
+        reason = "make gives the replacement of a module; one module cannot stand in many places"
+        raise ConfigError(reason, field="make", found=type(make).__name__, hint=hint)
     chosen = _chosen(model, where)
     made: dict[int, nn.Module] = {}
     for name, module in chosen:
@@ -52,7 +56,9 @@ def plug(
         new = make(module)
         if not isinstance(new, nn.Module):
             found = type(new).__name__
-            raise ConfigError(f"make({name!r}) did not return a module", field="make", found=found)
+            reason = f"make({name!r}) did not return a module"
+            hint = "Such as moezoo.adapters.sparse.sparse(8), with its number of experts."
+            raise ConfigError(reason, field="make", found=found, hint=hint)
         check_plugged(model, name, new, causal)
         new.train(module.training)
         made[id(module)] = new

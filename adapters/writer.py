@@ -84,15 +84,18 @@ def checked_target(
         _refuse_overlap(final, Path(os.path.realpath(source)))
     with typed_errors(final, bytes_needed):
         if not overwrite and _is_taken(final):
-            raise TargetExists(
-                "the target exists already", path=final, hint="Choose another, or overwrite."
-            )
+            hint = "Choose another, or replace it: --overwrite, in Python overwrite=True."
+            raise TargetExists("the target exists already", path=final, hint=hint)
         if not final.parent.is_dir():
             _make_parents(final.parent)
         if not os.access(final.parent, os.W_OK):
             raise OSError(_access_errno(final.parent), "not writable")
         _sweep(final)
-        free = shutil.disk_usage(final.parent).free
+        usage = shutil.disk_usage(final.parent)
+    free = usage.free
+    if not usage.total and bytes_needed:
+        reason = "what lies here is no disk but the system's own, such as /proc"
+        raise SaveError(reason, path=final, hint="Choose another place.")
     if bytes_needed > free:
         raise SaveError(
             "the disk is too full",
@@ -102,6 +105,22 @@ def checked_target(
             hint="Free space, or choose another disk.",
         )
     return final
+
+
+def check_place(target: str | Path) -> None:
+    """Refuse a place where nothing can be written, before work of which it would be the end.
+
+    Makes nothing. Raises SaveError where its directory is missing or may not be written to.
+    """
+    final = Path(os.path.realpath(os.path.expanduser(os.fspath(target))))
+    parent = final.parent
+    if not parent.is_dir():
+        reason = "a file is in the way" if parent.exists() else "there is no such directory"
+        raise SaveError(reason, path=parent, hint="Make it first, or choose another place.")
+    usable = os.access(parent, os.W_OK) and shutil.disk_usage(parent).total
+    if not usable or (final.exists() and not os.access(final, os.W_OK)):
+        hint = "Choose a place that you may write to."
+        raise SaveError("nothing can be written here", path=final, hint=hint)
 
 
 def commit_directory(stage: Path, final: Path, *, overwrite: bool) -> None:

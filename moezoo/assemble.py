@@ -9,7 +9,6 @@ from torch import nn
 
 from moezoo import capacity as capacity_policies
 from moezoo import experts as expert_containers
-from moezoo import losses as router_losses
 from moezoo import routers
 from moezoo.capacity.base import CapacityPolicy
 from moezoo.config import SwitchConfig
@@ -17,7 +16,7 @@ from moezoo.errors import ConfigError, did_you_mean
 from moezoo.experts import SharedExpert
 from moezoo.layer import MoE
 from moezoo.losses.base import RouterLoss
-from moezoo.pairing import check_causal, loss_refusal
+from moezoo.pairing import check_causal, fed_losses
 from moezoo.registry import Spec
 from moezoo.routers.base import Router
 
@@ -111,17 +110,4 @@ def make_losses(config: SwitchConfig, router: Router) -> dict[str, tuple[RouterL
     Raises ConfigError for a loss that the router cannot feed; the defaults are left out silently
     where they do not apply.
     """
-    chosen = router.default_losses if config.router_losses is None else config.router_losses
-    made: dict[str, tuple[RouterLoss, float]] = {}
-    for name, setting in chosen.items():
-        options = dict(setting) if isinstance(setting, Mapping) else {"coefficient": setting}
-        coefficient = options.pop("coefficient", 0.0)
-        loss = router_losses.build(Spec(name, options))
-        reason = loss_refusal(router, loss, name)
-        if reason is None:
-            made[name] = (loss, float(coefficient))
-        elif config.router_losses is not None:
-            raise ConfigError(
-                reason, field="router_losses", hint=f"Leave {name!r} out of router_losses."
-            )
-    return made
+    return fed_losses(router, config.router_losses)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from moezoo.config import SwitchConfig
+from moezoo.dtypes import as_dtype
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
 from moezoo.presets import preset
@@ -29,7 +30,7 @@ def build(
     *,
     task: str = "conditional_generation",
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     **overrides: Any,
 ) -> nn.Module:
@@ -39,7 +40,7 @@ def build(
         name_or_config: a preset (`moezoo.list_models()`) or a SwitchConfig.
         task: "conditional_generation", "model" (no head) or "encoder".
         device: "meta" builds without memory.
-        dtype: of the parameters, float32 by default.
+        dtype: of the parameters, or its name ("bfloat16"); float32 by default.
         seed: of the weights; the global generator is left as it was.
         overrides: any field of SwitchConfig, such as `num_experts=16` or `router="top_k"`.
 
@@ -54,7 +55,7 @@ def build(
     config = config.replace(**overrides)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError("seed must be a whole number", field="seed", found=repr(seed))
-    return _construct(TASKS[task], config, device, dtype, seed)
+    return _construct(TASKS[task], config, device, as_dtype(dtype), seed)
 
 
 def _construct(
@@ -68,8 +69,6 @@ def _construct(
 
     Nothing global is touched, so threads may build at once: torch's modes are a thread's own.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError("dtype must be a floating torch.dtype", field="dtype", found=repr(dtype))
     place = torch.get_default_device() if device is None else usable_device(device)
     with torch.device("meta"), _Unfilled():
         made: Any = model(config)
@@ -161,6 +160,9 @@ def usable_device(name: torch.device | str) -> torch.device:
         torch.empty(0, device=device)
     # A build of torch without a device says so by an AssertionError for CUDA.
     except (AssertionError, RuntimeError, TypeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ConfigError(f"no such device: {reason}", field="device", found=repr(name)) from None
+        said = str(error).partition("\n")[0].partition(". ")[0]
+        reason = "torch knows none of that name" if said.startswith("Expected one of") else said
+        here = [str(kind) for kind in (torch.accelerator.current_accelerator(), "cpu") if kind]
+        hint = f"There is {' and '.join(here)} here; a GPU of NVIDIA or AMD is called cuda."
+        raise ConfigError(f"no device {name!r}: {reason}", field="device", hint=hint) from None
     return device

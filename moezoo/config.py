@@ -13,6 +13,7 @@ from typing import Any
 
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.frozen import frozen, thawed
+from moezoo.registry import meant
 
 ACTIVATIONS = (
     "relu",
@@ -186,6 +187,7 @@ class SwitchConfig:
                     field=name,
                     expected=wanted,
                     found=repr(value)[:80],
+                    hint=meant(name, value),
                 )
 
     def _check_values(self) -> None:

@@ -67,6 +67,25 @@ class ConfigError(MoezooError, ValueError):
     exit_code = 2
 
 
+class MissingExtra(ConfigError, ImportError):
+    """A package is needed that moezoo does not ask for by itself.
+
+    Args:
+        purpose: what needs it. package: its name. extra: of moezoo, which brings it.
+    """
+
+    def __init__(self, purpose: str, package: str, *, extra: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is missing", hint=how_to_install(extra))
+
+    def __str__(self) -> str:  # as ImportError it would be the message alone
+        return MoezooError.__str__(self)
+
+
+def how_to_install(extra: str) -> str:
+    """What brings the packages of an extra; moezoo itself stands on no index yet."""
+    return f"In the folder of moezoo's sources: pip install '.[{extra}]'"
+
+
 class RegistryError(MoezooError, LookupError):
     """A name is not registered, or is registered already."""
 

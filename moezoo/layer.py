@@ -47,11 +47,14 @@ class MoE(Component):
         router: Router,
         experts: Experts,
         *,
-        capacity: CapacityPolicy,
+        capacity: CapacityPolicy | None = None,
         shared: nn.Module | None = None,
         group: str | int | None = None,
     ) -> None:
         super().__init__()
+        for part, kind in ((router, Router), (experts, Experts), (capacity, CapacityPolicy)):
+            _check_part(part, kind)
+        assert capacity is not None
         for size in ("num_experts", "d_model"):
             ours, theirs = getattr(router, size), getattr(experts, size)
             if ours != theirs:
@@ -234,6 +237,18 @@ class MoE(Component):
         if self.router.needs_token_ids and token_ids is None:
             name = type(self.router).__name__
             raise ConfigError(f"{name} routes by token: it needs token_ids", field="token_ids")
+
+
+def _check_part(part: object, kind: type[nn.Module]) -> None:
+    """Refuse what is no component, most of all its name. Raises ConfigError."""
+    if not isinstance(part, kind):
+        article = "an" if kind is Experts else "a"
+        hint = (
+            "moezoo.SparseMLP(d_model, d_ff, num_experts, router=..., capacity=...) takes names; "
+            "moezoo.routers, experts and capacity have build(name, ...)."
+        )
+        reason = f"MoE takes {article} {kind.__name__}, a module"
+        raise ConfigError(reason, field=kind.__name__.lower(), found=repr(part)[:80], hint=hint)
 
 
 def check_group(group: str | int) -> None:

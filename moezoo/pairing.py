@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from moezoo.capacity.base import CapacityPolicy
 from moezoo.errors import ConfigError
-from moezoo.losses.base import RouterLoss
+from moezoo.losses.base import RouterLoss, registry
+from moezoo.registry import Spec
 from moezoo.routers.base import Router
 
 
@@ -51,6 +55,28 @@ def loss_refusal(router: Router, loss: RouterLoss, name: str) -> str | None:
                 f"loss {name!r} is computed by routers that know it, and {_label(router)} does not"
             )
     return None
+
+
+def fed_losses(
+    router: Router, configured: Mapping[str, Any] | None
+) -> dict[str, tuple[RouterLoss, float]]:
+    """The configured losses of a router with their coefficients, by name; None: its defaults.
+
+    Raises ConfigError for a loss that the router cannot feed; the defaults are left out silently
+    where they do not apply.
+    """
+    made: dict[str, tuple[RouterLoss, float]] = {}
+    for name, setting in (router.default_losses if configured is None else configured).items():
+        options = dict(setting) if isinstance(setting, Mapping) else {"coefficient": setting}
+        coefficient = options.pop("coefficient", 0.0)
+        loss = registry.build(Spec(name, options))
+        reason = loss_refusal(router, loss, name)
+        if reason is None:
+            made[name] = (loss, float(coefficient))
+        elif configured is not None:
+            hint = f"Leave {name!r} out of router_losses."
+            raise ConfigError(reason, field="router_losses", hint=hint)
+    return made
 
 
 def check_pair(router: Router, policy: CapacityPolicy) -> None:

@@ -6,18 +6,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from moezoo import losses as router_losses
+from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, NonFiniteInput, RoutingError
 from moezoo.functional.statistics import LayerStats, read_stats, sum_of
 from moezoo.layer import MoE
 from moezoo.losses.base import RouterLoss
 from moezoo.ops.observed import is_compiled
-from moezoo.pairing import loss_refusal
+from moezoo.pairing import fed_losses, loss_refusal
 from moezoo.private_torch import is_in_backward
 from moezoo.records import Routing
 
@@ -29,6 +31,7 @@ class Tape:
     layers: Mapping[str, MoE]
     by_layer: dict[str, list[Routing]] = field(default_factory=dict)
     compiled: frozenset[str] = frozenset()
+    configured: Mapping[str, Any] | None = None
 
     def check(self) -> Tape:
         """Itself. Raises RoutingError when nothing was recorded, or nothing of a compiled layer,
@@ -44,17 +47,27 @@ class Tape:
             raise RoutingError("nothing was recorded", hint=hint)
         return self
 
-    def loss(self, weights: Mapping[str, float]) -> Tensor:
+    def loss(self, weights: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of router losses, each averaged over all recorded calls.
 
         Args:
-            weights: coefficient by loss name, such as `{"load_balance": 0.01, "z": 0.001}`.
+            weights: coefficient by loss name, such as `{"load_balance": 0.01, "z": 0.001}`; None:
+                the configured ones: `router_losses` of a moezoo model's config, else each router's
+                `default_losses`, which are those of its paper.
 
         Raises RegistryError for an unknown loss, ConfigError for one that a router cannot feed,
         RoutingError when nothing was recorded, or when the routing has no gradient although the
         router wants one (reentrant activation checkpointing, or a block run under no_grad).
         """
         self.check()._check_gradient()
+        if weights is None:
+            return self._configured_loss()
+        if not isinstance(weights, Mapping):
+            hint = (
+                "Such as tape.loss({'load_balance': 0.01}); tape.loss() takes the configured ones."
+            )
+            reason = "weights are by the name of a loss"
+            raise ConfigError(reason, field="weights", found=repr(weights), hint=hint)
         total = torch.zeros((), device="cpu")
         for name, weight in weights.items():
             values = self._values(name)
@@ -82,6 +95,16 @@ class Tape:
         """
         for name, routings in self.check().by_layer.items():
             self.layers[name].router.adapt(routings)
+
+    def _configured_loss(self) -> Tensor:
+        weighted: dict[str, list[Tensor]] = {}
+        for layer, routings in self.by_layer.items():
+            losses = fed_losses(self.layers[layer].router, self.configured)
+            for name, (loss, weight) in losses.items():
+                if weight:
+                    weighted.setdefault(name, []).extend(weight * loss(r) for r in routings)
+        means = [torch.stack(values).mean() for values in weighted.values()]
+        return torch.stack(means).sum() if means else torch.zeros((), device="cpu")
 
     def _values(self, name: str) -> list[Tensor]:
         loss = router_losses.build(name)
@@ -137,7 +160,9 @@ def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no MoE layer to record", field="model")
-    tape = Tape(layers, compiled=_compiled(model, layers))
+    config = getattr(model, "config", None)
+    configured = config.router_losses if isinstance(config, SwitchConfig) else None
+    tape = Tape(layers, compiled=_compiled(model, layers), configured=configured)
     handles = []
     for name, layer in layers.items():
         handles.append(layer.register_forward_hook(_recorder(tape, name, layer)))

@@ -53,12 +53,30 @@ class Spec:
         raise ConfigError(
             f"a {kind} is a name, a mapping with 'name', or an instance",
             field=kind,
-            found=type(value).__name__,
+            found=type(value).__name__ if meant(kind, value) is None else value,
+            hint=meant(kind, value),
         )
 
     def to_json(self) -> str | dict[str, Any]:
         """The shortest JSON value that parses back to this spec."""
         return {"name": self.name, **self.options} if self.options else self.name
+
+
+# What people write as a bare number: a capacity factor, or the choices per token.
+_NUMBERS = {"capacity": ("switch", "factor"), "router": ("top_k", "k")}
+
+
+def meant(kind: str, value: object) -> str | None:
+    """A hint for a number where a component is wanted, as JSON and as Python; else None."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    if kind.split()[0] not in _NUMBERS:
+        return None
+    name, option = _NUMBERS[kind.split()[0]]
+    shown = int(number) if number.is_integer() else number
+    return f'Did you mean {{"name": "{name}", "{option}": {shown}}}?'
 
 
 class Registry(Generic[T]):
@@ -111,9 +129,8 @@ class Registry(Generic[T]):
         """The class registered under `name`. Raises RegistryError naming the nearest."""
         self._load_plugins()
         if not isinstance(name, str) or name not in self._components:
-            raise RegistryError(
-                f"unknown {self.kind} {name!r}", hint=did_you_mean(name, self._components)
-            )
+            hint = meant(self.kind, name) or did_you_mean(name, self._components)
+            raise RegistryError(f"unknown {self.kind} {name!r}", hint=hint)
         return self._components[name]
 
     def build(self, spec: object, **sizes: Any) -> T:

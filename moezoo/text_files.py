@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,15 +41,17 @@ def lines(file: str | Path | BinaryIO) -> Iterator[tuple[int, str]]:
     return ((number, _without_end(line)) for number, line in _decoded(file))
 
 
-def rows(path: str | Path) -> Iterator[tuple[int, Row]]:
+def rows(path: str | Path, *, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
     """Line number and fields of every row of a CSV or TSV file with a header, else of a JSONL file.
+
+    `columns` are the names in a table that has no header.
 
     A row that spans lines has the number of its first. Blank lines are no rows, but an empty cell
     each in a table of one column, which has no other way to write it. Raises CorruptFile naming the
     line of a row that is malformed, has a field twice, or not as many as the header.
     """
     delimiter = _TABLES.get(Path(path).suffix.lower())
-    return _json_rows(path) if delimiter is None else _table_rows(path, delimiter)
+    return _json_rows(path) if delimiter is None else _table_rows(path, delimiter, columns)
 
 
 def texts(path: str | Path, *, field: str) -> Iterator[tuple[int, str]]:
@@ -149,8 +151,10 @@ def _twice(names: list[str]) -> str:
     return next(name for place, name in enumerate(names) if name in names[:place])
 
 
-def _table_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, Row]]:
-    header: list[str] | None = None
+def _table_rows(
+    path: str | Path, delimiter: str, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Row]]:
+    header = None if columns is None else list(columns)
     for number, cells in _table(path, delimiter):
         if not cells and (header is None or len(header) > 1):
             continue
@@ -162,7 +166,8 @@ def _table_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, Row]]:
                 raise CorruptFile(reason, path=path)
         elif len(cells) != len(header):
             raise CorruptFile(
-                f"line {number} has another number of columns than the header",
+                f"line {number} has another number of columns than "
+                + ("the header" if columns is None else f"{', '.join(header)}"),
                 path=path,
                 expected=len(header),
                 found=len(cells),

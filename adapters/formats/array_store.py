@@ -19,7 +19,7 @@ from moezoo.adapters.formats.base import DTYPE_BITS
 from moezoo.adapters.formats.files import parse_json, plain_name, quoted, read_json
 from moezoo.adapters.formats.stored import Array
 from moezoo.adapters.formats.zarr_layout import Layout, zarr2_layout, zarr3_layout
-from moezoo.errors import CheckpointError, CorruptFile, MoezooError
+from moezoo.errors import CheckpointError, CorruptFile, MoezooError, how_to_install
 
 DATABASE = "manifest.ocdbt"
 PARTS = "ocdbt.process_"  # folders of what each process wrote of a database
@@ -204,6 +204,6 @@ def _tensorstore(folder: Path) -> Any:
         raise CheckpointError(
             "an orbax checkpoint is read by tensorstore, which is not installed",
             path=folder,
-            hint="pip install 'moezoo[orbax]'",
+            hint=how_to_install("orbax"),
         ) from None
     return tensorstore

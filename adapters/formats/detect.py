@@ -117,7 +117,9 @@ def _open_directory(path: Path) -> Source:
             path=path,
             hint="Pass one of the files, or restore model.safetensors.index.json.",
         )
-    raise CheckpointError("no weights here", path=path, expected=f"one of {wanted}")
+    unfinished = (path / "metrics.jsonl").is_file()
+    hint = "A training run that has not ended: go on with --resume." if unfinished else None
+    raise CheckpointError("no weights here", path=path, expected=f"one of {wanted}", hint=hint)
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from moezoo.errors import MissingExtra
+
+try:
+    import transformers  # noqa: F401  # what everything below is about
+except ImportError:
+    raise MissingExtra("moezoo.adapters.hf", "transformers", extra="hf") from None
+
 from moezoo.adapters.hf.adaptation import AdaptRouters
 from moezoo.adapters.hf.configuration import MoezooConfig
 from moezoo.adapters.hf.modeling import (

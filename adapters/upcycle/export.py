@@ -17,7 +17,8 @@ from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, resized_output, same_table
-from moezoo.errors import CheckpointError, ConfigError, did_you_mean
+from moezoo.dtypes import dtype_word
+from moezoo.errors import CheckpointError, ConfigError
 
 
 def export(
@@ -50,7 +51,8 @@ def export(
 
     Raises ConfigError for a layout that cannot hold the model, or an expert that it has not.
     """
-    _check(dtype, wo_scale, vocab_size)
+    dtype = None if dtype is None else dtype_word(dtype, tuple(DTYPES))
+    _check(wo_scale, vocab_size)
     with open_checkpoint(path, drop_heads=drop_heads) as checkpoint:
         config = checkpoint.config.replace(wo_scale=known_scale(checkpoint))
         if expert is not None:
@@ -84,14 +86,11 @@ def export(
         )
 
 
-def _check(dtype: str | None, wo_scale: float | None, vocab_size: int | None) -> None:
+def _check(wo_scale: float | None, vocab_size: int | None) -> None:
     if vocab_size is not None:
         from moezoo.models.resizing import check_vocab_size
 
         check_vocab_size(vocab_size)
-    if dtype is not None and dtype not in DTYPES:
-        hint = did_you_mean(dtype, DTYPES)
-        raise ConfigError(f"unknown dtype {str(dtype)[:80]!r}", field="dtype", hint=hint)
     if wo_scale is not None and not 0 < wo_scale < 1e9:
         raise ConfigError("no factor", field="wo_scale", expected="> 0", found=wo_scale)
 

@@ -7,7 +7,7 @@ the sum of those weights. Dispatch does not see it, combine does.
 from __future__ import annotations
 
 from moezoo.adapters.upcycle.inits.base import ExpertInit
-from moezoo.errors import ConfigError
+from moezoo.errors import ConfigError, nearest
 from moezoo.registry import Spec
 
 PRESERVE = ("exact", "none")
@@ -73,8 +73,10 @@ def _weight_total(router: Spec, num_experts: int) -> float:
         softmax_after = router.options.get("softmax") == "after"
         normalized = router.options.get("normalize", "before") != "none" and choices > 1
         return 1.0 if softmax_after or normalized else choices / num_experts
+    near = nearest(router.name, ("switch", "top_k"))
     raise ConfigError(
         f"no factor is known that keeps the dense function under the router {router.name!r}",
         field="preserve",
-        hint="Use the router 'switch' or 'top_k', or preserve='none'.",
+        hint=(f"Did you mean {near!r}? Otherwise use" if near else "Use")
+        + " the router 'switch' or 'top_k', or preserve='none'.",
     )

@@ -16,6 +16,7 @@ from moezoo.adapters.tensor_files import parse_size
 from moezoo.adapters.upcycle.inits import expert_inits, router_inits
 from moezoo.adapters.upcycle.placement import Layers
 from moezoo.adapters.upcycle.preservation import PRESERVE
+from moezoo.dtypes import dtype_word
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.registry import Registry, Spec
 
@@ -59,12 +60,8 @@ class Recipe:
                 "unknown preserve", field="preserve", expected=" or ".join(PRESERVE),
                 found=repr(self.preserve)[:80],
             )  # fmt: skip
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(
-                f"unknown dtype {str(self.dtype)[:80]!r}",
-                field="dtype",
-                hint=did_you_mean(self.dtype, DTYPES),
-            )
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_word(self.dtype, tuple(DTYPES)))
         parse_size(self.max_shard_size)
         for name, registry in (("init", expert_inits), ("router_init", router_inits)):
             spec = component_spec(getattr(self, name), registry)

@@ -57,7 +57,8 @@ def shrink(
         hint = did_you_mean(method, METHODS)
         raise ConfigError(f"unknown method {str(method)[:80]!r}", field="method", hint=hint)
     if method == "prune" and trace is None:
-        raise ConfigError("prune needs a routing trace", field="trace", hint="Record one first.")
+        hint = "Record one: `moezoo trace`, in Python moezoo.traces; it is passed as --trace."
+        raise ConfigError("prune needs a routing trace", field="trace", hint=hint)
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         layers = _sparse_layers(config, num_experts)

@@ -22,9 +22,8 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from moezoo.cli.settings import settings_first
+from moezoo.cli.parser import Parser
 from moezoo.cli.signals import orderly_termination
 from moezoo.cli.terminal import complain
 from moezoo.errors import MoezooError
@@ -47,22 +46,13 @@ VERBS = {
     "generate": "text from a checkpoint",
     "quantize": "what int8 weights would save and cost for a checkpoint, on a text",
     "report": "what the experts of a checkpoint do on a text, as a table and as a page",
+    "trace": "record where the tokens of a text go, for `shrink`",
     "demo": "the main job on the text that ships with Python, end to end",
     "doctor": "what this installation has and lacks",
 }
 INTERRUPTED, CLOSED_PIPE = 130, 141
+_REQUIRED = ("torch", "einops", "sentencepiece", "safetensors", "numpy")
 _WRITE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the nearest verb or flag in its errors."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = [w.rstrip(":,") for w in message.split() if w.startswith("--")]
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = [m for w in unknown for m in difflib.get_close_matches(w.split("=")[0], flags, n=1)]
-        hint = f" Did you mean {near[0]}?" if near and near[0] not in unknown else ""
-        self.exit(2, f"{self.prog}: {message.rstrip('.?')}.{hint} See `{self.prog} --help`.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +106,7 @@ def _answered(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog=f"moezoo {verb}", description=VERBS[verb], allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.configure(parser)
-    parsed = parser.parse_args(settings_first(words))
+    parsed = parser.parsed(words)
     return _guarded(module.run, parsed)
 
 
@@ -185,6 +175,8 @@ def _line(error: Exception) -> str:
         return f"{error.filename or 'file system'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, ModuleNotFoundError) and error.name in _REQUIRED:
+        return f"{error.name} is not installed: pip install {error.name}, then `moezoo doctor`"
     kind = type(error).__name__
     return f"internal error, {kind}: {error}. Run again with --debug for the traceback."
 
@@ -194,4 +186,6 @@ def _exit_code(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, OSError):
         return 4 if error.errno in _WRITE_FAILURES else 3
+    if isinstance(error, ModuleNotFoundError) and error.name in _REQUIRED:
+        return 3
     return 3 if isinstance(error, MemoryError) else 1

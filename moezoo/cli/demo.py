@@ -227,6 +227,7 @@ def _report(
 ) -> None:
     from importlib.util import find_spec
 
+    from moezoo.errors import how_to_install
     from moezoo.report.page import html_table, write_page
     from moezoo.report.trial import HEADER, rows, verdict
 
@@ -237,7 +238,7 @@ def _report(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     picture = None
     if find_spec("matplotlib") is None:
-        print("No picture without matplotlib: pip install 'moezoo[report]'.")
+        print(f"No picture without matplotlib. {how_to_install('report')}")
     else:
         from moezoo.report.picture import draw
 
@@ -255,7 +256,7 @@ def _report(
 @contextmanager
 def _bar(label: str, steps: int) -> Iterator[OnStep]:
     """A progress bar over training steps that shows the loss."""
-    with Progress(steps, f"  {label:<7}") as progress:
+    with Progress(steps, label) as progress:
         yield lambda record: progress.advance(note=f"loss {record.loss:.3f}")
 
 

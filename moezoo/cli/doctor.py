@@ -8,9 +8,15 @@ import os
 import platform
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 
-REQUIRED = {"torch": (2, 10), "einops": (0, 8), "sentencepiece": (0, 2), "safetensors": (0, 5)}
+REQUIRED = {
+    "torch": (2, 10),
+    "einops": (0, 8),
+    "sentencepiece": (0, 2),
+    "safetensors": (0, 5),
+    "numpy": (),
+}
 EXTRAS = {
-    "hf": ("transformers", "tokenizers", "numpy"),
+    "hf": ("transformers", "tokenizers", "accelerate"),
     "report": ("matplotlib",),
     "orbax": ("tensorstore",),
     "train": ("sacrebleu", "rouge-score", "datasets", "tensorboard"),
@@ -44,7 +50,13 @@ def _requirements() -> list[tuple[str, str, str]]:
     for name, least in REQUIRED.items():
         found, wanted = _version(name), ".".join(map(str, least))
         fits = found is not None and _numbers(found) >= least
-        rows.append((name, found or "missing", "ok" if fits else f"needs {wanted} or later"))
+        rows.append(
+            (
+                name,
+                found or "missing",
+                "ok" if fits else f"needs {wanted} or later" if wanted else "needs to be installed",
+            )
+        )
     return rows
 
 
@@ -53,7 +65,8 @@ def _extras() -> list[tuple[str, str, str]]:
     for extra, names in EXTRAS.items():
         absent = [name for name in names if _version(name) is None]
         found = ", ".join(f"{name} {_version(name)}" for name in names if name not in absent)
-        verdict = f"optional: pip install 'moezoo[{extra}]'" if absent else "ok"
+        lacks = "" if not found else f", lacks {', '.join(absent)}"
+        verdict = f"optional{lacks}: pip install '.[{extra}]'" if absent else "ok"
         rows.append((f"extra {extra}", found or "missing", verdict))
     return rows
 

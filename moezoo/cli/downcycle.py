@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.parser import add_output
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("source", metavar="SRC", help="an upcycled checkpoint")
-    parser.add_argument("target", metavar="OUT", help="the directory to write")
+    add_output(parser, "target", text="the directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
 
 

@@ -24,10 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the metrics on the pairs that are given, or on those that a toy task holds out."""
     from moezoo.adapters.checkpoint import load
+    from moezoo.cli.terminal import complain
     from moezoo.errors import ConfigError
     from moezoo.training.evaluation import (
-        check_metrics,
         chosen_task,
+        measurable,
         measured,
         report,
         scored_pairs,
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.examples is not None and arguments.examples < 1:
         raise ConfigError("--examples is at least 1", field="examples", found=arguments.examples)
     chosen = scored_pairs(arguments, task)[: arguments.examples]
-    check_metrics(task)
+    task = measurable(task, complain)
     model: Any = load(arguments.source, task="conditional_generation", device=arguments.device)
     tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     if arguments.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.parser import add_output
 from moezoo.cli.recipes import add_drop_heads
 
 
@@ -11,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add = parser.add_argument
     add("source", metavar="SRC", help="any checkpoint")
-    add("target", metavar="OUT", help="the directory to write")
+    add_output(parser, "target", text="the directory to write")
     add("--layout", default="auto", help="auto (default), huggingface or moezoo")
     add("--dtype", help="float32, bfloat16 or float16; default: as it is")
     add("--expert", type=int, help="a dense model with this expert in every sparse layer")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.parser import add_output
 from moezoo.cli.samples import add_tokenizer_argument
+from moezoo.cli.terminal import complain
 from moezoo.cli.train import add_dataset_argument, add_run_arguments
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("source", help="a checkpoint with its tokenizer, dense or Switch")
-    parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
+    add_output(parser, "out", text="directory of the run; its model ends up in OUT/model")
     add_tokenizer_argument(parser)
     add_task_arguments(parser)
     parser.add_argument(
@@ -31,6 +33,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="pairs, translation, summarization, or a toy task: identifiers, docstrings",
     )
     parser.add_argument("--pairs", help="JSONL, CSV or TSV file of pairs")
+    parser.add_argument(
+        "--no-header", action="store_true", help="CSV or TSV of two columns: source, then target"
+    )
     add_dataset_argument(parser)
     parser.add_argument("--source-field", help="field of the source (the task's)")
     parser.add_argument("--target-field", help="field of the target (the task's)")
@@ -40,14 +45,14 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, then generate for held-out sources and print the metrics."""
-    from moezoo.training.batches import pair_batches
+    from moezoo.training.batches import pair_batches, unknown_targets
     from moezoo.training.corpus import fingerprint
-    from moezoo.training.evaluation import check_metrics, chosen_task, report, task_pairs
+    from moezoo.training.evaluation import chosen_task, measurable, report, task_pairs
     from moezoo.training.session import execute, prepared
 
     task = chosen_task(arguments)
     train, held = task_pairs(arguments, task)
-    check_metrics(task)
+    task = measurable(task, complain)
     session = prepared(arguments)
 
     def batches(pairs: list[tuple[str, str]], seed: int):  # type: ignore[no-untyped-def]
@@ -61,11 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
             seed=seed,
         )
 
+    train_batches = batches(train, arguments.seed)
+    count, first = unknown_targets(train_batches, session.tokenizer.unk_id)
+    if first is not None:
+        complain(
+            f"warning: {count} of {len(train)} targets hold text that the vocabulary lacks, which "
+            f"the model cannot learn to write, such as {train[first][1][:60]!r}"
+        )
     data = fingerprint(text for pair in [*train, *held] for text in pair)
     facts = {"task": arguments.task, "pairs": len(train), "prefix": task.prefix, "data": data}
     code = execute(
         session,
-        batches(train, arguments.seed),
+        train_batches,
         batches(held, arguments.seed + 1) if held else None,
         arguments,
         facts,

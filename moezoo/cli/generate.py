@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -111,13 +112,23 @@ def _sources(arguments: argparse.Namespace) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (text for _, text in lines(sys.stdin.buffer))
         return
+    yield from _conversation()
+
+
+def _conversation() -> Iterator[str]:
+    """What a person types, with line editing and the lines before where Python has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # its import is what gives `input` its keys
+
     print("One source per line; Ctrl-D ends.", file=sys.stderr)
     while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        if not sys.stdout.isatty():  # `input` would write its prompt into what is piped on
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            yield input("> " if sys.stdout.isatty() else "")
+        except EOFError:
+            print(file=sys.stderr)
             return
-        yield line.rstrip("\n")
 
 
 def _batches(sources: Iterator[str], size: int) -> Iterator[list[str]]:

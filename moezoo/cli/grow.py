@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.parser import add_output
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add = parser.add_argument
     add("source", metavar="SRC", help="a Switch checkpoint")
-    add("target", metavar="OUT", help="the directory to write")
+    add_output(parser, "target", text="the directory to write")
     add("--factor", type=int, default=2, help="how many times as many experts (2)")
     add("--seed", type=int, default=0, help="of the noise that tells twins apart (0)")
     add("--overwrite", action="store_true", help="replace what is at OUT")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import textwrap
 from typing import Any
 
 from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
@@ -32,23 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    from moezoo.cli.terminal import duration, quantity, table
+    from moezoo.cli.terminal import duration, quantity
 
-    rows = [
-        (
-            group["source"],
-            group["count"],
-            group["dtype"],
-            " x ".join(map(str, group["shape"])),
-            quantity(group["bytes_read"]) + "B",
-            group["target"],
-            group["init"],
-            f"{group['scale']:g}",
-            quantity(group["bytes_written"]) + "B",
-        )
-        for group in facts["groups"]
-    ]
-    header = ("source", "n", "dtype", "shape", "read", "target", "init", "scale", "written")
     held = "yes" if facts["expressible"] else f"no, because {facts['layout_reason']}"
     totals = [
         f"parameters            {facts['parameters']:,} ({facts['active_parameters']:,} per token)",
@@ -62,7 +49,55 @@ def _table(facts: dict[str, Any]) -> str:
         f"files copied          {', '.join(facts['carried']) or 'none: no tokenizer beside it'}",
         f"Hugging Face layout   {held}",
     ]
-    return "\n".join([table(header, rows), "", *totals])
+    return "\n".join([_groups(facts["groups"]), "", *(_fitted(line) for line in totals)])
+
+
+def _groups(groups: list[dict[str, Any]]) -> str:
+    """Like tensors in a row; below it what becomes of those that are not carried as they are."""
+    from moezoo.cli.terminal import quantity, table
+
+    rows = [
+        (
+            _short("new: " + group["target"] if group["source"] == "-" else group["source"]),
+            group["count"],
+            " x ".join(map(str, group["shape"])),
+            group["dtype"],
+            quantity(group["bytes_read"]) + "B",
+            quantity(group["bytes_written"]) + "B",
+        )
+        for group in groups
+    ]
+    header, rule, *lines = table(
+        ("tensor", "n", "shape", "dtype", "read", "written"), rows
+    ).splitlines()
+    for index, group in reversed(list(enumerate(groups))):
+        note = [group["init"]] if group["init"] != "-" else []
+        note += [f"times {group['scale']:g}"] if group["scale"] != 1 else []
+        if group["source"] not in ("-", group["target"]):
+            lines.insert(
+                index + 1, f"  -> {', '.join([_short(group['target'], beside=25), *note])}"
+            )
+        elif note:
+            lines.insert(index + 1, f"  {', '.join(note)}")
+    return "\n".join([header, rule, *lines])
+
+
+def _short(name: str, *, beside: int = 38) -> str:
+    """A name that leaves room for what stands beside it, its middle left out where it must be."""
+    from moezoo.cli.terminal import width
+
+    name = name.removesuffix(".weight")
+    room = max(width() - beside, 30) if sys.stdout.isatty() else len(name)
+    half = (room - 1) // 2
+    return name if len(name) <= room else f"{name[:half]}\u2026{name[-half:]}"
+
+
+def _fitted(line: str) -> str:
+    """A line of facts, broken at the terminal's width under its second column."""
+    from moezoo.cli.terminal import width
+
+    room = width() if sys.stdout.isatty() else len(line) + 1
+    return textwrap.fill(line, room, subsequent_indent=" " * 22, break_on_hyphens=False)
 
 
 def _left_out(reasons: dict[str, str]) -> str:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     done = quantize(rounded)
     sums = _Sums()
     with torch.no_grad():
-        for batch in sample_batches(arguments, tokenizer, "  both models"):
+        for batch in sample_batches(arguments, tokenizer, "quantize"):
             _compare(model, rounded, batch, sums)
     found = {
         "mib": done.bytes_before / 2**20,

@@ -21,19 +21,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Corrupt spans of the text, run the model on it, and print what its routers did."""
     from moezoo.adapters.checkpoint import load
+    from moezoo.adapters.writer import check_place
     from moezoo.cli.terminal import table
     from moezoo.errors import ConfigError
     from moezoo.report.page import write_page
     from moezoo.report.routing import routing_report
     from moezoo.report.routing_page import HEADER, advice, rows, sections
 
+    if arguments.out is not None:
+        check_place(arguments.out)
     model: Any = load(arguments.source, task="conditional_generation")
     if not (model.config.encoder_sparse or model.config.decoder_sparse):
         hint = "`moezoo upcycle` makes a model with experts of it."
         reason = "a dense model, which has no experts to report on"
         raise ConfigError(reason, path=arguments.source, field="source", hint=hint)
     tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
-    batches = sample_batches(arguments, tokenizer, "  routing")
+    batches = sample_batches(arguments, tokenizer, "routing")
     report = routing_report(model, batches, tokenizer.piece)
     facts, said = rows(report), advice(report)
     if arguments.json:

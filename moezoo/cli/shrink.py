@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from moezoo.cli.parser import add_output
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add = parser.add_argument
     add("source", metavar="SRC", help="a Switch checkpoint")
-    add("target", metavar="OUT", help="the directory to write")
+    add_output(parser, "target", text="the directory to write")
     add("--experts", type=int, required=True, help="experts per sparse layer that remain")
     add("--trace", metavar="FILE", help="a saved routing trace: how much each expert was used")
     add("--method", default="merge", help="merge (default): join likes; prune: drop the unused")

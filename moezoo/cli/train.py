@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moezoo.cli.parser import add_output
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.settings import FromFile
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("out", help="directory of the run; its model ends up in OUT/model")
+    add_output(parser, "out", text="directory of the run; its model ends up in OUT/model")
     parser.add_argument("--from", dest="source", help="a checkpoint to go on from, dense or Switch")
     parser.add_argument("--model", help="a name of `moezoo list`, to start from scratch")
     parser.add_argument("--config", help="a JSON file of SwitchConfig fields, from scratch")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moezoo.cli.parser import add_output
 from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("source", metavar="SRC", help="a dense T5 checkpoint")
-    parser.add_argument("target", metavar="OUT", help="the directory to write")
+    add_output(parser, "target", text="the directory to write")
     add_recipe_arguments(parser)
     add = parser.add_argument
     add("--verify", action="store_true", help="verify before the result is put in place")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.errors import ConfigError
+from moezoo.errors import MissingExtra
 from moezoo.report.trial import Curve, Trial
 
 if TYPE_CHECKING:
@@ -30,13 +30,12 @@ def draw(
         learners, sparse_learners: the curves of both sides by seed.
         history: held-out loss by step of the dense model before both went on.
 
-    Raises ConfigError when matplotlib is missing.
+    Raises MissingExtra when matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        hint = "Install it with `pip install 'moezoo[report]'`."
-        raise ConfigError("pictures need matplotlib", hint=hint) from None
+        raise MissingExtra("a picture", "matplotlib", extra="report") from None
     figure = Figure(figsize=(11, 8.6), dpi=150, layout="constrained")
     panels = figure.subplots(2, 2)
     sides = ((learners, "dense", DENSE), (sparse_learners, "switch", SWITCH))

@@ -34,6 +34,7 @@ class BaseTokenizer(ABC):
         special: further ids that `decode` leaves out.
     """
 
+    unk_id: int | None = None  # what stands for text that has no id; bytes have no such text
     mean_span = 3.0  # of the span corruption that the family was pre-trained with
 
     def __init__(

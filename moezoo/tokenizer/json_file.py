@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moezoo.errors import TokenizerError
+from moezoo.errors import TokenizerError, how_to_install
 from moezoo.tokenizer.base import BaseTokenizer, integers
 from moezoo.tokenizer_files import TokenizerFacts, read_facts, read_file
 
@@ -47,6 +47,7 @@ class JsonTokenizer(BaseTokenizer):
             sentinels=_sentinels(self._tokenizer),
             special=[number for number, token in added.items() if token.special],
         )
+        self.unk_id = self._role(facts, "unk")
         size = int(self._tokenizer.get_vocab_size(with_added_tokens=False))
         self._vocab_size: int = max([size, *(number + 1 for number in added)])
 
@@ -101,7 +102,7 @@ def _read(file: Path) -> Any:
         raise TokenizerError(
             "a tokenizer.json is read by tokenizers, which is not installed",
             path=file,
-            hint="pip install 'moezoo[hf]', or put the model's spiece.model beside it.",
+            hint=f"{how_to_install('hf')}, or put the model's spiece.model beside it.",
         ) from None
     try:
         return Tokenizer.from_str(content.decode("utf-8"))

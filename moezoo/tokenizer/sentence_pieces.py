@@ -68,6 +68,7 @@ class Tokenizer(BaseTokenizer):
             sentinels=sentinels,
             special=[*begins, *(token.number for token in added if token.special)],
         )
+        self.unk_id = int(own.unk_id())
         self._prefix = begins if facts.add_bos else []
 
     @property
@@ -114,6 +115,7 @@ class Tokenizer(BaseTokenizer):
         path: str | Path,
         *,
         vocab_size: int,
+        at_most: bool = False,
         pad_id: int = 0,
         eos_id: int = 1,
     ) -> Tokenizer:
@@ -121,7 +123,7 @@ class Tokenizer(BaseTokenizer):
         2, unless told otherwise).
 
         `vocab_size` counts pieces; sentinels come on top. Raises TokenizerError when the text is
-        too small for it.
+        too small for it; with `at_most` there are then as many as the text allows.
         """
         path = Path(path)
         prefix = str(path.with_suffix("")) if path.suffix == ".model" else str(path)
@@ -134,6 +136,7 @@ class Tokenizer(BaseTokenizer):
             "character_coverage": 0.9995,
             "num_threads": 1,  # more threads sum in another order: not the same vocabulary
             "minloglevel": 2,
+            "hard_vocab_limit": not at_most,
         }
         try:
             sentencepiece.SentencePieceTrainer.train(

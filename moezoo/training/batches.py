@@ -172,6 +172,14 @@ def pair_batches(
     )
 
 
+def unknown_targets(batches: ExampleBatches, unk_id: int | None) -> tuple[int, int | None]:
+    """How many targets hold text that the vocabulary lacks, and the index of the first of them."""
+    if unk_id is None:
+        return 0, None
+    found = [i for i in range(batches.count) if unk_id in batches.example(i, 0)[1]]
+    return len(found), found[0] if found else None
+
+
 def keyed_generator(seed: int, name: str, epoch: int) -> torch.Generator:
     """A generator that belongs to a purpose and an epoch under a seed."""
     digest = hashlib.sha256(f"{seed}\0{name}\0{epoch}".encode()).digest()

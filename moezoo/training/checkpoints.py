@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,12 @@ def checkpoints(directory: str | Path) -> list[Path]:
 
 
 def restore(
-    state: TrainingState, path: str | Path, settings: Mapping[str, Any], *, strict: bool = True
+    state: TrainingState,
+    path: str | Path,
+    settings: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    free: Collection[str] = (),
 ) -> None:
     """Put a checkpoint into a fresh state of the same model and recipe; training then continues bit
     for bit.
@@ -76,6 +81,7 @@ def restore(
     Args:
         strict: refuse other settings, another thread count or another torch, which change the sums.
             Otherwise the recipe and the schedule that the state was made with take effect.
+        free: settings that may differ all the same, because no number depends on them.
 
     Raises ResumeMismatch naming the field, CheckpointError for files that are missing or corrupt.
     """
@@ -83,7 +89,7 @@ def restore(
     facts = read_facts(path)
     found = {**facts["settings"], "threads": facts["threads"], "torch": facts["torch"]}
     now = {**settings, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name in sorted(found.keys() | now.keys()) if strict else []:
+    for name in sorted((found.keys() | now.keys()) - set(free)) if strict else []:
         old, new = found.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
             hint = "Continue with the same setting, or pass --allow-changes."

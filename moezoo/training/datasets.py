@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moezoo.errors import ConfigError, did_you_mean
+from moezoo.errors import ConfigError, MissingExtra, did_you_mean
 from moezoo.training.corpus import Document
 
 
@@ -18,8 +18,7 @@ def dataset_rows(name: str) -> Any:
     try:
         import datasets
     except ImportError:
-        hint = "pip install 'moezoo[train]'"
-        raise ConfigError("--dataset needs datasets", field="dataset", hint=hint) from None
+        raise MissingExtra("--dataset", "datasets", extra="train") from None
     path, _, split = name.partition(":")
     try:
         if not Path(path).is_dir():

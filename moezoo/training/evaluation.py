@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from moezoo.errors import ConfigError
+from moezoo.errors import ConfigError, MissingExtra
 from moezoo.tokenizer import BaseTokenizer
 from moezoo.training.batches import pair_batches
 from moezoo.training.datasets import dataset_rows
@@ -49,7 +49,8 @@ def task_pairs(arguments: argparse.Namespace, chosen: Task) -> tuple[list[Pair],
     fields = {"source": chosen.source, "target": chosen.target}
     given = given_pairs(arguments, fields)
     if arguments.held_out_pairs:
-        return given or [], read_pairs(arguments.held_out_pairs, **fields)
+        held = read_pairs(arguments.held_out_pairs, header=not arguments.no_header, **fields)
+        return given or [], held
     return toy_pairs(arguments.task) if given is None else every_tenth(given)
 
 
@@ -63,7 +64,7 @@ def scored_pairs(arguments: argparse.Namespace, chosen: Task) -> list[Pair]:
 def given_pairs(arguments: argparse.Namespace, fields: dict[str, str]) -> list[Pair] | None:
     """The pairs of `--pairs` or else of `--dataset`; None where neither is given."""
     if arguments.pairs:
-        return read_pairs(arguments.pairs, **fields)
+        return read_pairs(arguments.pairs, header=not arguments.no_header, **fields)
     if not arguments.dataset:
         return None
     return [
@@ -86,12 +87,19 @@ def every_tenth(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     return [pair for i, pair in enumerate(pairs) if i % 10 != 9], pairs[9::10]
 
 
-def check_metrics(chosen: Task) -> None:
-    """Raises ConfigError where a metric of the task needs a package that is not installed: before
-    an hour of training, not after it.
+def measurable(chosen: Task, complain: Callable[[str], object]) -> Task:
+    """The task with those of its metrics whose packages are installed; each of the others is
+    complained of before an hour of training, not after it.
     """
+    kept = []
     for name in chosen.metrics:
-        METRICS[name](["a"], ["a"])
+        try:
+            METRICS[name](["a"], ["a"])
+        except MissingExtra as lack:
+            complain(f"warning: {name} will not be measured: {lack}")
+        else:
+            kept.append(name)
+    return replace(chosen, metrics=tuple(kept))
 
 
 def measured(

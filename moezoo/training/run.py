@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from moezoo.adapters.writer import replacing_file, typed_errors
-from moezoo.errors import CheckpointError, ConfigError, ResumeMismatch
+from moezoo.errors import CheckpointError, ConfigError, ResumeMismatch, TrainingError
 from moezoo.training.batches import Batches
 from moezoo.training.checkpoints import checkpoints, json_row, restore, save_checkpoint
 from moezoo.training.loop import (
@@ -71,7 +71,8 @@ def run_training(
         facts: what else decides the numbers (data, seed, model); checked when the run goes on.
         objective: what is minimised; see `fit`.
         resume_from: go on from the checkpoint of this step, and remove later ones. None: newest.
-        strict: refuse to go on with other settings.
+        strict: refuse to go on with other settings; more steps than before are none, unless the
+            rate falls linearly to the last one.
         tensorboard: write scalars into OUT/tensorboard too.
 
     Raises ResumeMismatch, CheckpointError for a corrupt checkpoint, NonFiniteLoss, TrainingError
@@ -80,7 +81,12 @@ def run_training(
     root = Path(directory)
     everything = {**(facts or {}), "recipe": asdict(settings), "steps": steps}
     state = start(model, settings, steps=steps)
-    _go_on(state, root / "checkpoints", everything, resume_from, strict=strict)
+    # Only a rate that falls to zero at the last step depends on how many there are.
+    free = () if settings.schedule == "linear" else ("steps",)
+    _go_on(state, root / "checkpoints", everything, resume_from, strict=strict, free=free)
+    if state.step > steps:
+        reason = "the run is past the number of steps that is asked for"
+        raise TrainingError(reason, expected=f"at least {state.step}", found=steps)
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n")
     board = Board(root / "tensorboard", state.step) if tensorboard else None
@@ -136,6 +142,7 @@ def _go_on(
     resume_from: int | None,
     *,
     strict: bool,
+    free: Collection[str],
 ) -> None:
     """Restore the newest checkpoint, or the one that is asked for; nothing where none is there."""
     existing = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
@@ -150,7 +157,7 @@ def _go_on(
         return
     step = max(existing) if resume_from is None else resume_from
     try:
-        restore(state, existing[step], settings, strict=strict)
+        restore(state, existing[step], settings, strict=strict, free=free)
     except CheckpointError as error:
         earlier = [str(other) for other in existing if other < step]
         if earlier:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,11 @@ def prepared(
     changes = {n: getattr(arguments, n) for n in _SETTINGS if getattr(arguments, n) is not None}
     settings = recipe(arguments.recipe).with_changes(**changes)
     teacher = _teacher(arguments)
-    model = _model(arguments, settings, teacher)
-    tokenizer = _tokenizer(arguments, model, vocabulary_from)
+    learned = None
+    if vocabulary_from is not None and _starts_without_words(arguments):
+        learned = _learned(arguments, vocabulary_from)
+    model = _model(arguments, settings, teacher, learned)
+    tokenizer = learned or _tokenizer(arguments)
     config: Any = model.config
     fit(tokenizer, config)
     if arguments.gradient_checkpointing:
@@ -157,7 +161,10 @@ def _teacher(arguments: argparse.Namespace) -> nn.Module | None:
 
 
 def _model(
-    arguments: argparse.Namespace, settings: TrainingRecipe, teacher: nn.Module | None
+    arguments: argparse.Namespace,
+    settings: TrainingRecipe,
+    teacher: nn.Module | None,
+    learned: Tokenizer | None,
 ) -> nn.Module:
     sources = [n for n in ("source", "model", "config") if getattr(arguments, n, None)]
     if not sources and teacher is not None:
@@ -171,15 +178,26 @@ def _model(
         return load(
             arguments.source, task="conditional_generation", device=arguments.device, **overrides
         )
-    if sources == ["model"]:
-        config = preset(arguments.model)
-    else:
-        try:
-            config = SwitchConfig.from_json(Path(arguments.config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorruptFile(f"cannot be read: {error}", path=arguments.config) from None
+    config = _scratch_config(arguments)
     overrides = _overrides(arguments, settings, config.num_experts, config.experts)
+    if learned is not None and not _says_size(arguments):
+        overrides["vocab_size"] = learned.vocab_size
     return build(config, seed=arguments.seed, device=arguments.device, **overrides)
+
+
+def _scratch_config(arguments: argparse.Namespace) -> SwitchConfig:
+    """The config of a model from scratch, without what the flags change of it."""
+    if arguments.model:
+        return preset(arguments.model)
+    try:
+        return SwitchConfig.from_json(Path(arguments.config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptFile(f"cannot be read: {error}", path=arguments.config) from None
+
+
+def _says_size(arguments: argparse.Namespace) -> bool:
+    """Whether the embedding's size was asked for; a preset's is the published vocabulary's."""
+    return bool(arguments.config) or "vocab_size" in _set_fields(arguments)
 
 
 def _overrides(
@@ -196,15 +214,21 @@ def _overrides(
         spec = Spec.parse(experts, kind="expert container")
         options = {**spec.options, "dropout": settings.expert_dropout}
         overrides["experts"] = Spec(spec.name, options).to_json()
+    return overrides | _set_fields(arguments)
+
+
+def _set_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--set` says."""
+    fields: dict[str, Any] = {}
     for text in arguments.set:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError("--set takes FIELD=VALUE", field="set", found=text)
         try:
-            overrides[name] = json.loads(value)
+            fields[name] = json.loads(value)
         except ValueError:
-            overrides[name] = value  # a bare word: a component's name
-    return overrides
+            fields[name] = value  # a bare word: a component's name
+    return fields
 
 
 def _files_digest(path: str | None) -> str | None:
@@ -221,28 +245,39 @@ def _files_digest(path: str | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _tokenizer(
-    arguments: argparse.Namespace, model: nn.Module, vocabulary_from: Sequence[str] | None
-) -> BaseTokenizer:
-    if arguments.tokenizer:
-        return tokenizer_of(arguments.tokenizer)
-    source = getattr(arguments, "source", None) or arguments.teacher
-    if source:
-        return tokenizer_of(source)
-    if vocabulary_from is None:
+def _starts_without_words(arguments: argparse.Namespace) -> bool:
+    """Whether a model starts from scratch and no tokenizer was named."""
+    return not arguments.tokenizer and bool(arguments.model or arguments.config)
+
+
+def _tokenizer(arguments: argparse.Namespace) -> BaseTokenizer:
+    source = arguments.tokenizer or getattr(arguments, "source", None) or arguments.teacher
+    if not source:
         raise ConfigError("a tokenizer is needed", field="tokenizer", hint="Pass --tokenizer.")
+    return tokenizer_of(source)
+
+
+def _learned(arguments: argparse.Namespace, texts: Sequence[str]) -> Tokenizer:
+    """A vocabulary of the texts, of as many pieces as they allow; the one of before where the run
+    goes on.
+    """
     target = Path(arguments.out) / "spiece.model"
-    if target.is_file():
+    if target.is_file() and (arguments.resume or arguments.resume_from is not None):
         return Tokenizer(target)
+    config = _scratch_config(arguments)
+    config = config.replace(**_set_fields(arguments))
     target.parent.mkdir(parents=True, exist_ok=True)
-    config: Any = model.config
-    size = min(config.vocab_size - T5_SENTINELS, _OWN_VOCABULARY)
-    lines = (line for text in vocabulary_from for line in text.splitlines() if line.strip())
     eos = config.eos_token_id
-    return Tokenizer.train(
-        lines,
+    tokenizer = Tokenizer.train(
+        (line for text in texts for line in text.splitlines() if line.strip()),
         target,
-        vocab_size=size,
+        vocab_size=min(config.vocab_size - T5_SENTINELS, _OWN_VOCABULARY),
+        at_most=True,
         pad_id=config.pad_token_id,
         eos_id=eos[0] if isinstance(eos, tuple) else eos,
     )
+    rows = config.vocab_size if _says_size(arguments) else tokenizer.vocab_size
+    pieces = tokenizer.vocab_size - tokenizer.num_sentinels
+    said = f"{pieces:,} pieces and {tokenizer.num_sentinels} sentinels, learned from the text"
+    print(f"vocabulary: {said}; the embedding has {rows:,} rows", file=sys.stderr)
+    return tokenizer

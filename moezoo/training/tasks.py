@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moezoo.errors import ConfigError, did_you_mean
+from moezoo.errors import ConfigError, MissingExtra, did_you_mean
 from moezoo.text_files import Row, rows, text_of
 from moezoo.training.corpus import stdlib_sources
 
@@ -65,13 +65,15 @@ def task(name: str) -> Task:
     return TASKS[name]
 
 
-def read_pairs(path: str | Path, *, source: str, target: str) -> list[Pair]:
-    """Pairs from a JSONL file (nested under "translation" too), or a CSV or TSV file with a header.
+def read_pairs(path: str | Path, *, source: str, target: str, header: bool = True) -> list[Pair]:
+    """Pairs from a JSONL file (nested under "translation" too), or a CSV or TSV file with a header
+    or, without, of two columns, the source first.
 
     Raises CorruptFile naming the line (see `text_files.rows`), ConfigError naming line and field.
     """
     fields = {"source": source, "target": target}
-    pairs = [pair_of(row, f"line {number}", path, **fields) for number, row in rows(path)]
+    found = rows(path, columns=None if header else (source, target))
+    pairs = [pair_of(row, f"line {number}", path, **fields) for number, row in found]
     if not pairs:
         raise ConfigError("no pairs in it", path=path)
     return pairs
@@ -132,22 +134,20 @@ def token_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Corpus BLEU by sacreBLEU, 0 to 100. Raises ConfigError where it is not installed."""
+    """Corpus BLEU by sacreBLEU, 0 to 100. Raises MissingExtra where it is not installed."""
     try:
         import sacrebleu
     except ImportError:
-        hint = "pip install 'moezoo[train]'"
-        raise ConfigError("BLEU needs sacrebleu", field="metrics", hint=hint) from None
+        raise MissingExtra("BLEU", "sacrebleu", extra="train") from None
     return float(sacrebleu.corpus_bleu(list(found), [list(wanted)]).score)
 
 
 def rouge_l(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Mean ROUGE-L F1 by rouge-score. Raises ConfigError where it is not installed."""
+    """Mean ROUGE-L F1 by rouge-score. Raises MissingExtra where it is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        hint = "pip install 'moezoo[train]'"
-        raise ConfigError("ROUGE needs rouge-score", field="metrics", hint=hint) from None
+        raise MissingExtra("ROUGE", "rouge-score", extra="train") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = (scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(found, wanted, strict=True))
     return float(sum(scores) / max(len(wanted), 1))
@@ -165,4 +165,19 @@ def pair_of(row: Row, place: str, path: str | Path, *, source: str, target: str)
     """The two texts of a row, nested under "translation" or not. Raises as `text_files.text_of`."""
     inner = row.get("translation")
     row = inner if isinstance(inner, dict) else row
+    for field in (source, target):
+        if field not in row:
+            reason, hint = f"{place} has no text {field!r}", _of_fields(row)
+            raise ConfigError(reason, path=path, field=field, hint=hint)
     return text_of(row, source, place, path), text_of(row, target, place, path)
+
+
+def _of_fields(row: Row) -> str:
+    """How to read a row that has other fields than were looked for."""
+    known = [name for name, task in TASKS.items() if {task.source, task.target} <= row.keys()]
+    named = ", ".join(str(name)[:40] for name in row) or "none"
+    return (
+        f"Its fields are {named}. "
+        + (f"Pass --task {known[0]}, or say" if known else "Say")
+        + " --source-field and --target-field; a table without a header has --no-header."
+    )

@@ -6,23 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moezoo.errors import ConfigError
+from moezoo.errors import MissingExtra
 
 
 class Board:
     """An event file; what an earlier run wrote past `step` is hidden.
 
-    Raises ConfigError where tensorboard is not installed.
+    Raises MissingExtra where tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            hint = "pip install 'moezoo[train]'"
-            raise ConfigError(
-                "TensorBoard is not installed", field="tensorboard", hint=hint
-            ) from None
+            raise MissingExtra("--tensorboard", "tensorboard", extra="train") from None
         writer: Any = SummaryWriter  # untyped in torch
         self.writer = writer(str(folder), purge_step=step + 1)
 

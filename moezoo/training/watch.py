@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from moezoo.progress import bar, show
 from moezoo.training.loop import StepRecord, mean_of
 
 _HEADER = "step loss ce balance z drop maxvio dead entropy norm tok/s".split()
@@ -39,10 +40,10 @@ class Watch:
         self._recent.append(record)
         if record.step % self.every and record.step != self.steps:
             if self.stream.isatty():
-                self._write(f"\r\x1b[K{live(self._recent, self.steps)}"[:118], "")
+                show(self.stream, live(self._recent, self.steps))
             return []
         if self.stream.isatty():
-            self._write("\r\x1b[K", "")
+            show(self.stream, "")
         if self._rows % 20 == 0:
             self._write("".join(f"{name:>9}" for name in _HEADER))
         self._rows += 1
@@ -56,19 +57,17 @@ class Watch:
         self._recent = []
         return new
 
-    def _write(self, text: str, end: str = "\n") -> None:
-        self.stream.write(text + end)
+    def _write(self, text: str) -> None:
+        self.stream.write(text + "\n")
         self.stream.flush()
 
 
 def live(records: Sequence[StepRecord], steps: int) -> str:
     """The newest step and the time that is left, as one line."""
     last = records[-1]
-    left = (steps - last.step) * mean_of(records, "seconds")
-    return (
-        f"step {last.step}/{steps}  loss {last.loss:.3f}  drop {last.dropped:.1%}  "
-        f"{last.tokens_per_second:,.0f} tok/s  left {left / 60:.1f} min"
-    )
+    seconds = last.step * mean_of(records, "seconds")
+    note = f"loss {last.loss:.3f}  drop {last.dropped:.1%}  {last.tokens_per_second:,.0f} tok/s"
+    return bar("train", last.step, steps, seconds, note=note)
 
 
 def row(records: Sequence[StepRecord]) -> str:

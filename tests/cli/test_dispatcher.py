@@ -6,9 +6,11 @@ import argparse
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -45,6 +47,11 @@ def failing(error: BaseException) -> object:
         (OSError(28, "No space left on device", "out"), 4, "out: No space left on device"),
         (PermissionError(13, "Permission denied", "in"), 3, "in: Permission denied"),
         (MemoryError(), 3, "out of memory"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            3,
+            "torch is not installed: pip install torch, then `moezoo doctor`",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyError("x"), 1, "internal error, KeyError: 'x'. Run again with --debug"),
     ],
@@ -213,6 +220,19 @@ def test_doctor_finds_what_the_tests_run_on(capsys: pytest.CaptureFixture[str]) 
     found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
     assert found["torch"]["found"] == torch.__version__
     assert found["torch"]["verdict"] == "ok"
+
+
+def test_doctor_looks_for_what_pyproject_asks_for() -> None:
+    from moezoo.cli.doctor import EXTRAS, REQUIRED
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split("[<>=]", text)[0]: text for text in project["dependencies"]}
+    assert set(REQUIRED) == set(wanted)
+    for name, least in REQUIRED.items():
+        assert wanted[name] == name + (">=" + ".".join(map(str, least)) if least else "")
+    for extra, names in EXTRAS.items():
+        asked = project["optional-dependencies"][extra]
+        assert set(names) == {re.split("[<>=]", text)[0] for text in asked}
 
 
 @pytest.mark.parametrize("verb_name", cli.available())

@@ -316,7 +316,7 @@ def without_tensorstore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("without_tensorstore")
 def test_without_the_extra_the_way_to_it_is_told(sound: dict[str, Path]) -> None:
     for item in sound.values():
-        with pytest.raises(CheckpointError, match=r"tensorstore.*pip install 'moezoo\[orbax\]'"):
+        with pytest.raises(CheckpointError, match=r"tensorstore.*pip install '\.\[orbax\]'"):
             moezoo.load(item)
 
 

@@ -84,7 +84,7 @@ def test_without_tokenizers_the_error_names_the_extra(
 ) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(moezoo.MoezooError, match=r"pip install 'moezoo\[hf\]'"):
+    with pytest.raises(moezoo.MoezooError, match=r"pip install '\.\[hf\]'"):
         tokenizer_of(tmp_path)
 
 

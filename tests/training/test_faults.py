@@ -151,6 +151,29 @@ def test_other_settings_are_taken_when_that_is_asked_for(tmp_path: Path) -> None
     assert [record.learning_rate for record in done.state.history] == [1e-5, 1e-5]
 
 
+def test_more_steps_than_before_are_ordinary_and_as_if_they_had_been_planned(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(7)
+    planned = run_training(noisy_model(), batches(), SETTINGS, tmp_path / "whole", steps=6)
+    torch.manual_seed(7)
+    run_training(noisy_model(), batches(), SETTINGS, tmp_path / "parts", steps=4)
+    longer = run_training(noisy_model(), batches(), SETTINGS, tmp_path / "parts", steps=6)
+    assert [record.step for record in longer.state.history] == [5, 6]
+    wanted = planned.state.model.state_dict()
+    for name, tensor in longer.state.model.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    with pytest.raises(TrainingError, match="expected at least 6, found 5"):
+        run_training(noisy_model(), batches(), SETTINGS, tmp_path / "parts", steps=5)
+
+
+def test_more_steps_are_another_setting_where_the_rate_depends_on_them(tmp_path: Path) -> None:
+    falling = SETTINGS.with_changes(schedule="linear")
+    run_training(noisy_model(), batches(), falling, tmp_path, steps=2)
+    with pytest.raises(ResumeMismatch, match="steps is not what the run was started with"):
+        run_training(noisy_model(), batches(), falling, tmp_path, steps=4)
+
+
 def test_a_line_of_the_log_that_a_kill_cut_in_half_is_written_again(tmp_path: Path) -> None:
     train(tmp_path / "whole")
     train(tmp_path / "parts", until=7)

@@ -133,7 +133,8 @@ def test_data_sets_give_text_and_pairs_or_say_how_to_get_them(tmp_path: Path) ->
     with pytest.raises(moezoo.MoezooError, match="no split 'tran'"):
         dataset_rows(f"{path}:tran")
     names = ("source_field", "target_field", "prefix", "num_beams", "pairs", "held_out_pairs")
-    arguments = argparse.Namespace(**dict.fromkeys(names), task="translation", dataset=path)
+    settings = dict.fromkeys(names) | {"no_header": False}
+    arguments = argparse.Namespace(**settings, task="translation", dataset=path)
     train, held = task_pairs(arguments, chosen_task(arguments))
     assert len(train) == 18
     assert held == [("e9", "d9"), ("e19", "d19")]

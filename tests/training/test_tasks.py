@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import moezoo
-from moezoo.training.evaluation import measured
+from moezoo.training.batches import pair_batches, unknown_targets
+from moezoo.training.evaluation import measurable, measured
 from moezoo.training.tasks import (
     METRICS,
     Task,
@@ -38,6 +41,46 @@ def test_pairs_come_from_jsonl_csv_and_the_nested_form(tmp_path: Path) -> None:
         read_pairs(tmp_path / "nowhere.jsonl", source="s", target="t")
     with pytest.raises(moezoo.MoezooError, match="translation"):
         task("translaton")
+
+
+def test_a_table_without_a_header_has_its_columns_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("one\teins\ntwo\tzwei\n")
+    found = read_pairs(tmp_path / "a.tsv", source="s", target="t", header=False)
+    assert found == [("one", "eins"), ("two", "zwei")]
+    with pytest.raises(moezoo.MoezooError, match="fields are one, eins.*--no-header"):
+        read_pairs(tmp_path / "a.tsv", source="s", target="t")
+    (tmp_path / "b.csv").write_text("one,eins,1\n")
+    with pytest.raises(moezoo.MoezooError, match="line 1 .*columns than s, t; expected 2, found 3"):
+        read_pairs(tmp_path / "b.csv", source="s", target="t", header=False)
+
+
+def test_pairs_of_a_known_task_name_it(tmp_path: Path) -> None:
+    for fields, name in (({"en": "x", "de": "y"}, "translation"),
+                         ({"document": "x", "summary": "y"}, "summarization")):  # fmt: skip
+        (tmp_path / "a.jsonl").write_text(json.dumps(fields))
+        with pytest.raises(moezoo.MoezooError, match=f"Pass --task {name}, or say --source-field"):
+            read_pairs(tmp_path / "a.jsonl", source="source", target="target")
+
+
+def test_a_metric_whose_package_is_missing_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    said: list[str] = []
+    kept = measurable(task("translation"), said.append)
+    assert kept.metrics == ("exact_match",) and kept.prefix == task("translation").prefix
+    assert len(said) == 1 and "bleu will not be measured" in said[0]
+    assert "pip install '.[train]'" in said[0]
+
+
+def test_targets_with_unknown_text_are_counted(tmp_path: Path) -> None:
+    tokenizer = moezoo.Tokenizer.train(
+        ["one two three four", "five six"], tmp_path / "s.model", vocab_size=500, at_most=True
+    )
+    pairs = [("one", "two"), ("one", "ж three"), ("ж", "four"), ("two", "жж")]
+    batches = pair_batches(pairs, tokenizer, batch_size=2)
+    assert unknown_targets(batches, tokenizer.unk_id) == (2, 1)
+    assert unknown_targets(batches, moezoo.ByteTokenizer().unk_id) == (0, None)
 
 
 def test_toy_tasks_have_pairs_split_by_module() -> None:

@@ -71,6 +71,38 @@ def test_a_run_writes_its_settings_and_every_step(trained: Path) -> None:
     assert [r["step"] for r in rows if "held_out" in r] == [10]
 
 
+def test_a_vocabulary_is_as_large_as_the_text_allows_and_the_embedding_fits_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "small.txt"
+    text.write_text("\n\n".join(pydoc_data.topics.topics[n] for n in ("if", "while", "for")))
+    small = ["num_layers=1", "d_model=16", "d_kv=4", "d_ff=16", "num_heads=2"]
+    words = ["--model", "t5-small", "--text", text, "--input-length", 32, *FAST, "--set", *small]
+    assert moezoo("train", tmp_path / "run", "--steps", 1, *words) == 0
+    said = capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    rows = config["vocab_size"]
+    assert 200 < rows < 2000 and f"the embedding has {rows:,} rows" in said
+    assert f"{rows - 100:,} pieces and 100 sentinels, learned from the text" in said
+    assert moezoo("train", tmp_path / "run", "--steps", 2, "--resume", *words) == 0
+    assert "learned" not in capsys.readouterr().err  # the run's own is taken again
+    assert moezoo("train", tmp_path / "set", "--steps", 1, *words, "vocab_size=5000") == 0
+    config = json.loads((tmp_path / "set" / "model" / "config.json").read_text())
+    assert config["vocab_size"] == 5000
+
+
+def test_pairs_that_the_vocabulary_lacks_are_warned_of(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"number {i}\t{'ж' * (i % 3 == 0)} {i}\n" for i in range(30)))
+    words = ["--pairs", pairs, "--no-header", "--steps", 1, "--examples", 2, *FAST]
+    assert moezoo("finetune", trained / "run", tmp_path / "tuned", *words) == 0
+    said = capsys.readouterr().err
+    count = sum(i % 3 == 0 for i in range(30) if i % 10 != 9)
+    assert f"warning: {count} of 27 targets hold text that the vocabulary lacks" in said
+
+
 def test_a_finished_run_is_not_overwritten_by_another(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
