@@ -1,4 +1,7 @@
-"""moezoo models as models of Hugging Face transformers: Auto classes, Trainer, generate, PEFT."""
+"""moezoo models as models of Hugging Face transformers, and experts for its own sparse models.
+
+To import it adds "moezoo" to what `experts_implementation` may be.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ except ImportError:
 
 from moezoo.adapters.hf.adaptation import AdaptRouters
 from moezoo.adapters.hf.configuration import MoezooConfig
+from moezoo.adapters.hf.experts import register_experts
 from moezoo.adapters.hf.modeling import (
     MoezooEncoderModel,
     MoezooForConditionalGeneration,
@@ -19,14 +23,19 @@ from moezoo.adapters.hf.modeling import (
 
 
 def register() -> None:
-    """Tell the Auto classes of transformers what `model_type: moezoo` is; may be called again."""
+    """Tell transformers what `model_type: moezoo` is, to its Auto classes, and what
+    `experts_implementation="moezoo"` is; may be called again.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+    register_experts()
     AutoConfig.register("moezoo", MoezooConfig, exist_ok=True)
     # One model type, two classes without a head: `architectures` in config.json tells which.
     AutoModel.register(MoezooConfig, (MoezooModel, MoezooEncoderModel), exist_ok=True)
     AutoModelForSeq2SeqLM.register(MoezooConfig, MoezooForConditionalGeneration, exist_ok=True)
 
+
+register_experts()
 
 __all__ = [
     "AdaptRouters",

@@ -55,6 +55,8 @@ ROUTERS = "moezoo/routers/"
 FUNCTIONS = "moezoo/functional/"
 POLICIES = "moezoo/capacity/"
 
+ROUTED = "moezoo/functional/routed_mlp.py"
+
 BUGS = [
     Bug("least probable expert", ROUTERS + "switch.py",
         "token_choice(probs_TE, gate_TE, 1", "token_choice(-probs_TE, gate_TE, 1"),
@@ -347,4 +349,12 @@ BUGS = [
         "self.phi.to(dtype)", "(2.0 * self.phi.detach() - self.phi).to(dtype)"),
     Bug("BASE seats tokens on the default device", ROUTERS + "base_layers.py",
         'dtype=torch.int64, device="cpu")', "dtype=torch.int64)", historic=True),
+    Bug("experts of other devices add their rows", ROUTED,
+        "y_NO[plan.used :].zero_()", "y_NO[plan.used :].fill_(1.0)"),
+    Bug("a bias of results is not in the gradient of weights", ROUTED,
+        "if down_bias is not None and self.grad_weight_N is not None:", "if False:"),
+    Bug("the gradient of hidden units is not weighed", ROUTED,
+        "leaf, back_nF * weight_n1.to(back_nF.dtype)", "leaf, back_nF", quick=True),
+    Bug("a strip ends before its last expert", "moezoo/functional/expert_strips.py",
+        "slice(before.start, rows.stop)", "slice(before.start, rows.start)"),
 ]  # fmt: skip

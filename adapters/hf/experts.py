@@ -1,0 +1,87 @@
+"""The experts of transformers' sparse models, computed by moezoo: `experts_implementation`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moezoo.errors import ConfigError
+from moezoo.functional.routed_mlp import Networks, routed_mlp
+from moezoo.ops.observed import is_observed
+
+NAME = "moezoo"
+_SHIPPED = ("transformers.", "torch.nn.modules.activation")
+_FUNCTIONS = (F.silu, F.relu, F.gelu)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+_PROJECTIONS = frozenset((*_MATRICES, *(f"{name}_bias" for name in _MATRICES)))
+
+
+def register_experts() -> None:
+    """Make "moezoo" one of the values that `experts_implementation` takes in transformers, next to
+    "eager", "grouped_mm" and "batched_mm"; may be called again.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What a class with transformers' `@use_experts_implementation` computes, by its own flags.
+
+    Args:
+        module: its parameters and `_apply_gate` or `act_fn` are followed, wrapped or not.
+        hidden_states: (T, D). top_k_index: (T, K); numbers from `num_experts` on are the experts of
+            other devices. top_k_weights: (T, K).
+
+    Returns:
+        (T, D) in the dtype of hidden_states.
+
+    Raises ConfigError for weights of a dtype that has to be decoded first.
+    """
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    if up.dtype not in _DTYPES:
+        hint = "Use the experts_implementation of its quantisation, or a checkpoint without one."
+        reason = f"{type(module).__name__} holds {up.dtype}, which moezoo does not decode"
+        raise ConfigError(reason, field=name, hint=hint)
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    networks = Networks(
+        up,
+        down,
+        module._apply_gate if module.has_gate else module.act_fn,
+        up_bias=getattr(module, f"{name}_bias") if module.has_bias else None,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+        after=module.post_expert_norm if module.has_post_expert_norm else None,
+        pure=_is_pure(module),
+    )
+    return routed_mlp(hidden_states, top_k_index, top_k_weights, networks)
+
+
+def _is_pure(module: Any) -> bool:
+    """Whether what comes between the projections may be called again in backward: a gate and an
+    activation that transformers or torch ship, without parameters, randomness and onlookers.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    gate = inspect.getattr_static(module, "_apply_gate", None)
+    if not getattr(gate, "__module__", "").startswith(_SHIPPED) or not _PROJECTIONS.issuperset(
+        name for name, _ in module.named_parameters(recurse=False)
+    ):
+        return False
+    parts = {name: part for name, part in module.named_children() if name != "parametrizations"}
+    if "act_fn" in vars(module) and module.act_fn not in _FUNCTIONS:
+        return False
+    return all(_is_plain(part) for whole in parts.values() for part in whole.modules())
+
+
+def _is_plain(part: nn.Module) -> bool:
+    if not type(part).__module__.startswith(_SHIPPED) or isinstance(part, nn.RReLU):
+        return False
+    return next(part.parameters(), None) is None and not is_observed(part)

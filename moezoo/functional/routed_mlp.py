@@ -1,0 +1,313 @@
+"""Each token's weighted sum over its experts, of networks that are stacked by another's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moezoo.functional.dispatch import combine, dispatch
+from moezoo.functional.expert_strips import Plan, planned
+from moezoo.ops.backends import Runs
+from moezoo.ops.eager import is_eager, is_followed, plain_gradients
+from moezoo.ops.grouped_linear import grouped_linear
+from moezoo.ops.memory import large_empty, stacked_gradient
+from moezoo.ops.products import outer_product, product
+from moezoo.records import Assignment
+
+Rows = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """E networks x -> after(function(x up^T + up_bias) down^T + down_bias).
+
+    Fields: up (E, H, D), down (E, O, F), of any strides; function: (n, H) -> (n, F), row by row,
+    gating included; up_bias (E, H), down_bias (E, O); after: (n, O) -> (n, O), row by row; pure:
+    whether `function` draws nothing, has no parameters and may be called again in backward.
+    """
+
+    up: Tensor
+    down: Tensor
+    function: Rows
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    after: Rows | None = None
+    pure: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.up, self.down, self.up_bias, self.down_bias
+
+
+def routed_mlp(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
+    """y[t] = sum over k of weight[t, k] * network_expert[t, k](x[t]).
+
+    On a CPU a cache-full of rows goes from its tokens to its results at a time, backward computes
+    the hidden units again from what `function` was applied to, and experts without rows cost
+    nothing. Elsewhere, and under `torch.compile`, autocast and transforms, the same is composed of
+    `grouped_linear`.
+
+    Args:
+        x: (T, D). expert: (T, K) int64; numbers of E and more stand for no expert (those of another
+            device), whose weight counts as 0. weight: (T, K), of any floating dtype.
+
+    Returns:
+        (T, O) in the dtype of x. Twice differentiable.
+    """
+    if not _fuses(x, expert, weight, networks):
+        return _composed(x, expert, weight, networks)
+    tensors = [t for t in (x, weight, *networks.tensors) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out: Tensor = _Routed.apply(networks.function, x, expert, weight, *networks.tensors)  # type: ignore[no-untyped-call]
+        return out
+    plan = planned(expert, networks.up.shape)
+    return _collected(_results(x, plan, networks, None), plan, weight, x.dtype)
+
+
+def _fuses(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> bool:
+    if not (networks.pure and networks.after is None and expert.numel() and is_eager()):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = [x, expert, weight, *(t for t in networks.tensors if t is not None)]
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
+    return plain and all(t.dtype == x.dtype for t in tensors[3:])
+
+
+def _composed(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
+    tokens, choices = expert.shape
+    number = networks.up.shape[0]
+    expert_N = expert.t().reshape(-1)
+    kept_N = expert_N < number
+    assignment = Assignment(
+        token=torch.arange(tokens, device=x.device).repeat(choices),
+        expert=torch.where(kept_N, expert_N, 0),
+        weight=weight.t().reshape(-1),
+        kept=kept_N,
+        num_tokens=tokens,
+        num_experts=number,
+        group_size=tokens,
+        choices=choices,
+        rank_major=True,
+    )
+    slots, order = dispatch(x, assignment)
+    h_ND = grouped_linear(slots.x, networks.up, slots.counts, bias=networks.up_bias)
+    hidden_ND = networks.function(h_ND)
+    y_ND = grouped_linear(hidden_ND, networks.down, slots.counts, bias=networks.down_bias)
+    y_ND = y_ND if networks.after is None else networks.after(y_ND)
+    return combine(y_ND, assignment, order).to(x.dtype)
+
+
+def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | None) -> Tensor:
+    """The experts' rows (N, O), not weighed; what `function` was applied to goes to `saved`."""
+    width = networks.down.shape[1]
+    y_NO = large_empty((plan.pair.shape[0], width), x.dtype)
+    y_NO[plan.used :].zero_()
+    training = saved is not None
+    for runs, rows in plan.strips:
+        x_nD = (
+            x.index_select(0, plan.token[rows])
+            if x.shape[0] > 1
+            else x.expand(rows.stop - rows.start, -1)
+        )
+        h_nH = _products(x_nD, networks.up, networks.up_bias, runs, rows.start, training=training)
+        if saved is not None:
+            saved.append(h_nH)
+        hidden_nF = networks.function(h_nH)
+        _products(
+            hidden_nF,
+            networks.down,
+            networks.down_bias,
+            runs,
+            rows.start,
+            out=y_NO[rows],
+            training=training,
+        )
+    return y_NO
+
+
+def _products(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    runs: Runs,
+    start: int,
+    *,
+    out: Tensor | None = None,
+    training: bool,
+) -> Tensor:
+    """Rows of consecutive experts times their matrices, plus biases; `start`: the first row."""
+    if len(runs) == 1 and out is None:
+        expert = runs[0][0]
+        y = product(x, weight[expert], training=training)
+        return y if bias is None else y.add_(bias[expert])
+    out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
+    for expert, rows in runs:
+        here = slice(rows.start - start, rows.stop - start)
+        y = product(x[here], weight[expert], training=training)
+        out[here] = y if bias is None else y.add_(bias[expert])
+    return out
+
+
+def _collected(y_NO: Tensor, plan: Plan, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The (weighted) sum over the rows of each token."""
+    tokens, choices = plan.row.shape
+    if dtype == torch.float32:
+        factor = None if weight_TK is None else weight_TK.to(dtype).contiguous()
+        if tokens == 1:
+            taken = y_NO.index_select(0, plan.row[0])
+            return taken.sum(0, keepdim=True) if factor is None else factor @ taken
+        return F.embedding_bag(plan.row, y_NO, mode="sum", per_sample_weights=factor)
+    taken = y_NO.index_select(0, plan.row.reshape(-1)).view(tokens, choices, y_NO.shape[1])
+    return (taken if weight_TK is None else taken * weight_TK[..., None]).sum(1).to(dtype)
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Rows, x: Tensor, expert: Tensor, weight: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        up, down, up_bias, down_bias = tensors
+        networks = Networks(up, down, function, up_bias, down_bias, pure=True)  # type: ignore[arg-type]
+        plan = planned(expert, networks.up.shape)
+        saved: list[Tensor] = []
+        y_NO = _results(x, plan, networks, saved)
+        ctx.function, ctx.plan = function, plan
+        ctx.save_for_backward(x, expert, weight, *tensors, *saved)
+        return _collected(y_NO, plan, weight, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, expert, weight, up, down, up_bias, down_bias, *saved = ctx.saved_tensors
+        networks = Networks(up, down, ctx.function, up_bias, down_bias, pure=True)
+        wants = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (0, 2)]
+        if is_followed(grad):
+            found = _plain_gradients(x, expert, weight, networks, grad, wants)
+        else:
+            found = _Backward(ctx.plan, x, weight, networks, grad, wants).of(saved)
+        return None, found[0], None, *found[1:]
+
+
+def _plain_gradients(
+    x: Tensor, expert: Tensor, weight: Tensor, networks: Networks, grad: Tensor, wants: list[bool]
+) -> list[Tensor | None]:
+    """The gradients as functions that autograd can follow."""
+    given = (x, weight, *networks.tensors)
+    there = [i for i, t in enumerate(given) if t is not None]
+
+    def made(*tensors: Tensor) -> Tensor:
+        own: list[Tensor | None] = [None] * len(given)
+        for index, tensor in zip(there, tensors, strict=True):
+            own[index] = tensor
+        x, weight, up, down, *biases = own
+        assert x is not None and weight is not None and up is not None and down is not None
+        return _composed(
+            x, expert, weight, Networks(up, down, networks.function, biases[0], biases[1])
+        )
+
+    present = [t for t in given if t is not None]
+    found = iter(plain_gradients(made, present, grad, [wants[i] for i in there]))
+    return [next(found) if t is not None else None for t in given]
+
+
+class _Backward:
+    """The gradients of `routed_mlp`, a strip of rows after the other."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        weight: Tensor,
+        networks: Networks,
+        grad: Tensor,
+        wants: list[bool],
+    ) -> None:
+        self.plan, self.x, self.networks, self.grad = plan, x, networks, grad.contiguous()
+        self.wants_x, self.wants_weight, *wants_tensors = wants
+        self.weight_N1 = weight.reshape(-1).index_select(0, plan.pair)[:, None]
+        hit = [expert for runs, _ in plan.strips for expert, _ in runs]
+        self.grads = [
+            _gradient(t, hit) if t is not None and want else None
+            for t, want in zip(networks.tensors, wants_tensors, strict=True)
+        ]
+        self.weight = weight
+        rows = plan.pair.shape[0]
+        self.grad_x = large_empty((rows, x.shape[1]), x.dtype) if self.wants_x else None
+        self.grad_weight_N = weight.new_zeros(rows) if self.wants_weight else None
+
+    def of(self, saved: list[Tensor]) -> list[Tensor | None]:
+        """The gradients of x, weight, up, down and the biases."""
+        plan = self.plan
+        for (runs, rows), h_nH in zip(plan.strips, saved, strict=True):
+            self._strip(runs, rows, h_nH)
+        grad_x = grad_weight = None
+        if self.grad_x is not None:
+            self.grad_x[plan.used :].zero_()
+            grad_x = _collected(self.grad_x, plan, None, self.x.dtype)
+        if self.grad_weight_N is not None:
+            grad_weight = self.grad_weight_N[plan.row].view(self.weight.shape)
+        return [grad_x, grad_weight, *self.grads]
+
+    def _strip(self, runs: Runs, rows: slice, h_nH: Tensor) -> None:
+        up, down, down_bias = self.networks.up, self.networks.down, self.networks.down_bias
+        token_n, weight_n1 = self.plan.token[rows], self.weight_N1[rows]
+        back_nO = self.grad.index_select(0, token_n)  # of weighed results
+        back_nF = _products(back_nO, down.transpose(1, 2), None, runs, rows.start, training=True)
+        hidden_nF, grad_nH = self._through_function(rows, h_nH, back_nF, weight_n1)
+        weighed_nF = hidden_nF * weight_n1.to(hidden_nF.dtype)
+        x_nD = self.x.index_select(0, token_n)
+        for expert, whole in runs:
+            here = slice(whole.start - rows.start, whole.stop - rows.start)
+            grad_up, grad_down, grad_up_bias, grad_down_bias = (
+                None if g is None else g[expert] for g in self.grads
+            )
+            if grad_down is not None:
+                outer_product(back_nO[here], weighed_nF[here], out=grad_down)
+            if grad_up is not None:
+                outer_product(grad_nH[here], x_nD[here], out=grad_up)
+            if grad_up_bias is not None:
+                torch.sum(grad_nH[here], 0, out=grad_up_bias)
+            if grad_down_bias is not None:
+                torch.sum(
+                    (back_nO[here] * weight_n1[here]).to(back_nO.dtype), 0, out=grad_down_bias
+                )
+            if down_bias is not None and self.grad_weight_N is not None:
+                self.grad_weight_N[whole] += (back_nO[here] @ down_bias[expert]).to(
+                    self.grad_weight_N.dtype
+                )
+        if self.grad_x is not None:
+            _products(
+                grad_nH,
+                up.transpose(1, 2),
+                None,
+                runs,
+                rows.start,
+                out=self.grad_x[rows],
+                training=True,
+            )
+
+    def _through_function(
+        self, rows: slice, h_nH: Tensor, back_nF: Tensor, weight_n1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden units, computed again, and the gradient of what they are computed from."""
+        with torch.enable_grad():
+            leaf = h_nH.detach().requires_grad_()
+            hidden_nF = self.networks.function(leaf)
+        value_nF = hidden_nF.detach()
+        if self.grad_weight_N is not None:  # <back, down hidden> = <back down, hidden>
+            self.grad_weight_N[rows] = (back_nF * value_nF).sum(1)
+        (grad_nH,) = torch.autograd.grad(hidden_nF, leaf, back_nF * weight_n1.to(back_nF.dtype))
+        return value_nF, grad_nH
+
+
+def _gradient(tensor: Tensor, hit: list[int]) -> Tensor:
+    """Memory for a stacked gradient in the layout of its parameter."""
+    if tensor.dim() == 3 and tensor.stride(2) != 1:
+        experts, rows, columns = tensor.shape
+        return stacked_gradient((experts, columns, rows), tensor, hit).transpose(1, 2)
+    return stacked_gradient(tensor.shape, tensor, hit)
