@@ -65,11 +65,15 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
 
 
-def refuse_foreign_tensors(names: Iterable[str], path: object) -> None:
-    """Raise CheckpointError when the name of a tensor shows what a checkpoint is instead."""
+def refuse_foreign_tensors(names: Iterable[str], path: object, *, known: str = "") -> None:
+    """Raise CheckpointError when the name of a tensor shows what a checkpoint is instead.
+
+    Args:
+        known: the kind that it may be.
+    """
     for name in names:
         for pattern, what, hint in _TENSORS:
-            if pattern.search(name):
+            if what != known and pattern.search(name):
                 found = repr(name if len(name) <= 80 else name[:77] + "...")
                 reason = f"this is {what}"
                 raise CheckpointError(reason, path=path, key=name[:120], found=found, hint=hint)
