@@ -78,7 +78,8 @@ def load(
 def read_config(path: str | Path) -> SwitchConfig:
     """The config of a checkpoint; reads headers only. Raises as `load` does."""
     with open_source(path) as source:
-        return describe(source).config
+        config: SwitchConfig = describe(source).config
+        return config
 
 
 def save(

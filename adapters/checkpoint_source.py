@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moezoo.adapters.decoder_description import describe_decoder
 from moezoo.adapters.description import Description, describe
+from moezoo.adapters.families import DecoderConfig, ModelConfig
+from moezoo.adapters.families.decoders import lost_field
 from moezoo.adapters.formats import Source, TensorInfo, open_source
 from moezoo.adapters.formats.base import FLOAT_DTYPES
 from moezoo.adapters.formats.files import quoted
-from moezoo.adapters.names import HEAD, SHARED, disk_names, is_stray
-from moezoo.adapters.shapes import check_shapes, parameter_shapes
-from moezoo.config import SwitchConfig
+from moezoo.adapters.names import HEAD, SHARED
+from moezoo.adapters.shapes import check_shapes
 from moezoo.errors import TensorMismatch
 from moezoo.registry import Spec
 
@@ -41,13 +43,16 @@ class CheckpointSource:
         return self.source.path
 
     @property
-    def config(self) -> SwitchConfig:
-        return self.description.config
+    def config(self) -> ModelConfig:
+        config: ModelConfig = self.description.config
+        return config
 
     @property
     def aliases(self) -> dict[str, str]:
         """Names in the file under which a written one has no tensor, and what it has instead."""
         repeats, found = self.description.aliases, dict[str, str]()
+        if isinstance(self.config, DecoderConfig):
+            return dict(repeats)
         for name, first in repeats.items():
             written = SHARED if SHARED in (first, repeats.get(first)) else HEAD
             found |= {n: written for n in (name, first) if n != written}
@@ -57,6 +62,8 @@ class CheckpointSource:
     def renamed(self) -> dict[str, str]:
         """What is written under its own name though the file has only another for it, and that."""
         places, start = self.description.places, self.description.prefix
+        if isinstance(self.config, DecoderConfig):
+            return {}
         found = {name: places[name][None] for name in (SHARED, HEAD) if name in places}
         return {n: disk for n, disk in found.items() if start + n not in self.source.tensors}
 
@@ -82,7 +89,9 @@ def open_checkpoint(path: str | Path, *, drop_heads: bool = False) -> Checkpoint
     """
     source = open_source(path)
     try:
-        description = describe(source, drop_heads=drop_heads)
+        description = describe_decoder(source, drop_heads=drop_heads) or describe(
+            source, drop_heads=drop_heads
+        )
         try:
             return _checked(source, description)
         except TensorMismatch as error:
@@ -95,6 +104,8 @@ def open_checkpoint(path: str | Path, *, drop_heads: bool = False) -> Checkpoint
 def _explained(error: TensorMismatch, description: Description) -> TensorMismatch:
     """The error, or the reason why no conversion can take this model."""
     config = description.config
+    if isinstance(config, DecoderConfig):
+        return lost_field(config, error)
     router, experts = (Spec.parse(spec).name for spec in (config.router, config.experts))
     beyond = [f"the router {router!r}"] if router not in _CLASSIFIERS else []
     beyond += [f"the experts {experts!r}"] if experts != "stacked" else []
@@ -120,7 +131,7 @@ def _checked(source: Source, description: Description) -> CheckpointSource:
         _check_dtypes(source, found)
         tensors[name] = found
     shapes = {name: _shape(name, parts, source) for name, parts in tensors.items()}
-    expected = parameter_shapes(description.config, task)
+    expected = description.family.shapes(description.config, task)
     names = {name: _on_disk(name, description) for name in expected}
     names |= {name: parts[0].name for name, parts in tensors.items()}
     check_shapes(expected, shapes, path=source.path, names=names)
@@ -133,7 +144,8 @@ def _left_out(source: Source, description: Description) -> dict[str, str]:
     reasons = {start + name: f"repeats {first}" for name, first in description.aliases.items()}
     reasons |= dict.fromkeys(description.dropped, "of a head that was dropped")
     reasons |= dict.fromkeys(description.outside, "of the larger model around it")
-    strays = [name for name in source.tensors if is_stray(name.removeprefix(start))]
+    stray = description.family.is_stray
+    strays = [name for name in source.tensors if stray(name.removeprefix(start))]
     return reasons | dict.fromkeys(strays, "never meant anything")
 
 
@@ -155,7 +167,7 @@ def _refuse_depth(description: Description, task: str, source: Source) -> None:
 
 def _on_disk(name: str, description: Description) -> str:
     # The first expert's name stands for its stack: 65,536 names of each are not made to be shown.
-    first, *_ = disk_names(name, mlp=description.family.mlp, num_experts=1)
+    first, *_ = description.family.disk_names(name, num_experts=1)
     return description.prefix + first
 
 
@@ -188,6 +200,8 @@ def _shape(name: str, parts: tuple[TensorInfo, ...], source: Source) -> tuple[in
 
 def task_of(description: Description) -> str:
     """What a checkpoint holds: "conditional_generation", "model" or "encoder"."""
+    if isinstance(description.config, DecoderConfig):
+        return "conditional_generation"
     if not description.has_decoder:
         return "encoder"
     architectures = description.values.get("architectures")

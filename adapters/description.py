@@ -48,7 +48,7 @@ class Description:
     """
 
     family: Family
-    config: SwitchConfig
+    config: Any  # a SwitchConfig, or a decoder's
     prefix: str
     places: Mapping[str, dict[int | None, str]]
     aliases: Mapping[str, str]
@@ -76,8 +76,8 @@ def describe(source: Source, *, drop_heads: bool = False) -> Description:
     inside_another = bool(prefix) and source.path.is_file()
     configured = path.is_file() and not inside_another
     values: Mapping[str, Any] = read_json(path, most=_MAX_CONFIG_BYTES) if configured else {}
-    family = _named(path, family_of, values) if configured else None
-    _named(path, refuse_quantized, values)
+    family = named_file(path, family_of, values) if configured else None
+    named_file(path, refuse_quantized, values)
     refuse_foreign_tensors(source.tensors, source.path)
     dropped = _heads(source, prefix, drop=drop_heads)
     heads = set(dropped)
@@ -97,7 +97,7 @@ def describe(source: Source, *, drop_heads: bool = False) -> Description:
         own_embeddings=tuple(stack for stack, table in TABLES.items() if table in own),
     )
     if family is not None:
-        config = _named(path, family.read, values, weights)
+        config = named_file(path, family.read, values, weights)
     else:
         family, config = inferred(source, prefix, weights)
     for name in _wanted_by_none(config, own):
@@ -195,7 +195,7 @@ def _places(
         first = experts.setdefault(place.expert, name)
         if first == name:
             continue
-        if place.name != HEAD or not _equal(source, prefix + first, prefix + name):
+        if place.name != HEAD or not same_bytes(source, prefix + first, prefix + name):
             reason = f"{name!r} and {first!r} are the same parameter"
             raise TensorMismatch(reason, path=source.path, key=name)
         aliases[name] = first
@@ -209,7 +209,7 @@ def _places(
 
 def _refuse_two_tables(source: Source, prefix: str, tables: list[str]) -> None:
     """Raise TensorMismatch where nothing says which of two tables a tied head is tied to."""
-    if not _equal(source, *(prefix + table for table in tables)):
+    if not same_bytes(source, *(prefix + table for table in tables)):
         raise TensorMismatch(
             f"{tables[0]} and {tables[1]} differ, and there is neither shared.weight nor a head",
             path=source.path,
@@ -239,10 +239,10 @@ def _repeats(
     """Whether a table's bytes are those of the shared embeddings."""
     if SHARED not in places:
         return False
-    return _equal(source, prefix + places[name][None], prefix + places[SHARED][None])
+    return same_bytes(source, prefix + places[name][None], prefix + places[SHARED][None])
 
 
-def _equal(source: Source, first: str, second: str) -> bool:
+def same_bytes(source: Source, first: str, second: str) -> bool:
     """Whether two tensors are the same bytes."""
     a, b = source.info(first), source.info(second)
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -254,7 +254,7 @@ def _equal(source: Source, first: str, second: str) -> bool:
     return all(x == y for x, y in pairs)
 
 
-def _named(path: Path, read: Any, *arguments: Any) -> Any:
+def named_file(path: Path, read: Any, *arguments: Any) -> Any:
     """Call a reader of config.json; its errors name the file."""
     try:
         return read(*arguments)

@@ -10,6 +10,7 @@ from moezoo.errors import CheckpointError, ConfigError, nearest
 
 _FAMILIES = "moezoo reads T5, mT5, ByT5, UMT5, Switch and its own models"
 _PLUG = f"{_FAMILIES}; moezoo.plug puts experts into any live model."
+_STACKS = f"{_PLUG[:-1]}; `moezoo upcycle` takes it with its config.json (docs/stacks.md)."
 _MERGE = "Merge it into its model first: merge_and_unload() of peft, then save_pretrained."
 _FLOATING = "Use the model's weights in float32, bfloat16 or float16."
 # Classes of transformers by how their names begin, for configs without a model_type.
@@ -37,7 +38,7 @@ _TENSORS = (
     ),
     (re.compile(r"\bembeddings\.word_embeddings\.weight\Z"), "BERT or its kin", _PLUG),
     (re.compile(r"\b(?:en|de)coder\.layers\.\d+\.self_attn\."), "BART or its kin", _PLUG),
-    (re.compile(r"\blayers\.\d+\.self_attn\.q_proj\."), "Llama or its kin", _PLUG),
+    (re.compile(r"\blayers\.\d+\.self_attn\.q_proj\."), "Llama or its kin", _STACKS),
     (re.compile(r"\bh\.\d+\.(?:attn|self_attention)\."), "GPT-2 or its kin", _PLUG),
 )
 
@@ -65,11 +66,15 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
 
 
-def refuse_foreign_tensors(names: Iterable[str], path: object) -> None:
-    """Raise CheckpointError when the name of a tensor shows what a checkpoint is instead."""
+def refuse_foreign_tensors(names: Iterable[str], path: object, *, known: str = "") -> None:
+    """Raise CheckpointError when the name of a tensor shows what a checkpoint is instead.
+
+    Args:
+        known: the kind that it may be.
+    """
     for name in names:
         for pattern, what, hint in _TENSORS:
-            if pattern.search(name):
+            if what != known and pattern.search(name):
                 found = repr(name if len(name) <= 80 else name[:77] + "...")
                 reason = f"this is {what}"
                 raise CheckpointError(reason, path=path, key=name[:120], found=found, hint=hint)

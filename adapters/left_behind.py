@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.families import DecoderConfig
+from moezoo.adapters.families.decoders import EMBEDDINGS
 from moezoo.adapters.formats.base import DTYPE_BITS
-from moezoo.adapters.names import HEAD, LM_HEADS, MAY_REPEAT, SHARED, is_stray
+from moezoo.adapters.names import HEAD, LM_HEADS, MAY_REPEAT, SHARED
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.errors import ConfigError
 
@@ -48,9 +50,13 @@ def known(checkpoint: CheckpointSource) -> dict[str, Any]:
 def known_aliases(checkpoint: CheckpointSource) -> dict[str, str]:
     """Names under which the dense source held a tensor once more. Raises ConfigError."""
     found = known(checkpoint).get("aliases", {})
-    tables = isinstance(found, Mapping) and set(found) <= {*MAY_REPEAT, *LM_HEADS}
-    if not tables or not all(first in (SHARED, HEAD) for first in found.values()):
-        raise _malformed(checkpoint, "aliases", "names no aliases of a T5", found)
+    decoder = isinstance(checkpoint.config, DecoderConfig)
+    names, firsts = (
+        ((HEAD,), (EMBEDDINGS,)) if decoder else ((*MAY_REPEAT, *LM_HEADS), (SHARED, HEAD))
+    )
+    tables = isinstance(found, Mapping) and set(found) <= set(names)
+    if not tables or not all(first in firsts for first in found.values()):
+        raise _malformed(checkpoint, "aliases", "names no aliases of the family", found)
     return dict(found)
 
 
@@ -59,7 +65,7 @@ def known_names(checkpoint: CheckpointSource) -> dict[str, str]:
     found = known(checkpoint).get("renamed", {})
     tables = isinstance(found, Mapping) and set(found) <= {SHARED, HEAD}
     if not tables or not all(name in (*MAY_REPEAT, *LM_HEADS) for name in found.values()):
-        raise _malformed(checkpoint, "renamed", "names no tables of a T5", found)
+        raise _malformed(checkpoint, "renamed", "names no tables of the family", found)
     return dict(found)
 
 
@@ -75,8 +81,8 @@ def known_strays(checkpoint: CheckpointSource) -> dict[str, tuple[TensorPlan, by
             fits = fits and min(shape, default=0) >= 0
         except (KeyError, TypeError, ValueError, binascii.Error):
             fits = False
-        if not fits or not is_stray(name):
-            raise _malformed(checkpoint, "strays", "holds no stray tensors of a T5", found)
+        if not fits or not checkpoint.description.family.is_stray(name):
+            raise _malformed(checkpoint, "strays", "holds no stray tensors of the family", found)
         strays[name] = TensorPlan(name, dtype, shape), content
     return strays
 
@@ -86,7 +92,7 @@ def _strays(checkpoint: CheckpointSource) -> dict[str, Any]:
     found = {}
     for full, info in source.tensors.items():
         name = full.removeprefix(start)
-        if is_stray(name) and info.nbytes <= _MOST_BYTES:
+        if checkpoint.description.family.is_stray(name) and info.nbytes <= _MOST_BYTES:
             content = base64.b64encode(source.read(full)).decode("ascii")
             found[name] = {"dtype": info.dtype, "shape": list(info.shape), "base64": content}
     return found

@@ -78,6 +78,11 @@ class MemoryName:
     expert: int | None = None
 
 
+def expert_axis(name: str) -> int:
+    """The axis of a tensor of a router along which its experts are."""
+    return 1 if name.endswith(".correction") else 0
+
+
 def is_stray(name: str) -> bool:
     """Whether a tensor on disk never meant anything: T5's first files hold one."""
     return name == _STRAY

@@ -12,12 +12,14 @@ from typing import Any
 
 from moezoo.adapters.buildable import check_buildable
 from moezoo.adapters.checkpoint_source import CheckpointSource
-from moezoo.adapters.families import Family, expressible, layout_for
+from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, expressible, layout_for
+from moezoo.adapters.families.decoders import zero_shapes
 from moezoo.adapters.formats import TensorInfo
 from moezoo.adapters.left_behind import left_behind
-from moezoo.adapters.names import SHARED, disk_names
+from moezoo.adapters.names import SHARED
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.decoders import sparse_sibling
 from moezoo.adapters.upcycle.inits import ExpertInit, RouterInit, expert_inits, router_inits
 from moezoo.adapters.upcycle.placement import placed
 from moezoo.adapters.upcycle.preservation import preserving_scale, router_for
@@ -34,7 +36,7 @@ class Move:
 
     `layer` names the sparse layer that it feeds, such as "encoder.blocks.1.mlp", and `matrix` is
     its part there; both are None for a tensor that is only copied, to every name that the layout
-    wants it under.
+    wants it under. `shared` is that part of an expert that every token passes, with its own scale.
     """
 
     parameter: str
@@ -43,6 +45,13 @@ class Move:
     layer: str | None = None
     matrix: str | None = None
     scale: float = 1.0
+    shared: TensorPlan | None = None
+    shared_scale: float = 1.0
+
+    @property
+    def written(self) -> tuple[TensorPlan, ...]:
+        """All that becomes of it."""
+        return self.targets if self.shared is None else (*self.targets, self.shared)
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class Plan:
     """A decided conversion. `layout_reason` says why Hugging Face's layout cannot hold it."""
 
     recipe: Recipe
-    config: SwitchConfig
-    source_config: SwitchConfig
+    config: ModelConfig
+    source_config: ModelConfig
     task: str
     family: Family
     layout_reason: str
@@ -59,6 +68,7 @@ class Plan:
     router_init: RouterInit
     moves: tuple[Move, ...] = field(repr=False)
     routers: dict[str, TensorPlan] = field(repr=False)  # by layer
+    zeros: dict[str, tuple[TensorPlan, ...]] = field(repr=False)  # by layer, of the router too
     left_out: Mapping[str, str]  # tensors of the source that are not converted, and why
     behind: Mapping[str, Any]  # what provenance says of them, for `downcycle` to write them again
 
@@ -96,7 +106,8 @@ class Plan:
             if move.layer is not None and move.layer not in drawn:
                 drawn.add(move.layer)
                 yield self.routers[move.layer]
-            yield from move.targets
+                yield from self.zeros.get(move.layer, ())
+            yield from move.written
 
     @property
     def bytes_read(self) -> int:
@@ -108,21 +119,34 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        total = sum(math.prod(router.shape) for router in self.routers.values())
+        total = self._routing_parameters
         for move in self.moves:
-            kept = move.targets if move.layer is not None else move.targets[:1]
+            kept = move.written if move.layer is not None else move.targets[:1]
             total += sum(math.prod(target.shape) for target in kept)
         return total
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token meets: its chosen experts only."""
-        chosen = layer_cost(self.config).choices
-        total = 0
+        total, chosen = self._routing_parameters, choices_of(self.config)
         for move in self.moves:
             count = 1 if move.layer is None else min(chosen, len(move.targets))
             total += count * math.prod(move.targets[0].shape)
-        return total + sum(math.prod(router.shape) for router in self.routers.values())
+            total += 0 if move.shared is None else math.prod(move.shared.shape)
+        return total
+
+    @property
+    def _routing_parameters(self) -> int:
+        zeros = (zero for layer in self.zeros.values() for zero in layer)
+        return sum(math.prod(plan.shape) for plan in (*self.routers.values(), *zeros))
+
+
+def choices_of(config: ModelConfig) -> int:
+    """How many experts a token meets in a sparse layer."""
+    if isinstance(config, DecoderConfig):
+        return config.choices
+    assert isinstance(config, SwitchConfig)
+    return layer_cost(config).choices
 
 
 def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "auto") -> Plan:
@@ -142,12 +166,11 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
     init = expert_inits.build(recipe.init)
     router_init = router_inits.build(recipe.router_init)
     init.check(source_config.d_ff, recipe.num_experts)
-    router = router_for(init, recipe.router, recipe.num_experts)
-    config = target_config(source_config, recipe, init, router, checkpoint.task)
-    check_buildable(config, checkpoint.task)
+    config, shared_scale = _target(checkpoint, recipe, init)
     dtypes = {DTYPES[recipe.dtype]} if recipe.dtype else checkpoint.dtypes
     family = layout_for(config, layout, dtypes=dtypes)
-    moves = tuple(_moves(checkpoint, config, family, recipe))
+    moves = tuple(_moves(checkpoint, config, family, recipe, shared_scale))
+    routers = dict(_routers(moves, config, family))
     return Plan(
         recipe=recipe,
         config=config,
@@ -158,10 +181,31 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
         init=init,
         router_init=router_init,
         moves=moves,
-        routers=dict(_routers(moves, config, family)),
+        routers=routers,
+        zeros=dict(_zeros(routers, config, family)),
         left_out=checkpoint.left_out,
         behind=left_behind(checkpoint),
     )
+
+
+def _target(
+    checkpoint: CheckpointSource, recipe: Recipe, init: ExpertInit
+) -> tuple[ModelConfig, float]:
+    """The config of the upcycled model, and the factor on a shared expert's `wo`."""
+    source = checkpoint.config
+    if isinstance(source, DecoderConfig):
+        try:
+            return sparse_sibling(source, recipe, init)
+        except ConfigError as error:
+            if error.path is None and error.field in source.full:
+                error.path = str(checkpoint.source.directory / "config.json")
+                error.args = (str(error),)
+            raise
+    assert isinstance(source, SwitchConfig)
+    router = router_for(init, recipe.router or "switch", recipe.num_experts)
+    config = target_config(source, recipe, init, router, checkpoint.task)
+    check_buildable(config, checkpoint.task)
+    return config, 1.0
 
 
 def target_config(
@@ -173,7 +217,7 @@ def target_config(
     """
     decoder_layers = 0 if task == "encoder" else source.decoder_layers
     encoder, decoder = placed(
-        recipe.layers, encoder_layers=source.num_layers, decoder_layers=decoder_layers
+        recipe.layers or "odd", encoder_layers=source.num_layers, decoder_layers=decoder_layers
     )
     width = init.expert_width(source.d_ff, recipe.num_experts)
     experts: dict[str, Any] = {"name": "stacked", "d_ff": width}
@@ -192,15 +236,15 @@ def layout_words(family: Family, reason: str) -> str:
     """What a layout is called, with the reason for moezoo's own ("" when it was asked for)."""
     if "moezoo" in family.model_types:
         return f"moezoo, because {reason}" if reason else "moezoo, as asked for"
-    names = {"switch_transformers": "Switch", "t5": "T5", "umt5": "UMT5"}
-    return f"Hugging Face {names[family.model_types[0]]}"
+    return f"Hugging Face {family.title}"
 
 
 def _moves(
     checkpoint: CheckpointSource,
-    config: SwitchConfig,
+    config: ModelConfig,
     family: Family,
     recipe: Recipe,
+    shared_scale: float,
 ) -> Iterator[Move]:
     scale = config.wo_scale or 1.0
     layers = {f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse}
@@ -213,23 +257,45 @@ def _moves(
         layer, _, rest = name.rpartition(".mlp.")
         layer, matrix = f"{layer}.mlp", rest.removesuffix(".weight")
         if layer not in layers:
-            names = disk_names(name, mlp=family.mlp)
+            names = family.disk_names(name)
             names += family.copies(config, checkpoint.task) if name == SHARED else ()
             yield Move(name, info, tuple(TensorPlan(n, dtype, info.shape) for n in names))
             continue
-        targets = disk_names(f"{layer}.experts.{matrix}", mlp=family.mlp, num_experts=count)
+        targets = family.disk_names(f"{layer}.experts.{matrix}", num_experts=count)
         width = expert_width(config)
         shape = (config.d_model, width) if matrix == "wo" else (width, config.d_model)
         plans = tuple(TensorPlan(target, dtype, shape) for target in targets)
-        yield Move(name, info, plans, layer, matrix, scale if matrix == "wo" else 1.0)
+        shared = None
+        if isinstance(config, DecoderConfig) and config.shares:
+            (common,) = family.disk_names(f"{layer}.shared.{matrix}.weight")
+            shared = TensorPlan(common, dtype, info.shape)
+        factors = (scale, shared_scale) if matrix == "wo" else (1.0, 1.0)
+        yield Move(name, info, plans, layer, matrix, factors[0], shared, factors[1])
 
 
 def _routers(
-    moves: tuple[Move, ...], config: SwitchConfig, family: Family
+    moves: tuple[Move, ...], config: ModelConfig, family: Family
 ) -> Iterator[tuple[str, TensorPlan]]:
     for move in moves:
         if move.layer is not None and move.matrix == matrix_names(config)[0]:
             name = f"{move.layer}.router.classifier.weight"
-            (target,) = disk_names(name, mlp=family.mlp)
+            (target,) = family.disk_names(name)
             shape = (config.num_experts, config.d_model)
             yield move.layer, TensorPlan(target, move.targets[0].dtype, shape)
+
+
+def _zeros(
+    routers: Mapping[str, TensorPlan], config: ModelConfig, family: Family
+) -> Iterator[tuple[str, tuple[TensorPlan, ...]]]:
+    """What a router has besides, by layer; nothing where it has nothing."""
+    if not isinstance(config, DecoderConfig) or config.sparse_kind is None:
+        return
+    shapes = zero_shapes(config.sparse_kind, config)
+    for layer, router in routers.items() if shapes else ():
+        yield (
+            layer,
+            tuple(
+                TensorPlan(family.disk_names(f"{layer}.router.{name}")[0], router.dtype, shape)
+                for name, shape in shapes.items()
+            ),
+        )

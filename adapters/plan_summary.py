@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.fused import whole_name
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.carried import carried_files
@@ -91,13 +92,15 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
         )
         group["count"] += 1
         group["bytes_read"] += move.source.nbytes
-        group["bytes_written"] += sum(target.nbytes for target in move.targets)
+        group["bytes_written"] += sum(target.nbytes for target in move.written)
     return [*groups.values(), *_router_groups(plan)]
 
 
 def _router_groups(plan: Plan) -> list[dict[str, Any]]:
     routers: dict[str, list[TensorPlan]] = {}
-    for router in plan.routers.values():
+    zeros = (zero for layer in plan.zeros.values() for zero in layer)
+    drawn = {_pattern(router.name) for router in plan.routers.values()}
+    for router in (*plan.routers.values(), *zeros):
         routers.setdefault(_pattern(router.name), []).append(router)
     return [
         {
@@ -105,7 +108,7 @@ def _router_groups(plan: Plan) -> list[dict[str, Any]]:
             "target": pattern,
             "dtype": alike[0].dtype,
             "shape": list(alike[0].shape),
-            "init": _name(plan.recipe.router_init),
+            "init": _name(plan.recipe.router_init) if pattern in drawn else "zero",
             "scale": 1.0,
             "count": len(alike),
             "bytes_read": 0,
@@ -128,4 +131,5 @@ def _name(spec: str | dict[str, Any]) -> str:
 
 def _pattern(name: str) -> str:
     """A name with its numbers of layer and expert made general."""
-    return re.sub(r"expert_\d+", "expert_*", re.sub(r"\bblock\.\d+\b", "block.*", name))
+    name = re.sub(r"\b(block|layers|experts)\.\d+\b", r"\1.*", whole_name(name))
+    return re.sub(r"expert_\d+", "expert_*", name)

@@ -6,6 +6,7 @@ No torch, nothing allocated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.names import HEAD, SHARED, TABLES
@@ -48,12 +49,12 @@ def parameter_shapes(config: SwitchConfig, task: str) -> dict[str, Shape]:
     return shapes
 
 
-def matrix_names(config: SwitchConfig) -> tuple[str, ...]:
-    """The matrices of one feed-forward network, in reading order."""
+def matrix_names(config: Any) -> tuple[str, ...]:
+    """The matrices of one feed-forward network of a T5 or a decoder, in reading order."""
     return ("wi_0", "wi_1", "wo") if config.is_gated else ("wi", "wo")
 
 
-def expert_width(config: SwitchConfig) -> int:
+def expert_width(config: Any) -> int:
     """The hidden width of one expert."""
     return int(Spec.parse(config.experts).options.get("d_ff", config.d_ff))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moezoo.adapters.direct import PAGE, DirectFile, allocate, direct_flags, write_all
 from moezoo.adapters.formats.base import DTYPE_BITS
+from moezoo.adapters.fused import place_of, whole_name
 from moezoo.adapters.open_files import OpenFiles
 from moezoo.adapters.portable import flush_data, open_binary, read_at
 from moezoo.errors import ConfigError, SaveError
@@ -34,6 +35,25 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def wholes(tensors: Iterable[TensorPlan]) -> list[TensorPlan]:
+    """Tensors as a file holds them: parts of one (`moezoo.adapters.fused`) are together in their
+    whole (experts, rows of all parts, columns), where the first of them stands.
+    """
+    found: dict[str, TensorPlan] = {}
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        place = place_of(tensor.name)
+        name = tensor.name if place is None else place.whole
+        counts[name] = counts.get(name, 0) + 1
+        if place is None:
+            found[name] = tensor
+        else:
+            rows, columns = tensor.shape
+            shape = (counts[name] // place.parts, rows * place.parts, columns)
+            found[name] = TensorPlan(name, tensor.dtype, shape)
+    return list(found.values())
 
 
 def parse_size(size: int | str) -> int:
@@ -58,13 +78,17 @@ def shard(
     One shard is called `model.safetensors`, several `model-00001-of-00003.safetensors`.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
+    tensors = list(tensors)
+    parts: dict[str, list[TensorPlan]] = {}
+    for tensor in tensors:
+        parts.setdefault(whole_name(tensor.name), []).append(tensor)
     groups: list[list[TensorPlan]] = [[]]
     filled = 0
-    for tensor in tensors:
+    for tensor in wholes(tensors):
         if limit is not None and groups[-1] and filled + tensor.nbytes > limit:
             groups.append([])
             filled = 0
-        groups[-1].append(tensor)
+        groups[-1].extend(parts[tensor.name])
         filled += tensor.nbytes
     if len(groups) == 1:
         return {f"{stem}.safetensors": groups[0]}
@@ -74,8 +98,9 @@ def shard(
 
 def shard_index(shards: Mapping[str, Iterable[TensorPlan]]) -> bytes:
     """The index file that names the shard of every tensor."""
-    weight_map = {tensor.name: file for file, group in shards.items() for tensor in group}
-    total = sum(tensor.nbytes for group in shards.values() for tensor in group)
+    held = {file: list(group) for file, group in shards.items()}
+    weight_map = {whole_name(t.name): file for file, group in held.items() for t in group}
+    total = sum(tensor.nbytes for group in held.values() for tensor in group)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2).encode() + b"\n"
 
@@ -119,7 +144,7 @@ class TensorFile:
     ) -> None:
         self.path = path
         self.tensors = {tensor.name: tensor for tensor in tensors}
-        self._order = sorted(self.tensors.values(), key=_alignment, reverse=True)
+        self._order = sorted(wholes(self.tensors.values()), key=_alignment, reverse=True)
         start = header(self._order, metadata or {})
         self._header_size = len(start)
         self._offsets: dict[str, int] = {}
@@ -127,6 +152,11 @@ class TensorFile:
         for tensor in self._order:
             self._offsets[tensor.name] = end
             end += tensor.nbytes
+        for tensor in self.tensors.values():
+            place = place_of(tensor.name)
+            if place is not None:
+                start_of = self._offsets[place.whole]
+                self._offsets[tensor.name] = start_of + place.number * tensor.nbytes
         self.nbytes = end
         self._written = dict.fromkeys(self.tensors, 0)
         self._files = OpenFiles() if files is None else files
@@ -175,7 +205,8 @@ class TensorFile:
 
     def close(self) -> None:
         """Check that every tensor is whole, flush to disk, close."""
-        short = next((t for t in self._order if self._written[t.name] != t.nbytes), None)
+        planned = self.tensors.values()
+        short = next((t for t in planned if self._written[t.name] != t.nbytes), None)
         if short is not None:
             self.abandon()
             raise SaveError(

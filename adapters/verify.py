@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.families import DecoderConfig, ModelConfig
 from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.plan import Move, Plan, make_plan
@@ -22,7 +23,6 @@ from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
 from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, same_table
 from moezoo.adapters.upcycle.watch import source_hashes
 from moezoo.adapters.verification import LEVELS, LevelResult, Verification
-from moezoo.config import SwitchConfig
 from moezoo.errors import CheckpointError, ConfigError
 
 _CHUNK = 1 << 18
@@ -126,6 +126,10 @@ def _run(level: int, plan: Plan, source: CheckpointSource, made: CheckpointSourc
     if level == 2:
         return _bytes(plan, source, made)
     # These need torch; the first two must not.
+    if isinstance(plan.config, DecoderConfig):
+        from moezoo.adapters import verify_decoder
+
+        return verify_decoder.CHECKS[level](plan, source, made)
     from moezoo.adapters import verify_function
 
     checks = {
@@ -169,8 +173,10 @@ def _unaccounted(plan: Plan, source: CheckpointSource) -> tuple[list[str], list[
     return lost, [name for name, times in taken.items() if times > 1]
 
 
-def _comparable(config: SwitchConfig) -> SwitchConfig:
+def _comparable(config: ModelConfig) -> object:
     """A config without what its file may say in other words, or is free to change."""
+    if isinstance(config, DecoderConfig):
+        return config.comparable()
     layers = config.decoder_layers
     free = {"capacity": None, "expert_capacity": None, "router_losses": None, "wo_scale": None}
     return config.replace(**free, num_decoder_layers=layers)
@@ -207,19 +213,20 @@ def _compare(
                 raise _Differs(target.name)
         return sum(target.nbytes for target in move.targets)
     streams = move.source.dtype == move.targets[0].dtype
+    shared = _compare_shared(move, source, made)
     if streams and (move.layer is None or plan.init.streams):
-        return _compare_streamed(plan, move, source, made)
+        return shared + _compare_streamed(plan, move, source, made)
     from moezoo.adapters.upcycle import drawing
 
     if move.layer is None:
         content = drawing.converted(source, move)
         expected: Iterable[tuple[str, Any]] = [(target.name, content) for target in move.targets]
     elif move.layer in drawn:
-        return 0
+        return shared
     else:
         drawn.add(move.layer)
         expected = drawing.expert_tensors(plan, move.layer, (source,))
-    total = 0
+    total = shared
     for name, content in expected:
         total += len(content)
         if memoryview(made.read(name)) != content:
@@ -235,7 +242,25 @@ def _compare_routers(plan: Plan, made: Source) -> int:
         if made.read(router.name) != content:
             raise _Differs(router.name)
         total += len(content)
+    for zeros in plan.zeros.values():
+        for zero in zeros:
+            if any(bytes(made.read(zero.name))):
+                raise _Differs(zero.name)
+            total += zero.nbytes
     return total
+
+
+def _compare_shared(move: Move, source: Source, made: Source) -> int:
+    """The part of an expert that every token passes is the dense one, scaled."""
+    if move.shared is None:
+        return 0
+    from moezoo.adapters.upcycle import drawing
+
+    if memoryview(made.read(move.shared.name)) != drawing.converted(
+        source, move, move.shared_scale
+    ):
+        raise _Differs(move.shared.name)
+    return move.shared.nbytes
 
 
 def _compare_streamed(plan: Plan, move: Move, source: Source, made: Source) -> int:

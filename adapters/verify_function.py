@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from moezoo.adapters.plan import Plan
 from moezoo.adapters.upcycle.keyed import keyed_generator
 from moezoo.adapters.verification import LevelResult
 from moezoo.assemble import make_moe
+from moezoo.config import SwitchConfig
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.recording import record
 from moezoo.records import Assignment
@@ -40,19 +42,19 @@ def layers_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
         ).eval()
         config = plan.config.replace(capacity="dropless", dropout_rate=0.0)
         sparse = make_moe(config, decoder=layer.startswith("decoder")).eval()
-        _fill(dense, source, layer)
-        _fill(sparse, made, layer)
+        fill(dense, source, layer)
+        fill(sparse, made, layer)
         generator = keyed_generator(plan.recipe.seed, f"{layer}.verify")
         x = torch.randn(1, _TOKENS, plan.config.d_model, generator=generator, device="cpu")
         expected, (found, _) = dense(x), sparse(x)
-        errors[layer] = _relative(found, expected)
+        errors[layer] = relative(found, expected)
         if "F16" in made.dtypes:
             x = _reaching(dense, x, expected)
             # Not what the dense layer gives: a large input makes nearly equal rows differ.
             (expected, _), (found, _) = sparse(x.float()), sparse.half()(x)
-            errors[layer] = max(errors[layer], _relative(found.float(), expected))
+            errors[layer] = max(errors[layer], relative(found.float(), expected))
     worst = max(errors, key=lambda layer: errors[layer])
-    return _judged(3, plan, made, errors[worst], f"layers within {errors[worst]:.1e}", errors)
+    return judged(3, plan, made, errors[worst], f"layers within {errors[worst]:.1e}", errors)
 
 
 @torch.no_grad()
@@ -60,19 +62,20 @@ def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
     """Level 4: the whole model on random ids, and how many tokens its own capacity would drop; in
     float32, and a model in float16 in that too.
     """
-    ids = _ids(plan)
+    ids = random_ids(plan)
     drop_heads = bool(source.description.dropped)
     dense = load(source.path, dtype=torch.float32, drop_heads=drop_heads)
     expected = _outputs(dense, ids, plan)
-    _disturb(dense, plan, made)
-    sensitivity = _relative(_outputs(dense, ids, plan), expected)
+    disturb(dense, plan, made, _wo)
+    sensitivity = relative(_outputs(dense, ids, plan), expected)
     del dense
     model = load(made.path, dtype=torch.float32, capacity="dropless")
-    error = _relative(_outputs(model, ids, plan), expected)
+    error = relative(_outputs(model, ids, plan), expected)
     del model
     if "F16" in made.dtypes:
         error = max(error, _float16_error(plan, source, made))
     # As it will run: the capacity policy of the recipe may drop.
+    assert isinstance(plan.config, SwitchConfig)
     own = load(made.path, dtype=torch.float32, capacity=plan.config.capacity)
     with record(own) as tape:
         _outputs(own, ids, plan)
@@ -81,7 +84,7 @@ def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
     dropped = offered - kept
     summary = f"logits within {error:.1e}, {dropped} of {offered} tokens dropped"
     numbers = {"dropped": dropped, "offered": offered}
-    return _judged(4, plan, made, error, summary, numbers, least=2.0 * sensitivity)
+    return judged(4, plan, made, error, summary, numbers, least=2.0 * sensitivity)
 
 
 @torch.no_grad()
@@ -93,7 +96,7 @@ def routers_are_healthy(
     """
     model = load(made.path, dtype=torch.float32, capacity="dropless")
     with record(model) as tape:
-        _outputs(model, _ids(plan), plan)
+        _outputs(model, random_ids(plan), plan)
     layers: dict[str, Any] = {}
     finite = True
     for layer, routings in tape.by_layer.items():
@@ -126,7 +129,8 @@ def _reaching(dense: DenseMLP, x: Tensor, y: Tensor) -> Tensor:
     return (x * 2.0**power).half()
 
 
-def _fill(module: nn.Module, checkpoint: CheckpointSource, layer: str) -> None:
+def fill(module: nn.Module, checkpoint: CheckpointSource, layer: str) -> None:
+    """Give a layer the tensors that a checkpoint has for it, in float32."""
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         parts = [checkpoint.source.tensor(i.name) for i in checkpoint.tensors[f"{layer}.{name}"]]
@@ -139,14 +143,19 @@ def _float16_error(plan: Plan, source: CheckpointSource, made: CheckpointSource)
     """How far logits in float16 are from the dense model's in it; 0 where those are not finite."""
     drop_heads = bool(source.description.dropped)
     dense = load(source.path, dtype=torch.float16, drop_heads=drop_heads)
-    expected = _outputs(dense, _ids(plan), plan).float()
+    expected = _outputs(dense, random_ids(plan), plan).float()
     if not bool(expected.isfinite().all()):
         return 0.0
     model = load(made.path, dtype=torch.float16, capacity="dropless")
-    return _relative(_outputs(model, _ids(plan), plan).float(), expected)
+    return relative(_outputs(model, random_ids(plan), plan).float(), expected)
 
 
-def _disturb(dense: nn.Module, plan: Plan, made: CheckpointSource) -> None:
+def disturb(
+    dense: nn.Module,
+    plan: Plan,
+    made: CheckpointSource,
+    down: Callable[[nn.Module, Plan, str], nn.Parameter],
+) -> None:
     """Change a dense model as little as a sound conversion may: round its weights to the target's
     dtypes, and move its feed-forward networks by what the third level lets pass.
 
@@ -158,13 +167,17 @@ def _disturb(dense: nn.Module, plan: Plan, made: CheckpointSource) -> None:
         for parameter in dense.parameters():
             parameter.copy_(parameter.to(torch_dtype(narrow)))
     for layer in plan.routers:
-        weight = dense.get_submodule(layer).get_parameter("wo.weight")
+        weight = down(dense, plan, layer)
         generator = keyed_generator(plan.recipe.seed, f"{layer}.disturb")
         noise = torch.randn(weight.shape, generator=generator, device="cpu")
         weight.mul_(noise.mul_(_TOLERANCE["F32"]).add_(1.0))
 
 
-def _judged(
+def _wo(dense: nn.Module, _: Plan, layer: str) -> nn.Parameter:
+    return dense.get_submodule(layer).get_parameter("wo.weight")
+
+
+def judged(
     level: int,
     plan: Plan,
     made: CheckpointSource,
@@ -186,12 +199,14 @@ def _judged(
     return LevelResult(level, passed, summary + note, facts)
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of what was expected; infinity for NaN."""
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     return math.inf if math.isnan(error) else error
 
 
-def _ids(plan: Plan) -> Tensor:
+def random_ids(plan: Plan) -> Tensor:
+    """Ids (B, L) of tokens that both models know, the same whenever they are asked for."""
     size = _tokens(plan)
     generator = keyed_generator(plan.recipe.seed, "verify")
     return torch.randint(

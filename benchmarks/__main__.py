@@ -12,7 +12,8 @@ import sys
 import time
 
 NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training")
-APART = ("conversion", "floor")  # gigabytes on the disk; operators one by one: when asked for
+# When asked for: gigabytes on the disk; operators one by one; an environment of its own.
+APART = ("conversion", "floor", "stacks")
 
 
 def main() -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from moezoo.adapters.families.base import Family, Weights, registry
+from moezoo.adapters.families.base import Family, ModelConfig, Weights, registry
+from moezoo.adapters.families.decoder_config import DecoderConfig
+from moezoo.adapters.families.decoders import DecoderFamily, decoder_family, family_for
 from moezoo.adapters.families.native import NativeFamily
 from moezoo.adapters.families.switch import SwitchFamily, float16_refusal
 from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family, long_t5_refusal
@@ -23,10 +25,13 @@ def family_of(values: Mapping[str, Any]) -> Family:
     return registry.build(families[named_model_type(values, families)])
 
 
-def expressible(config: SwitchConfig, dtypes: Collection[str] = ()) -> tuple[Family | None, str]:
+def expressible(config: ModelConfig, dtypes: Collection[str] = ()) -> tuple[Family | None, str]:
     """The Hugging Face layout that can hold a model with weights of `dtypes` ("F16", ...), and "",
     or None and the reason.
     """
+    if isinstance(config, DecoderConfig):
+        return family_for(config), ""
+    assert isinstance(config, SwitchConfig)
     reasons = []
     sparse = bool(config.encoder_sparse or config.decoder_sparse)
     narrow = float16_refusal(config) if sparse and "F16" in dtypes else None
@@ -41,7 +46,7 @@ def expressible(config: SwitchConfig, dtypes: Collection[str] = ()) -> tuple[Fam
 
 
 def layout_for(
-    config: SwitchConfig, layout: str = "auto", *, dtypes: Collection[str] = ()
+    config: ModelConfig, layout: str = "auto", *, dtypes: Collection[str] = ()
 ) -> Family:
     """The family that a model is written in.
 
@@ -56,6 +61,11 @@ def layout_for(
         hint = did_you_mean(layout, ("auto", "huggingface", "moezoo"))
         raise ConfigError(f"unknown layout {layout!r}", field="layout", hint=hint)
     family, reason = expressible(config, dtypes)
+    if layout == "moezoo" and isinstance(config, DecoderConfig):
+        raise ConfigError(
+            f"moezoo's own layout holds T5s, not a {config.model_type}", field="layout",
+            hint="Use layout='auto', or moezoo.plug on the model that transformers loads.",
+        )  # fmt: skip
     if layout == "huggingface" and family is None:
         hint = "Use layout='moezoo', or bfloat16." if "F16" in dtypes else "Use layout='moezoo'."
         raise ConfigError(
@@ -65,13 +75,17 @@ def layout_for(
 
 
 __all__ = [
+    "DecoderConfig",
+    "DecoderFamily",
     "Family",
     "LongT5Family",
+    "ModelConfig",
     "NativeFamily",
     "SwitchFamily",
     "T5Family",
     "UMT5Family",
     "Weights",
+    "decoder_family",
     "expressible",
     "family_of",
     "layout_for",

@@ -184,6 +184,14 @@ def feed_forward(values: Mapping[str, Any], weights: Weights, *, default: str) -
     return name
 
 
+def gated_name(word: object, field: str = "hidden_act") -> str:
+    """Transformers' name of the activation of a gated MLP as moezoo's. Raises ConfigError."""
+    name = _GATED.get(_ACTIVATIONS.get(word, "")) if isinstance(word, str) else None
+    if name is None:
+        raise _unknown_activation(field, word)
+    return name
+
+
 def activation_refusal(config: SwitchConfig) -> str | None:
     """Why transformers has no word for a model's activation, or None when it has."""
     if config.feed_forward_proj not in _WRITTEN:

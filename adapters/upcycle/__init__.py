@@ -65,10 +65,10 @@ def upcycle(
     out: str | Path | None = None,
     *,
     num_experts: int,
-    layers: Any = "odd",
+    layers: Any = None,
     init: Any = "copy",
     preserve: str = "exact",
-    router: Any = "switch",
+    router: Any = None,
     router_init: Any = "normal",
     capacity: Any = "dropless",
     seed: int = 0,
@@ -80,7 +80,8 @@ def upcycle(
     drop_heads: bool = False,
     calibration: Calibration | None = None,
 ) -> nn.Module | ConversionReport:
-    """Turn a dense T5 into a Switch model that computes the same (Sparse Upcycling, 2212.05055).
+    """Turn a dense model into a sparse one that computes the same (Sparse Upcycling, 2212.05055):
+    a T5 into a Switch model, on disk also a decoder into its sparse sibling (docs/stacks.md).
 
     Args:
         model_or_path: a live model (moezoo's or transformers'), or a checkpoint on disk.

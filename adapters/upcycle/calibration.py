@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moezoo.adapters.families import DecoderConfig, DecoderFamily
 from moezoo.adapters.formats.files import read_start
+from moezoo.adapters.names import SHARED
 from moezoo.errors import ConfigError, TokenizerError
 from moezoo.text_files import texts
 
@@ -25,23 +27,34 @@ else:
 _MAX_TOKENS = 8192
 _MAX_FILE = 1 << 20
 _MAX_SAMPLES, _MAX_LENGTH = 256, 512
+INPUTS = ("model", "embeddings")
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Sample token ids: sequences for the encoder; the decoder reads the same ones.
 
-    `experts` names the expert that each sequence is a prompt of (for `prompts`), or is None.
+    `experts` names the expert that each sequence is a prompt of (for `prompts`), or is None; -1 - e
+    says that the sequence is of what expert e is not for.
     `device` is where a model from disk reads them; a live model reads them where it is.
+    `inputs` says what stands for a layer's input: "model", what it is when the dense model reads
+    the sequences (a decoder through transformers), or "embeddings", the rows of the table of tokens
+    in every layer, which needs neither.
     """
 
     sequences: Sequence[Sequence[int]]
     experts: Sequence[int] | None = None
     device: str = "cpu"
+    inputs: str = "model"
 
     def __post_init__(self) -> None:
         if not self.sequences or not all(self.sequences):
             raise ConfigError("calibration needs sequences of token ids", field="calibration")
+        if self.inputs not in INPUTS:
+            raise ConfigError(
+                "unknown inputs", field="inputs", expected=" or ".join(INPUTS),
+                found=repr(self.inputs)[:80],
+            )  # fmt: skip
         if self.experts is not None and len(self.experts) != len(self.sequences):
             raise ConfigError(
                 "calibration needs one expert per sequence",
@@ -54,31 +67,37 @@ class Calibration:
         """A digest of the ids, for the provenance."""
         experts = None if self.experts is None else list(self.experts)
         ids = [list(sequence) for sequence in self.sequences]
-        return hashlib.sha256(json.dumps([ids, experts]).encode()).hexdigest()
+        facts = [ids, experts] if self.inputs == "model" else [ids, experts, self.inputs]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """What one layer reads: inputs (T, D) float32, and the expert of each token (T,) or None."""
+    """What one layer reads: inputs (T, D) float32, and the expert of each token (T,), as
+    `Calibration` names it, or None.
+    """
 
     inputs: Tensor
     experts: Tensor | None = None
 
 
-def read_calibration(file: str | Path, directory: Path, *, device: str = "cpu") -> Calibration:
+def read_calibration(
+    file: str | Path, directory: Path, *, device: str = "cpu", inputs: str = "model"
+) -> Calibration:
     """Sample text from a file, by the tokenizer in the checkpoint directory, for a device.
 
     Text files hold one sample per line; JSONL, CSV and TSV files one per row, as "text". Of these,
     the first 256 are taken. JSON files hold a list with one list per expert, of texts or of lists
-    of token ids (which need no tokenizer). Of a sample, the first 512 tokens are taken. Raises
-    ConfigError or CheckpointError.
+    of token ids (which need no tokenizer), or an object {"positive": [...], "negative": [...]} of
+    two such lists. Of a sample, the first 512 tokens are taken. Raises ConfigError or
+    CheckpointError.
     """
     path = Path(file).expanduser()
     if path.suffix.lower() != ".json":
         samples = (text for _, text in texts(path, field="text") if text.strip())
         to_ids = _encoder(directory)
         ids = [to_ids(text)[:_MAX_LENGTH] for text in islice(samples, _MAX_SAMPLES)]
-        return Calibration(ids, device=device)
+        return Calibration(ids, device=device, inputs=inputs)
     content = read_start(path, _MAX_FILE + 1)
     if len(content) > _MAX_FILE:
         found = f"<= {_MAX_FILE} bytes"
@@ -88,18 +107,19 @@ def read_calibration(file: str | Path, directory: Path, *, device: str = "cpu") 
     except (ValueError, RecursionError):
         values = None
     groups = values if isinstance(values, list) else []
-    if not groups or not all(isinstance(g, list) and all(map(_is_prompt, g)) for g in groups):
+    if not groups or not all(map(_is_group, groups)):
         raise ConfigError(
             f"{file}: prompts cannot be read",
             field="calibration",
-            expected="a JSON list with one list per expert, of texts or of lists of ids",
+            expected="a JSON list with one list per expert, of texts or of lists of ids, or with "
+            "an object of two such lists, positive and negative",
         )
-    prompts = [(expert, prompt) for expert, group in enumerate(groups) for prompt in group]
+    prompts = [pair for expert, group in enumerate(groups) for pair in _signed(expert, group)]
     to_encode = any(isinstance(prompt, str) for _, prompt in prompts)
     encode = _encoder(directory) if to_encode else None
     ids = [encode(p) if encode and isinstance(p, str) else list(p) for _, p in prompts]
     experts = [expert for expert, _ in prompts]
-    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], experts, device)
+    return Calibration([sequence[:_MAX_LENGTH] for sequence in ids], experts, device, inputs)
 
 
 def layer_inputs(
@@ -107,7 +127,8 @@ def layer_inputs(
 ) -> dict[str, LayerSample]:
     """The inputs of the named MLPs of a dense checkpoint.
 
-    Holds the dense model in memory. Raises ConfigError without sample text.
+    Holds the dense model in memory, or its table of tokens. Raises ConfigError without sample text,
+    and for a decoder where transformers is not installed.
     """
     if calibration is None:
         raise ConfigError(
@@ -115,6 +136,16 @@ def layer_inputs(
             field="calibration",
             hint="Pass calibration (--calibration FILE), or use router_init='normal'.",
         )
+    if calibration.inputs == "embeddings":
+        return dict.fromkeys(layers, _embedded(checkpoint, calibration))
+    if isinstance(checkpoint.config, DecoderConfig):
+        from moezoo.adapters.verify_decoder import load_transformers
+
+        family = DecoderFamily(checkpoint.config.model_type)
+        decoder, _ = load_transformers(checkpoint, device=calibration.device)
+        modules = {layer: family.module(layer) for layer in layers}
+        found = collected_inputs(decoder, calibration, list(modules.values()))
+        return {layer: found[module] for layer, module in modules.items()}
     from moezoo.adapters.checkpoint import load
 
     dropped = bool(checkpoint.description.dropped)
@@ -144,7 +175,7 @@ def collected_inputs(
         with torch.no_grad():
             for sequence in calibration.sequences:
                 ids = torch.tensor([list(sequence)], device=device)
-                if hasattr(model, "decoder"):
+                if hasattr(model, "encoder") and hasattr(model, "decoder"):
                     model(ids, decoder_input_ids=ids)
                 else:
                     model(ids)
@@ -154,6 +185,35 @@ def collected_inputs(
         for handle in handles:
             handle.remove()
     return {layer: _sample(inputs, calibration) for layer, inputs in found.items()}
+
+
+def _embedded(checkpoint: CheckpointSource, calibration: Calibration) -> LayerSample:
+    """The rows of the table of tokens that the sequences name."""
+    import torch
+
+    table = checkpoint.source.tensor(checkpoint.tensors[SHARED][0].name)
+    largest = max(max(sequence) for sequence in calibration.sequences)
+    if largest >= len(table):
+        raise ConfigError(
+            "calibration holds an id that the model has no row for", field="calibration",
+            expected=f"ids below {len(table)}", found=largest,
+        )  # fmt: skip
+    rows = [table[torch.tensor(list(s), device="cpu")].float() for s in calibration.sequences]
+    return _sample(rows, calibration)
+
+
+def _signed(expert: int, group: Any) -> Iterator[tuple[int, Any]]:
+    """The prompts of an expert, and those of what it is not for, by the number that says so."""
+    parts = group if isinstance(group, dict) else {"positive": group}
+    yield from ((expert, prompt) for prompt in parts["positive"])
+    yield from ((-1 - expert, prompt) for prompt in parts.get("negative", ()))
+
+
+def _is_group(group: Any) -> bool:
+    """A list of prompts, or an object of a positive one and perhaps a negative one."""
+    parts = group if isinstance(group, dict) else {"positive": group}
+    named = "positive" in parts and set(parts) <= {"positive", "negative"}
+    return named and all(isinstance(p, list) and all(map(_is_prompt, p)) for p in parts.values())
 
 
 def _sample(inputs: list[Tensor], calibration: Calibration) -> LayerSample:

@@ -14,6 +14,7 @@ from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import regular_file
 from moezoo.adapters.generation import NAME, read_generation, written_generation
 from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.config import SwitchConfig
 from moezoo.tokenizer_files import TOKENIZER_FILES
 
 _CARRIED = sorted([*TOKENIZER_FILES, NAME, "preprocessor_config.json"])
@@ -29,9 +30,12 @@ def carry_files(checkpoint: CheckpointSource, target: Path) -> list[str]:
     for name in carried:
         regular_file(source / name)
         shutil.copyfile(source / name, target / name)
+    config = checkpoint.config
+    if not isinstance(config, SwitchConfig):
+        return carried
     stored = read_generation(source, checkpoint.description.values)
     if NAME not in carried and stored.values:
-        values = written_generation(checkpoint.config, stored)
+        values = written_generation(config, stored)
         write_text(target / NAME, json.dumps(values, indent=2, sort_keys=True))
     return carried
 

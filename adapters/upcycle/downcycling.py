@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
-from moezoo.adapters.families import layout_for
+from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, layout_for
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.left_behind import known_aliases, known_names, known_strays
-from moezoo.adapters.names import disk_names
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
+from moezoo.adapters.upcycle.decoders import dense_sibling
 from moezoo.adapters.upcycle.inits import expert_inits
 from moezoo.adapters.upcycle.preservation import preserving_scale
 from moezoo.adapters.upcycle.rewrite import Output, copied, rewrite
-from moezoo.config import SwitchConfig
+from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.errors import ConfigError, TensorMismatch
 from moezoo.registry import Spec
 
@@ -41,7 +41,7 @@ def downcycle_checkpoint(
     with open_checkpoint(path) as checkpoint:
         config = dense_config(checkpoint)
         family = layout_for(config)
-        outputs = list(_restored(checkpoint, _outputs(checkpoint, family.mlp)))
+        outputs = list(_restored(checkpoint, _outputs(checkpoint, family)))
         if out is None:
             return {o.plan.name: _tensor(checkpoint.source, o) for o in outputs}
         return rewrite(
@@ -55,12 +55,14 @@ def downcycle_checkpoint(
         )
 
 
-def dense_config(checkpoint: CheckpointSource) -> SwitchConfig:
+def dense_config(checkpoint: CheckpointSource) -> ModelConfig:
     """The config of the dense model. Raises ConfigError when the source is dense already."""
     config = checkpoint.config
+    if isinstance(config, DecoderConfig) and config.decoder_sparse:
+        return dense_sibling(config)
     if not (config.encoder_sparse or config.decoder_sparse):
         raise ConfigError("the model is dense already", field="source", path=checkpoint.path)
-    return config.replace(
+    return config.replace(  # type: ignore[no-any-return]
         num_experts=0, router="switch", capacity=None, experts="stacked", router_losses=None,
         router_bias=False, wo_scale=None,
     )  # fmt: skip
@@ -71,10 +73,12 @@ def upcycled_scale(checkpoint: CheckpointSource) -> float:
     return applied_scale(checkpoint.config.replace(wo_scale=known_scale(checkpoint)))
 
 
-def applied_scale(config: SwitchConfig) -> float:
+def applied_scale(config: ModelConfig) -> float:
     """The factor on `wo` that a config tells, else what exactness needs of its router."""
     if config.wo_scale is not None:
         return config.wo_scale
+    if isinstance(config, DecoderConfig) and config.sparse_kind is not None:
+        return config.sparse_kind.routed
     router = Spec.parse(config.router, kind="router")
     return preserving_scale(expert_inits.build("copy"), router, config.num_experts, "exact")
 
@@ -107,25 +111,30 @@ def _restored(checkpoint: CheckpointSource, outputs: Iterator[Output]) -> Iterat
         yield Output(plan, make=partial(bytes, content))
 
 
-def _outputs(checkpoint: CheckpointSource, mlp: str) -> Iterator[Output]:
+def _outputs(checkpoint: CheckpointSource, family: Family) -> Iterator[Output]:
     config, scale = checkpoint.config, upcycled_scale(checkpoint)
     for name, parts in checkpoint.tensors.items():
         layer, found, rest = name.rpartition(".mlp.")
         if found and rest.startswith("router."):
+            if not rest.startswith("router.classifier.weight"):
+                check_untrained(checkpoint.source, parts[0])
+            continue
+        if found and rest.startswith("shared."):
+            _check_shared(checkpoint, layer, rest, scale)
             continue
         if not found or not rest.startswith("experts."):
-            (target,) = disk_names(name, mlp=mlp)
+            (target,) = family.disk_names(name)
             yield Output(TensorPlan(target, parts[0].dtype, parts[0].shape), parts[0])
             continue
         matrix = rest.removeprefix("experts.")
-        (target,) = disk_names(f"{layer}.mlp.{matrix}.weight", mlp=mlp)
+        (target,) = family.disk_names(f"{layer}.mlp.{matrix}.weight")
         undo = 1.0 / scale if matrix == "wo" else 1.0
         yield _dense_matrix(checkpoint, config, target, matrix, parts, undo)
 
 
 def _dense_matrix(
     checkpoint: CheckpointSource,
-    config: SwitchConfig,
+    config: ModelConfig,
     target: str,
     matrix: str,
     parts: tuple[TensorInfo, ...],
@@ -153,15 +162,47 @@ def _dense_matrix(
     return Output(plan, make=joined)
 
 
+def check_untrained(source: Source, info: TensorInfo) -> None:
+    """Raise TensorMismatch for what an upcycling has made zero and is not any more."""
+    if any(any(bytes(chunk)) for chunk in source.chunks(info.name)):
+        raise TensorMismatch(
+            f"{quoted(info.name)} is not zero: it was trained",
+            path=source.path,
+            key=info.name,
+            hint="A dense model has no place for it.",
+        )
+
+
+def _check_shared(checkpoint: CheckpointSource, layer: str, rest: str, scale: float) -> None:
+    """Raise TensorMismatch unless what every token passes is the layer that the experts are."""
+    config, source = checkpoint.config, checkpoint.source
+    assert isinstance(config, DecoderConfig) and config.sparse_kind is not None
+    matrix = rest.removeprefix("shared.").removesuffix(".weight")
+    (shared,) = checkpoint.tensors[f"{layer}.mlp.{rest}"]
+    expert = checkpoint.tensors[f"{layer}.mlp.experts.{matrix}"][0]
+    if expert.shape != shared.shape:
+        return  # slices: their sum is not compared with the whole
+    ratio = 1.0
+    if matrix == "wo" and scale == config.sparse_kind.routed:
+        ratio = config.sparse_kind.shared_scale / scale
+    for one, other in zip(source.chunks(expert.name), source.chunks(shared.name), strict=True):
+        if scale_bytes(one, expert.dtype, ratio) != other:
+            raise _differs(source, expert, shared)
+
+
 def _check_equal(source: Source, one: TensorInfo, other: TensorInfo) -> None:
     for ours, theirs in zip(source.chunks(one.name), source.chunks(other.name), strict=True):
         if ours != theirs:
-            raise TensorMismatch(
-                f"the experts differ: {quoted(one.name)} and {quoted(other.name)}",
-                path=source.path,
-                key=other.name,
-                hint="It was trained, or not copied; `moezoo export --expert N` takes one.",
-            )
+            raise _differs(source, one, other)
+
+
+def _differs(source: Source, one: TensorInfo, other: TensorInfo) -> TensorMismatch:
+    return TensorMismatch(
+        f"the experts differ: {quoted(one.name)} and {quoted(other.name)}",
+        path=source.path,
+        key=other.name,
+        hint="It was trained, or not copied; `moezoo export --expert N` takes one.",
+    )
 
 
 def _tensor(source: Source, output: Output) -> Any:

@@ -37,11 +37,13 @@ def router_bytes(plan: Plan, layer: str, target: TensorPlan, sample: LayerSample
     return _packed(rows, target.dtype)
 
 
-def converted(source: Source, move: Move) -> memoryview:
-    """A tensor in another dtype. Raises NonFiniteWeights where a weight leaves its range."""
-    return tensor_bytes(
-        cast(source.tensor(move.source.name), move.targets[0].dtype, move.source.name)
-    )
+def converted(source: Source, move: Move, scale: float = 1.0) -> memoryview:
+    """A tensor, scaled, in another dtype. Raises NonFiniteWeights where a weight leaves its
+    range.
+    """
+    tensor = source.tensor(move.source.name)
+    scaled = tensor if scale == 1.0 else tensor * scale
+    return tensor_bytes(cast(scaled, move.targets[0].dtype, move.source.name))
 
 
 def expert_tensors(

@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
-from moezoo.adapters.families import layout_for
+from moezoo.adapters.families import DecoderConfig, Family, layout_for
 from moezoo.adapters.formats import TensorInfo, open_source
 from moezoo.adapters.formats.base import tensor_bytes
-from moezoo.adapters.names import disk_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.downcycling import dense_config, known_scale, upcycled_scale
 from moezoo.adapters.upcycle.drawing import cast
@@ -56,6 +55,7 @@ def export(
     with open_checkpoint(path, drop_heads=drop_heads) as checkpoint:
         config = checkpoint.config.replace(wo_scale=known_scale(checkpoint))
         if expert is not None:
+            _refuse_shared(checkpoint)
             config = dense_config(checkpoint)
             if not 0 <= expert < checkpoint.config.num_experts:
                 raise ConfigError(
@@ -73,7 +73,7 @@ def export(
         return rewrite(
             checkpoint,
             out,
-            list(_outputs(checkpoint, family.mlp, wanted, expert, wo_scale, vocab_size)),
+            list(_outputs(checkpoint, family, wanted, expert, wo_scale, vocab_size)),
             config=config,
             family=family,
             operation=operation,
@@ -84,6 +84,17 @@ def export(
             if vocab_size is None
             else partial(_check_tables, checkpoint, (wanted, vocab_size)),
         )
+
+
+def _refuse_shared(checkpoint: CheckpointSource) -> None:
+    """One expert is no layer where every token passes another besides."""
+    config = checkpoint.config
+    if isinstance(config, DecoderConfig) and config.shares:
+        raise ConfigError(
+            f"{config.model_type} adds what all tokens pass to what an expert gives",
+            field="expert", path=checkpoint.path,
+            hint="`moezoo downcycle` gives the dense model of one that was not trained.",
+        )  # fmt: skip
 
 
 def _check(wo_scale: float | None, vocab_size: int | None) -> None:
@@ -97,7 +108,7 @@ def _check(wo_scale: float | None, vocab_size: int | None) -> None:
 
 def _outputs(
     checkpoint: CheckpointSource,
-    mlp: str,
+    family: Family,
     dtype: str | None,
     expert: int | None,
     wo_scale: float | None,
@@ -110,11 +121,11 @@ def _outputs(
         if expert is not None and ".mlp.experts." in name:
             matrix = name.rpartition(".")[2]
             layer = name.rpartition(".experts.")[0]
-            (target,) = disk_names(f"{layer}.{matrix}.weight", mlp=mlp)
+            (target,) = family.disk_names(f"{layer}.{matrix}.weight")
             undo = 1.0 / scale if matrix == "wo" else 1.0
             yield _output(checkpoint, target, parts[expert], dtype, undo)
             continue
-        targets = disk_names(name, mlp=mlp, num_experts=len(parts))
+        targets = family.disk_names(name, num_experts=len(parts))
         if vocab_size is not None and name in ROWS_OF_TOKENS:
             made = dtype or parts[0].dtype
             yield resized_output(checkpoint.source, parts[0], targets[0], made, vocab_size)
@@ -130,7 +141,8 @@ def _check_tables(checkpoint: CheckpointSource, step: Step, stage: Path) -> None
     with open_source(stage) as made:
         for name in ROWS_OF_TOKENS:
             for info in checkpoint.tensors.get(name, ()):
-                if not same_table(checkpoint.source, info, made, name, [step]):
+                (written,) = checkpoint.description.family.disk_names(name)
+                if not same_table(checkpoint.source, info, made, written, [step]):
                     reason = f"{name} does not read back as it was written"
                     raise CheckpointError(reason, path=stage, key=name, hint="Check the disk.")
 

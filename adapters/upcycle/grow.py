@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
-from moezoo.adapters.families import layout_for
-from moezoo.adapters.names import disk_names
+from moezoo.adapters.families import DecoderConfig, Family, layout_for
+from moezoo.adapters.names import expert_axis
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.downcycling import known_scale
 from moezoo.adapters.upcycle.keyed import keyed_generator, keyed_normals
@@ -34,17 +34,19 @@ def grow(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Give a top-1 model `factor` times as many experts; it computes what it did before.
+    """Give a model `factor` times as many experts; it computes what it did before.
 
     Every expert and its router row is there `factor` times. Twins share what was one expert's
-    probability, so `wo` is multiplied by `factor` (not with unit weights, where nothing is shared).
+    probability, so a Switch model's `wo` is multiplied by `factor` (not with unit weights, where
+    nothing is shared). A decoder chooses `factor` times as many experts per token: all twins of
+    those that it chose, whose weights add up to theirs.
 
     Args:
         noise: deviation of what is added to the router's rows, relative to their root mean square,
             so that tokens spread over twins; 0 sends all to the first one. Where the rows' dtype
             is coarser (bfloat16, float16), a few weights of each row move by one step of it.
 
-    Raises ConfigError for a dense model or a router that does not choose one expert per token.
+    Raises ConfigError for a dense model, or a T5's router that chooses several experts per token.
     """
     if isinstance(factor, bool) or not isinstance(factor, int) or not 2 <= factor <= 1024:
         raise ConfigError(
@@ -52,12 +54,14 @@ def grow(
         )
     with open_checkpoint(path) as checkpoint:
         scale = _scale(checkpoint, factor)
-        config = checkpoint.config.replace(
-            num_experts=checkpoint.config.num_experts * factor,
-            wo_scale=(known_scale(checkpoint) or 1.0) * scale,
-        )
+        known, before = known_scale(checkpoint), checkpoint.config
+        config = before.replace(num_experts=before.num_experts * factor)
+        if isinstance(before, DecoderConfig):
+            config = config.replace(choices=before.choices * factor, wo_scale=known)
+        else:
+            config = config.replace(wo_scale=(known or 1.0) * scale)
         family = layout_for(config, dtypes=checkpoint.dtypes)
-        outputs = list(_outputs(checkpoint, family.mlp, factor, scale, noise, seed))
+        outputs = list(_outputs(checkpoint, family, factor, scale, noise, seed))
         operation = {
             "operation": "grow",
             "factor": factor,
@@ -81,6 +85,8 @@ def _scale(checkpoint: CheckpointSource, factor: int) -> float:
         raise ConfigError(
             "the model is dense", field="source", path=checkpoint.path, hint="Use `moezoo upcycle`."
         )
+    if isinstance(config, DecoderConfig):
+        return 1.0
     router = Spec.parse(config.router, kind="router")
     if router.name != "switch":
         raise ConfigError(
@@ -93,20 +99,21 @@ def _scale(checkpoint: CheckpointSource, factor: int) -> float:
 
 
 def _outputs(
-    checkpoint: CheckpointSource, mlp: str, factor: int, scale: float, noise: float, seed: int
+    checkpoint: CheckpointSource, family: Family, factor: int, scale: float, noise: float, seed: int
 ) -> Iterator[Output]:
     count = checkpoint.config.num_experts
     for name, parts in checkpoint.tensors.items():
-        names = disk_names(name, mlp=mlp, num_experts=count * factor)
+        names = family.disk_names(name, num_experts=count * factor)
         if ".mlp.experts." in name:
             undo = scale if name.endswith(".wo") else 1.0
             for index, target in enumerate(names):
                 part = parts[index % count]
                 yield Output(TensorPlan(target, part.dtype, part.shape), part, undo)
         elif ".mlp.router.classifier." in name:
-            shape = (count * factor, *parts[0].shape[1:])
+            sizes = list(parts[0].shape)
+            sizes[expert_axis(name)] *= factor
             yield Output(
-                TensorPlan(names[0], parts[0].dtype, shape),
+                TensorPlan(names[0], parts[0].dtype, tuple(sizes)),
                 make=partial(_rows, checkpoint, name, factor, noise, seed),
             )
         else:
@@ -123,8 +130,10 @@ def _rows(
 
     (info,) = checkpoint.tensors[name]
     rows = checkpoint.source.tensor(info.name)
-    repeated = torch.cat([rows] * factor)
-    if name.endswith(".bias") or noise == 0:
+    repeated = torch.cat([rows] * factor, dim=expert_axis(name))
+    if name.endswith(".correction"):
+        repeated = repeated / factor  # it is added to probabilities, which twins share
+    if not name.endswith(".weight") or noise == 0:
         return tensor_bytes(repeated)
     if noise < torch.finfo(rows.dtype).eps:
         return tensor_bytes(stepped(repeated, noise, seed=seed, name=f"{name}.grow"))

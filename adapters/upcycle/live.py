@@ -46,7 +46,7 @@ def upcycle_model(
         raise ConfigError("the model is a mixture of experts already", field="model", hint=hint)
     init = expert_inits.build(recipe.init)
     init.check(source.d_ff, recipe.num_experts)
-    router = router_for(init, recipe.router, recipe.num_experts)
+    router = router_for(init, recipe.router or "switch", recipe.num_experts)
     config = target_config(source, recipe, init, router, task)
     layers = sparse_mlps(config)
     dense = model.state_dict()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
+from moezoo.adapters.families import DecoderConfig
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
 from moezoo.adapters.plan import Move, Plan, make_plan
 from moezoo.adapters.upcycle.calibration import Calibration, LayerInputs, layer_inputs
@@ -77,13 +78,23 @@ def merge(
 
 def _check_alike(branches: Sequence[CheckpointSource]) -> None:
     for other in branches[1:]:
-        if other.config != branches[0].config or other.task != branches[0].task:
+        first, found = _facts(branches[0]), _facts(other)
+        name = next((n for n in {**first, **found} if first.get(n) != found.get(n)), None)
+        if name is not None:
             raise ConfigError(
-                "the models differ in shape or kind",
+                f"the models differ in shape or kind: {name}",
                 field="sources",
                 path=other.path,
-                expected=f"a config like that of {branches[0].path}",
+                expected=f"{first.get(name)!r}, a config like that of {branches[0].path}"[:200],
+                found=repr(found.get(name))[:80],
             )
+
+
+def _facts(branch: CheckpointSource) -> dict[str, Any]:
+    """What branches must agree in, by field."""
+    config = branch.config
+    told = config.comparable() if isinstance(config, DecoderConfig) else config.to_dict()
+    return {"model_type": told.get("model_type"), "task": branch.task, **told}
 
 
 def _outputs(
@@ -91,18 +102,26 @@ def _outputs(
 ) -> Iterator[Output]:
     for layer, router in plan.routers.items():
         yield Output(router, make=partial(router_bytes, plan, layer, router, inputs.get(layer)))
+        for zero in plan.zeros.get(layer, ()):
+            yield Output(zero, make=partial(bytes, zero.nbytes))
     for move in plan.moves:
         if move.layer is None:
             for target in move.targets:
-                yield Output(target, make=partial(_average, move, branches))
+                yield Output(target, make=partial(_average, move, branches, 1.0))
             continue
+        if move.shared is not None:
+            yield Output(move.shared, make=partial(_average, move, branches, move.shared_scale))
         for index, target in enumerate(move.targets):
             branch = branches[index % len(branches)]
             yield Output(target, make=partial(_expert, move, branch, target.dtype))
 
 
-def _average(move: Move, branches: Sequence[CheckpointSource]) -> memoryview:
-    """The mean over branches, exact for equal ones."""
+def _average(move: Move, branches: Sequence[CheckpointSource], scale: float) -> bytes | memoryview:
+    """The mean over branches, exact for equal ones, scaled."""
+    return scale_bytes(_mean(move, branches), move.targets[0].dtype, scale)
+
+
+def _mean(move: Move, branches: Sequence[CheckpointSource]) -> memoryview:
     import torch
 
     parts = [_of(move, branch) for branch in branches]

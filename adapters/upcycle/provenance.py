@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import moezoo
 from moezoo.adapters.checkpoint_source import CheckpointSource
-from moezoo.adapters.families import Family, expressible
+from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, expressible
 from moezoo.adapters.formats import Source
 from moezoo.adapters.left_behind import known, left_behind
 from moezoo.adapters.plan import Plan, layout_words
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.watch import hash_names
-from moezoo.config import SwitchConfig
+from moezoo.frozen import thawed
 
 if TYPE_CHECKING:
     from moezoo.adapters.upcycle.calibration import Calibration
@@ -38,11 +38,14 @@ class Provenance:
     behind: Mapping[str, Any] = field(default_factory=dict)  # see `left_behind`
     operation: str = "upcycle"
     calibration: str | None = None  # sha256 of the sample text's ids
+    config: Mapping[str, Any] | None = None  # config.json of a decoder, for `downcycle`
 
     def to_dict(self) -> dict[str, Any]:
         sampled = {} if self.calibration is None else {"calibration_sha256": self.calibration}
+        told = {} if self.config is None else {"source_config": dict(self.config)}
         return {
             **sampled,
+            **told,
             **self.behind,
             "moezoo_version": moezoo.__version__,
             "operation": self.operation,
@@ -70,17 +73,30 @@ def unhashed(plan: Plan, source: Source, calibration: Calibration | None = None)
         scale=plan.scale,
         behind=plan.behind,
         calibration=calibration.sha256() if fitted and calibration else None,
+        config=source_config(plan.config),
     )
+
+
+def source_config(config: ModelConfig) -> dict[str, Any] | None:
+    """config.json of the dense decoder that a sparse one was made from; None where none is known,
+    and of a T5, whose own says it.
+    """
+    if not isinstance(config, DecoderConfig) or config.dense_values is None:
+        return None
+    values: dict[str, Any] = thawed(config.dense_values)
+    return values
 
 
 def rewritten(
     operation: Mapping[str, Any],
+    config: ModelConfig,
     sources: Sequence[CheckpointSource],
     hashes: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Provenance of a checkpoint made from others, with theirs under `made_from`.
 
     Args:
+        config: of what is made.
         hashes: sha256 of each source's files; left out, placeholders of their length.
     """
     made_from = []
@@ -99,7 +115,9 @@ def rewritten(
         dropped = {"dropped_heads": behind["dropped_heads"]} if "dropped_heads" in behind else {}
         behind = known(sources[0]) | dropped
     version = {"moezoo_version": moezoo.__version__}
-    return {**version, **operation, **behind, "made_from": made_from}
+    told = source_config(config)
+    dense = {} if told is None else {"source_config": told}
+    return {**version, **operation, **behind, **dense, "made_from": made_from}
 
 
 def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> str:
@@ -115,17 +133,18 @@ def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> 
     command = "moezoo upcycle SRC OUT --recipe recipe.json"
     how = f"with this recipe (`{command}` makes the same bytes again)"
     title = f"{provenance.source}, upcycled to {plan.config.num_experts} experts"
-    return _card(title, rows, provenance.files.items(), how, recipe)
+    return _card(plan.config, title, rows, provenance.files.items(), how, recipe)
 
 
 def rewritten_card(
-    config: SwitchConfig,
+    config: ModelConfig,
     family: Family,
     outputs: Sequence[TensorPlan],
     made: Mapping[str, Any],
 ) -> str:
     """README.md of a checkpoint of the tensors `outputs`, made from others (`rewritten`)."""
-    operation = {k: v for k, v in made.items() if k not in ("moezoo_version", "made_from")}
+    told = ("moezoo_version", "made_from", "source_config")
+    operation = {k: v for k, v in made.items() if k not in told}
     sparse = bool(config.encoder_sparse or config.decoder_sparse)
     rows = {
         "parameters": f"{sum(math.prod(plan.shape) for plan in outputs):,}",
@@ -140,10 +159,18 @@ def rewritten_card(
         for name, value in entry["source_sha256"].items()
     ]
     how = f"by `moezoo {operation['operation']}`"
-    return _card(f"{names}, after {operation['operation']}", rows, files, how, operation)
+    return _card(config, f"{names}, after {operation['operation']}", rows, files, how, operation)
 
 
-def _shape_rows(config: SwitchConfig) -> dict[str, str]:
+def _shape_rows(config: ModelConfig) -> dict[str, str]:
+    if isinstance(config, DecoderConfig):
+        return {
+            "experts per sparse layer": str(config.num_experts),
+            "experts per token": str(config.choices),
+            "sparse layers": _listed(config.decoder_sparse),
+            "shared expert": "yes" if config.shares else "no",
+            "factor on each expert's down projection": f"{config.wo_scale or 1.0:g}",
+        }
     return {
         "experts per sparse layer": str(config.num_experts),
         "sparse encoder layers": _listed(config.encoder_sparse),
@@ -154,6 +181,7 @@ def _shape_rows(config: SwitchConfig) -> dict[str, str]:
 
 
 def _card(
+    config: ModelConfig,
     title: str,
     rows: Mapping[str, str],
     files: Iterable[tuple[str, str]],
@@ -162,9 +190,12 @@ def _card(
 ) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     hashes = "\n".join(f"- `{name}` sha256 `{value}`" for name, value in files)
+    library, kind = "moezoo", "switch-transformers"
+    if isinstance(config, DecoderConfig):
+        library, kind = "transformers", config.model_type
     return f"""---
-library_name: moezoo
-tags: [mixture-of-experts, switch-transformers]
+library_name: {library}
+tags: [mixture-of-experts, {kind}]
 ---
 
 # {title}

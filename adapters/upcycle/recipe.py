@@ -31,21 +31,22 @@ class Recipe:
 
     Args:
         num_experts: experts per sparse layer.
-        layers: see `placement.placed`.
+        layers: see `placement.placed`; None: "odd" of a T5, "all" of a decoder.
         init, router_init: names of `expert_inits` and `router_inits`, as `"name"`, `"name:value"`
             or `{"name": ..., **options}`.
         preserve: "exact" scales `wo` so that the model computes what the dense one did.
-        router, capacity: components of the sparse layers.
+        router, capacity: components of the sparse layers; no router: "switch" of a T5, "top_k"
+            with k = 2 of a decoder.
         seed: of every random number.
         dtype: "float32", "bfloat16", "float16", or None to keep the source's.
         max_shard_size: bytes, or such as "5GB".
     """
 
     num_experts: int
-    layers: Layers = "odd"
+    layers: Layers | None = None
     init: str | dict[str, Any] = "copy"
     preserve: str = "exact"
-    router: str | dict[str, Any] = "switch"
+    router: str | dict[str, Any] | None = None
     router_init: str | dict[str, Any] = "normal"
     capacity: str | dict[str, Any] | None = "dropless"
     seed: int = 0

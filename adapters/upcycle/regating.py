@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.families import DecoderConfig
 from moezoo.adapters.formats.base import torch_dtype
 from moezoo.adapters.upcycle.keyed import keyed_generator
 from moezoo.adapters.upcycle.likeness import Group
@@ -48,6 +49,9 @@ def wo_factors(
     in every direction alike. Routers that look at other tokens too get factors of 1.
     """
     config = checkpoint.config
+    if isinstance(config, DecoderConfig):
+        return [1.0] * len(groups)  # whatever is chosen, its weights add up to 1
+    assert isinstance(config, SwitchConfig)
     old_TE = _logits(checkpoint, layer, trace)
     means = torch.zeros(config.num_experts, len(groups), dtype=torch.float64, device="cpu")
     for index, group in enumerate(groups):

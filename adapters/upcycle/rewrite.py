@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
-from moezoo.adapters.families import Family
+from moezoo.adapters.families import Family, ModelConfig
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.names import SHARED
 from moezoo.adapters.open_files import OpenFiles
@@ -23,7 +23,6 @@ from moezoo.adapters.upcycle.provenance import rewritten, rewritten_card
 from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.adapters.upcycle.watch import refuse_change, source_hashes, stamps
 from moezoo.adapters.writer import checked_target, replacing_directory
-from moezoo.config import SwitchConfig
 
 CHUNK = 1 << 18
 
@@ -46,7 +45,7 @@ def rewrite(
     target: str | Path,
     outputs: Sequence[Output],
     *,
-    config: SwitchConfig,
+    config: ModelConfig,
     family: Family,
     operation: Mapping[str, Any],
     others: Sequence[CheckpointSource] = (),
@@ -75,13 +74,13 @@ def rewrite(
     ):
         hashing = worker.submit(lambda: [source_hashes(c.source) for c in checkpoints])
         shards = shard((output.plan for output in outputs), max_shard_size)
-        begun, opened = _metadata(rewritten(operation, checkpoints)), OpenFiles()
+        begun, opened = _metadata(rewritten(operation, config, checkpoints)), OpenFiles()
         files = [
             TensorFile(stage / name, group, begun, files=opened) for name, group in shards.items()
         ]
         try:
             _write_all(checkpoint.source, outputs, files, allow_nonfinite)
-            made = rewritten(operation, checkpoints, hashing.result())
+            made = rewritten(operation, config, checkpoints, hashing.result())
             for file in files:
                 file.rewrite_metadata(_metadata(made))
                 file.close()

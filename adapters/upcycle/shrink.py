@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
-from moezoo.adapters.families import layout_for
+from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, layout_for
 from moezoo.adapters.formats.base import tensor_bytes
-from moezoo.adapters.names import disk_names
+from moezoo.adapters.names import expert_axis
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.downcycling import known_scale
 from moezoo.adapters.upcycle.likeness import Group, distances, joined
 from moezoo.adapters.upcycle.regating import shares, wo_factors
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
-from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.records import Assignment
 from moezoo.traces import Trace
@@ -75,7 +74,7 @@ def shrink(
         }
         mean = float(torch.tensor(list(factors.values()), dtype=torch.float64, device="cpu").mean())
         target = config.replace(
-            num_experts=num_experts, wo_scale=(known_scale(checkpoint) or 1.0) * mean
+            num_experts=num_experts, wo_scale=_scale(known_scale(checkpoint), mean)
         )
         family = layout_for(target, dtypes=checkpoint.dtypes)
         operation = {
@@ -87,7 +86,7 @@ def shrink(
         return rewrite(
             checkpoint,
             out,
-            list(_outputs(checkpoint, family.mlp, groups, use, factors)),
+            list(_outputs(checkpoint, family, groups, use, factors)),
             config=target,
             family=family,
             operation=operation,
@@ -95,7 +94,11 @@ def shrink(
         )
 
 
-def _sparse_layers(config: SwitchConfig, num_experts: int) -> list[str]:
+def _scale(known: float | None, mean: float) -> float | None:
+    return known if mean == 1.0 else (known or 1.0) * mean
+
+
+def _sparse_layers(config: ModelConfig, num_experts: int) -> list[str]:
     """Their names. Raises ConfigError where there is nothing to reduce to `num_experts`."""
     layers = [f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse]
     layers += [f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse]
@@ -106,6 +109,11 @@ def _sparse_layers(config: SwitchConfig, num_experts: int) -> list[str]:
             expected=f"1 to {config.num_experts - 1}",
             found=num_experts,
         )
+    if isinstance(config, DecoderConfig) and num_experts < config.choices:
+        raise ConfigError(
+            f"every token goes to {config.choices} experts", field="num_experts",
+            expected=f">= {config.choices}", found=num_experts,
+        )  # fmt: skip
     return layers
 
 
@@ -135,7 +143,7 @@ def _kept(use: Tensor, count: int) -> tuple[Group, ...]:
 
 def _outputs(
     checkpoint: CheckpointSource,
-    mlp: str,
+    family: Family,
     groups: Groups,
     use: Mapping[str, Tensor],
     factors: Factors,
@@ -143,7 +151,7 @@ def _outputs(
     for name, parts in checkpoint.tensors.items():
         layer = name.rpartition(".mlp.")[0] + ".mlp"
         made = groups.get(layer, ())
-        names = disk_names(name, mlp=mlp, num_experts=len(made) or 1)
+        names = family.disk_names(name, num_experts=len(made) or 1)
         if ".mlp.experts." in name:
             for target, group, wo in zip(names, made, factors[layer], strict=True):
                 factor = wo if name.endswith(".wo") else 1.0
@@ -154,7 +162,9 @@ def _outputs(
                     average = partial(_average, checkpoint, name, group, use[layer], factor)
                     yield Output(plan, make=average)
         elif ".mlp.router.classifier." in name:
-            plan = TensorPlan(names[0], parts[0].dtype, (len(made), *parts[0].shape[1:]))
+            sizes = list(parts[0].shape)
+            sizes[expert_axis(name)] = len(made)
+            plan = TensorPlan(names[0], parts[0].dtype, tuple(sizes))
             yield Output(plan, make=partial(_rows, checkpoint, name, made, use[layer]))
         else:
             yield Output(TensorPlan(names[0], parts[0].dtype, parts[0].shape), parts[0])
@@ -174,9 +184,13 @@ def _rows(
     checkpoint: CheckpointSource, name: str, groups: Sequence[Group], use: Tensor
 ) -> memoryview:
     (info,) = checkpoint.tensors[name]
-    rows = checkpoint.source.tensor(info.name)
+    rows = checkpoint.source.tensor(info.name).transpose(0, expert_axis(name))
     merged = []
     for group in groups:
         part = shares(group, use).view(-1, *[1] * (rows.dim() - 1))
         merged.append((rows[list(group)].double() * part).sum(0))
-    return tensor_bytes(torch.stack(merged).to(rows.dtype))
+    made = torch.stack(merged)
+    if name.endswith(".correction"):
+        made = made * (len(rows) / len(groups))  # it is added to probabilities, which grow as much
+    made = made.to(rows.dtype)
+    return tensor_bytes(made.transpose(0, expert_axis(name)).contiguous())

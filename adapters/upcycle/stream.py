@@ -83,6 +83,8 @@ def transfer(
     for layer, target in plan.routers.items():
         sample = None if inputs is None else inputs[layer]
         sink.put([target.name], router_bytes(plan, layer, target, sample))
+        for zero in plan.zeros.get(layer, ()):
+            sink.put([zero.name], bytes(zero.nbytes))
     pending = {move.layer for move in plan.moves}
     with (
         FileHashes(source) as hashes,
@@ -147,6 +149,9 @@ def _pieces(
             if move is not None:
                 if not allow_nonfinite:
                     check_finite(content, info.dtype, name, source.path)
+                if move.shared is not None and move.shared.dtype == info.dtype:
+                    common = scale_bytes(content, info.dtype, move.shared_scale)
+                    yield _Piece(move, common, position, (move.shared,))
                 if streamed:
                     scaled = scale_bytes(content, info.dtype, move.scale)
                     for which, at, part in cut(scaled, position, period=period(move), count=count):
@@ -182,7 +187,8 @@ def _lent_pieces(
 def _is_pages(plan: Plan, move: Move) -> bool:
     """Whether a tensor is whole pages that go to each of its targets, but for a factor."""
     size = move.source.nbytes
-    whole = move.source.path is not None and size >= _WORTH_LENDING and size % PAGE == 0
+    alone = move.shared is None
+    whole = alone and move.source.path is not None and size >= _WORTH_LENDING and size % PAGE == 0
     return whole and _is_bytes(plan, move) and slice_targets(plan, move)[0] == 1
 
 
@@ -195,6 +201,9 @@ def _compute(plan: Plan, move: Move, source: Source, sink: Sink, pending: set[st
     """What bytes cannot do: other dtypes, and initialisations with arithmetic."""
     from moezoo.adapters.upcycle import drawing
 
+    if move.shared is not None and move.shared.dtype != move.source.dtype:
+        content = drawing.converted(source, move, move.shared_scale)
+        sink.put([move.shared.name], content)
     if move.layer is None:
         sink.put([target.name for target in move.targets], drawing.converted(source, move))
     elif move.layer in pending:

@@ -10,7 +10,7 @@ from moezoo.cli.parser import add_output
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add = parser.add_argument
-    add("source", metavar="SRC", help="a Switch checkpoint")
+    add("source", metavar="SRC", help="a sparse checkpoint")
     add_output(parser, "target", text="the directory to write")
     add("--factor", type=int, default=2, help="how many times as many experts (2)")
     add("--seed", type=int, default=0, help="of the noise that tells twins apart (0)")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 
 from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
-from moezoo.cli.upcycle import calibration
+from moezoo.cli.upcycle import add_calibration, calibration
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add = parser.add_argument
-    add("sources", metavar="SRC", nargs="+", help="dense T5 checkpoints of one shape")
+    add("sources", metavar="SRC", nargs="+", help="dense checkpoints of one shape")
     add("--out", metavar="OUT", required=True, help="the directory to write")
     add_recipe_arguments(parser)
-    add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
+    add_calibration(parser)
     add_drop_heads(parser)
-    add("--device", default="cpu", help="where a model reads the sample text, such as cuda (cpu)")
     add("--overwrite", action="store_true", help="replace what is at OUT")
 
 
@@ -37,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             layout=arguments.layout,
             overwrite=arguments.overwrite,
             drop_heads=arguments.drop_heads,
-            calibration=calibration(arguments.sources[0], arguments.calibration, arguments.device),
+            calibration=calibration(arguments.sources[0], arguments),
         )
     print(f"{path}: {recipe.num_experts} experts from {len(arguments.sources)} models")
     return 0

@@ -13,7 +13,7 @@ from moezoo.cli.recipes import add_drop_heads, add_recipe_arguments, recipe_from
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("source", metavar="SRC", help="a dense T5 checkpoint")
+    parser.add_argument("source", metavar="SRC", help="a dense checkpoint: T5, Llama, Qwen, ...")
     add_recipe_arguments(parser)
     add_drop_heads(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")

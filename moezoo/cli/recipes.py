@@ -30,10 +30,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="a TOML or JSON recipe; flags win over it")
     add("--experts", dest="num_experts", metavar="E", type=_count, help="experts per sparse layer")
-    add("--layers", help="odd (default), all, last:6, every:2, enc=1,3;dec=all, ...")
+    add("--layers", help="all (default; odd of a T5), odd, last:6, every:2, enc=1,3;dec=all, ...")
     add("--init", help="copy (default), noise:1e-3, drop:0.5, split, virtual_group:2, lora:8")
     add("--preserve", choices=("exact", "none"), help="exact: same function as the source")
-    add("--router", type=_component, help="switch (default), or top_k:2, or JSON")
+    add("--router", type=_component, help="top_k:2 (default; switch of a T5), or JSON")
     add("--router-init", help="normal (default), zero, mean_orthogonal, centroids, prompts")
     add("--capacity", type=_component, help="dropless (default), switch, or JSON")
     add("--seed", type=int, help="of every random number (0)")

@@ -10,7 +10,7 @@ from moezoo.cli.parser import add_output
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add = parser.add_argument
-    add("source", metavar="SRC", help="a Switch checkpoint")
+    add("source", metavar="SRC", help="a sparse checkpoint")
     add_output(parser, "target", text="the directory to write")
     add("--experts", type=int, required=True, help="experts per sparse layer that remain")
     add("--trace", metavar="FILE", help="a saved routing trace: how much each expert was used")

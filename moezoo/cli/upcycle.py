@@ -1,4 +1,4 @@
-"""`moezoo upcycle`: a dense T5 on disk becomes a Switch model on disk."""
+"""`moezoo upcycle`: a dense model on disk becomes a sparse one on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("source", metavar="SRC", help="a dense T5 checkpoint")
+    parser.add_argument("source", metavar="SRC", help="a dense checkpoint: T5, Llama, Qwen, ...")
     add_output(parser, "target", text="the directory to write")
     add_recipe_arguments(parser)
     add = parser.add_argument
@@ -28,8 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_drop_heads(parser)
     add("--overwrite", action="store_true", help="replace what is at OUT")
     add("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
-    add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
-    add("--device", default="cpu", help="where the model reads the sample text, such as cuda (cpu)")
+    add_calibration(parser)
     add("--json", action="store_true", help="one JSON object")
 
 
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.target,
                 overwrite=arguments.overwrite,
                 allow_nonfinite=arguments.allow_nonfinite,
-                calibration=calibration(arguments.source, arguments.calibration, arguments.device),
+                calibration=calibration(arguments.source, arguments),
                 verifier=_verifier(arguments) if arguments.verify else None,
                 progress=progress.advance,
             )
@@ -89,11 +88,23 @@ def _verifier(arguments: argparse.Namespace) -> Verifier:
     return check
 
 
-def calibration(source: str, file: str | None, device: str) -> Calibration | None:
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """The flags of sample text for routers that are fitted to it."""
+    add = parser.add_argument
+    add("--calibration", metavar="FILE", help="sample text, or a JSON list of prompts per expert")
+    add("--device", default="cpu", help="where the model reads the sample text, such as cuda (cpu)")
+    add("--inputs", choices=("model", "embeddings"), default="model",
+        help="what routers are fitted to: what the dense model's layers read (model), or the "
+        "embeddings of the text alone")  # fmt: skip
+
+
+def calibration(source: str, arguments: argparse.Namespace) -> Calibration | None:
     """Sample text, by the tokenizer beside the source."""
-    if file is None:
+    if arguments.calibration is None:
         return None
     from moezoo.adapters.upcycle.calibration import read_calibration
 
     directory = Path(source) if Path(source).is_dir() else Path(source).parent
-    return read_calibration(file, directory, device=device)
+    return read_calibration(
+        arguments.calibration, directory, device=arguments.device, inputs=arguments.inputs
+    )

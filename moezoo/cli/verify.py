@@ -17,7 +17,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--levels",
         default="1,2,3,4,5",
-        help="1 static, 2 bytes, 3 layers, 4 logits, 5 routers (all); 1 and 2 need no torch",
+        help="1 static, 2 bytes, 3 layers, 4 logits, 5 routers (all); 1 and 2 need no torch, 4 of "
+        "a decoder needs transformers",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

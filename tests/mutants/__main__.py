@@ -26,6 +26,7 @@ SUITE = [
     "tests/properties/test_references.py",
     "tests/properties/test_in_use.py",
     "tests/properties/test_configs.py",
+    "tests/properties/test_decoders.py",
     "tests/properties/test_generation.py",
     "tests/mutants/kit.py",
     "tests/functional/test_routed_mlp.py",

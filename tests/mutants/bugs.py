@@ -20,6 +20,7 @@ class Bug:
     quick: bool = False
 
 
+FAMILIES = "adapters/families/"
 _GATED = "weight_N = weight_N[order.pair]"
 _SWITCH_LOGITS = "return gate(self.classifier, x_TD)"
 _JITTERED = f"""x_TD = jittered(x_TD, self.jitter)
@@ -357,4 +358,23 @@ BUGS = [
         "leaf, back_nF * weight_n1.to(back_nF.dtype)", "leaf, back_nF", quick=True),
     Bug("a strip ends before its last expert", "moezoo/functional/expert_strips.py",
         "slice(before.start, rows.stop)", "slice(before.start, rows.start)"),
+    Bug("a shared expert is added to whole experts", FAMILIES + "sparse_decoders.py",
+        "routed=0.5,  # the shared", "routed=1.0,  # the shared"),
+    Bug("gate and up change places in a fused tensor", FAMILIES + "sparse_decoders.py",
+        '"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2)',
+        '"wi_0": Fused(_INPUT, 1, 2), "wi_1": Fused(_INPUT, 0, 2)'),
+    Bug("parts of a fused tensor lie on each other", "adapters/tensor_files.py",
+        "start_of + place.number * tensor.nbytes",
+        "start_of + place.number // place.parts * tensor.nbytes"),
+    Bug("the base of RoPE is left to the sibling's class", FAMILIES + "decoder_config.py",
+        "told = {name: {\"rope_theta\": base, **thawed(part)}",
+        "told = {name: {**thawed(part)}", historic=True),
+    Bug("a window that Llama does not read is carried", FAMILIES + "dense_decoders.py",
+        'fixed={"sliding_window": None},', "fixed={},"),
+    Bug("windows go to the first layers", FAMILIES + "dense_decoders.py",
+        "lambda layer: layer >= first", "lambda layer: layer < first"),
+    Bug("a grown decoder chooses as few experts as before", "adapters/upcycle/grow.py",
+        "choices=before.choices * factor", "choices=before.choices"),
+    Bug("a correction weighs twins as it weighed one", "adapters/upcycle/grow.py",
+        "repeated = repeated / factor", "repeated = repeated / 1"),
 ]  # fmt: skip

@@ -45,7 +45,8 @@ class RouterInit(abc.ABC):
         Args:
             key: the layer's name; random numbers depend on it and on `seed` alone.
             inputs: (T, D) float32, the layer's inputs on sample text.
-            experts: (T,) int64, the expert whose prompt each token is of, for prompts.
+            experts: (T,) int64, the expert whose prompt each token is of, for prompts; -1 - e of
+                one that is of what expert e is not for.
         """
 
 
@@ -177,7 +178,7 @@ class CentroidsRouter(RouterInit):
 @router_inits.register("prompts")
 class PromptsRouter(RouterInit):
     """Row e points from the mean input to the inputs of expert e's own prompts, so that text like
-    theirs goes there.
+    theirs goes there, and away from those of its negative prompts, where it has some.
 
     Args:
         std: root mean square of the rows.
@@ -204,8 +205,9 @@ class PromptsRouter(RouterInit):
 
         inputs = _inputs(inputs, key).double()
         experts = torch.empty(0, dtype=torch.int64, device="cpu") if experts is None else experts
-        counts = torch.bincount(experts, minlength=num_experts)
-        if len(counts) != num_experts or not bool((counts > 0).all()):
+        counts = torch.bincount(experts[experts >= 0], minlength=num_experts)
+        known = not len(experts) or int(experts.min()) >= -num_experts
+        if len(counts) != num_experts or not bool((counts > 0).all()) or not known:
             raise ConfigError(
                 "prompts are needed for every expert, and for no others",
                 field="calibration",
@@ -213,10 +215,20 @@ class PromptsRouter(RouterInit):
                 found=f"prompts for {int((counts > 0).sum())}",
                 hint="Pass a JSON file: a list with one list of texts per expert.",
             )
-        sums = torch.zeros(num_experts, d_model, dtype=torch.float64, device="cpu")
-        means = sums.index_add_(0, experts, inputs) / counts[:, None]
+        means = _means(inputs, experts, num_experts)
+        means = means - _means(inputs, -1 - experts, num_experts)
         directions = normalize(means - means.mean(dim=0), dim=1)
         return _flat(directions * (_std(self.std, d_model) * d_model**0.5))
+
+
+def _means(inputs: Tensor, owners: Tensor, num_experts: int) -> Tensor:
+    """The mean input (E, D) of each expert's tokens, zero without any; negative owners are none."""
+    import torch
+
+    ours = owners >= 0
+    sums = torch.zeros(num_experts, inputs.shape[1], dtype=torch.float64, device="cpu")
+    counts = torch.bincount(owners[ours], minlength=num_experts).clamp(min=1)
+    return sums.index_add_(0, owners[ours], inputs[ours]) / counts[:, None]
 
 
 def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

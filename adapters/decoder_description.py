@@ -1,0 +1,107 @@
+"""What a decoder's checkpoint on disk is: where each of its tensors goes. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moezoo.adapters.description import Description, named_file, same_bytes
+from moezoo.adapters.families import DecoderConfig, DecoderFamily, Weights, decoder_family
+from moezoo.adapters.families.decoders import EMBEDDINGS, lost_field
+from moezoo.adapters.foreign import refuse_foreign_tensors
+from moezoo.adapters.formats import Source
+from moezoo.adapters.formats.files import quoted, read_json
+from moezoo.adapters.fused import split_fused
+from moezoo.adapters.names import HEAD, is_head
+from moezoo.errors import ConfigError, TensorMismatch, did_you_mean
+
+_MAX_CONFIG_BYTES = 1 << 20
+Places = dict[str, dict[int | None, str]]
+
+
+def describe_decoder(source: Source, *, drop_heads: bool = False) -> Description | None:
+    """Read config.json and place every tensor; None for a checkpoint that is no known decoder.
+
+    Raises ConfigError naming the field, or TensorMismatch for tensors that are not what it says.
+    """
+    path = source.directory / "config.json"
+    values = read_json(path, most=_MAX_CONFIG_BYTES) if path.is_file() else {}
+    family = decoder_family(values.get("model_type"))
+    if family is None:
+        return None
+    config = named_file(path, family.read, values, Weights(frozenset(), own_head=False))
+    refuse_foreign_tensors(source.tensors, source.path, known="Llama or its kin")
+    try:
+        _refuse_size(source, "num_hidden_layers", config.num_layers)
+        split_fused(source, family.fused(config))
+        _refuse_size(source, "num_experts", len(config.decoder_sparse) * config.num_experts)
+        return _described(source, family, config, values, drop_heads=drop_heads)
+    except TensorMismatch as error:
+        raise lost_field(config, error) from None
+
+
+def _described(
+    source: Source,
+    family: DecoderFamily,
+    config: DecoderConfig,
+    values: Mapping[str, Any],
+    *,
+    drop_heads: bool,
+) -> Description:
+    known = _by_disk_name(family, config)
+    places: Places = {}
+    aliases: dict[str, str] = {}
+    dropped: list[str] = []
+    for name in source.tensors:
+        if name in known:
+            parameter, expert = known[name]
+            places.setdefault(parameter, {})[expert] = name
+        elif name == HEAD and config.tied:
+            _check_tied(source)
+            aliases[HEAD] = EMBEDDINGS
+        elif is_head(name):
+            dropped.append(name)
+        elif not family.is_stray(name):
+            raise TensorMismatch(
+                f"unexpected tensor {quoted(name)}", path=source.path, key=name[:120],
+                hint=did_you_mean(name, list(known)[:500]) if len(name) < 120 else None,
+            )  # fmt: skip
+    if dropped and not drop_heads:
+        raise TensorMismatch(
+            f"the sparse model has no head such as {quoted(dropped[0])} ({len(dropped)} tensors)",
+            path=source.path, key=dropped[0],
+            hint="Leave it out with --drop-heads, in Python with drop_heads=True.",
+        )  # fmt: skip
+    return Description(family, config, "", places, aliases, tuple(dropped), (), True, values)
+
+
+def _by_disk_name(
+    family: DecoderFamily, config: DecoderConfig
+) -> dict[str, tuple[str, int | None]]:
+    """The parameter, and the expert for one slice of a stack, of every name on disk."""
+    known: dict[str, tuple[str, int | None]] = {}
+    for parameter in family.shapes(config, "conditional_generation"):
+        names = family.disk_names(parameter, num_experts=config.num_experts)
+        stacked = ".mlp.experts." in parameter
+        known |= {n: (parameter, e if stacked else None) for e, n in enumerate(names)}
+    return known
+
+
+def _refuse_size(source: Source, field: str, number: int) -> None:
+    """Refuse absurd numbers before the names of all tensors are made: they must not cost time or
+    memory.
+    """
+    if number > len(source.tensors):
+        raise TensorMismatch(
+            f"{field}: config.json names more of them than the checkpoint has weights",
+            path=source.path, key=field, found=number,
+        )  # fmt: skip
+
+
+def _check_tied(source: Source) -> None:
+    if not same_bytes(source, HEAD, EMBEDDINGS):
+        raise ConfigError(
+            f"tie_word_embeddings is true, and {HEAD} differs from {EMBEDDINGS}",
+            field="tie_word_embeddings", path=source.directory / "config.json",
+            hint="Correct config.json, or leave the head out of the weights.",
+        )  # fmt: skip

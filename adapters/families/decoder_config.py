@@ -1,0 +1,267 @@
+"""What config.json says of a decoder, dense or sparse, and what the verbs ask of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from moezoo.adapters.families.dense_decoders import DENSE, DenseKind
+from moezoo.adapters.families.fields import gated_name, refuse_quantized
+from moezoo.adapters.families.sparse_decoders import SPARSE, SparseKind
+from moezoo.errors import ConfigError
+from moezoo.frozen import FrozenDict, frozen, thawed
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_LARGEST = 1 << 32
+PLUG = "moezoo.plug puts experts into the model that transformers loads."
+# Fields of sparse models that decide what a layer computes, beside its numbers.
+_SHAPING = (
+    "moe_num_shared_experts",
+    "num_shared_experts",
+    "shared_intermediate_size",
+    "norm_topk_prob",
+    "expert_selection_fn",
+)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder's config.json, with what the planner reads under the names of a `SwitchConfig`.
+
+    values: config.json as it is. dense_values: that of the dense model that it was made from, where
+    the provenance tells it. wo_scale: the factor on every expert's `wo`, as far as it is known.
+    """
+
+    values: FrozenDict
+    wo_scale: float | None = None
+    dense_values: FrozenDict | None = None
+
+    @property
+    def model_type(self) -> str:
+        return str(self.values["model_type"])
+
+    @property
+    def sparse_kind(self) -> SparseKind | None:
+        """The row of a sparse model, None of a dense one."""
+        return SPARSE.get(self.model_type)
+
+    @property
+    def dense_kind(self) -> DenseKind:
+        """The row of a dense model, or of the dense one that a sparse one comes from."""
+        if self.dense_values is not None:
+            return DENSE[self.dense_values["model_type"]]
+        return DENSE[self.model_type if self.sparse_kind is None else self.sparse_kind.dense]
+
+    @cached_property
+    def full(self) -> dict[str, Any]:
+        """config.json with what its class assumes where it is silent."""
+        kind, sparse = self.dense_kind, self.sparse_kind
+        assumed = kind.defaults if sparse is None else {**kind.defaults, **sparse.defaults}
+        full = {**assumed, **self.values, **(kind.fixed if sparse is None else {})}
+        if full.get("num_key_value_heads") is None:
+            full["num_key_value_heads"] = full["num_attention_heads"]
+        if full.get("head_dim") is None:
+            full["head_dim"] = full["hidden_size"] // full["num_attention_heads"]
+        if sparse is None and kind.layer_types is not None and not full.get("layer_types"):
+            full["layer_types"] = kind.layer_types(full)
+        theta = kind.theta if sparse is None else sparse.defaults.get("rope_theta", kind.theta)
+        return full | _rope(full, theta)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.values["num_hidden_layers"])
+
+    decoder_layers = num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.values["vocab_size"])
+
+    @property
+    def d_model(self) -> int:
+        return int(self.values["hidden_size"])
+
+    @property
+    def d_ff(self) -> int:
+        """The hidden width of the dense MLP."""
+        if self.dense_values is not None:
+            return int(self.dense_values["intermediate_size"])
+        sparse = self.sparse_kind
+        wide = None if sparse is None else self.values.get(sparse.dense_width)
+        return int(wide or self.values["intermediate_size"])
+
+    @property
+    def expert_d_ff(self) -> int:
+        """The hidden width of an expert."""
+        assert self.sparse_kind is not None
+        return int(self.values[self.sparse_kind.width])
+
+    @property
+    def num_experts(self) -> int:
+        kind = self.sparse_kind
+        names = () if kind is None else kind.experts
+        return int(next((self.values[n] for n in names if self.values.get(n) is not None), 0))
+
+    @property
+    def choices(self) -> int:
+        """Experts per token; 0 of a dense model."""
+        kind = self.sparse_kind
+        return 0 if kind is None else int(self.values[kind.choices])
+
+    @property
+    def encoder_sparse(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def decoder_sparse(self) -> tuple[int, ...]:
+        kind = self.sparse_kind
+        return () if kind is None else kind.placement.read(self.values, self.num_layers)
+
+    @property
+    def shares(self) -> bool:
+        """Whether sparse layers have an expert that every token passes."""
+        kind = self.sparse_kind
+        return kind is not None and bool(kind.shared)
+
+    @property
+    def is_gated(self) -> bool:
+        return True
+
+    @property
+    def feed_forward_proj(self) -> str:
+        """The MLP as a `SwitchConfig` calls it."""
+        return gated_name(self.full["hidden_act"])
+
+    @property
+    def router(self) -> Any:
+        """The router as a component of moezoo."""
+        k = self.choices
+        return {"name": "top_k", "k": k} if k > 1 else {"name": "switch", "weight": "unit"}
+
+    @property
+    def experts(self) -> Any:
+        """The experts as a component of moezoo."""
+        return {"name": "stacked", "d_ff": self.expert_d_ff}
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the table of embeddings."""
+        return bool(self.full["tie_word_embeddings"])
+
+    def replace(self, **changes: Any) -> DecoderConfig:
+        """The config with other numbers: num_experts, choices, vocab_size, wo_scale."""
+        values, kind = thawed(self.values), self.sparse_kind
+        if kind is not None:
+            if "num_experts" in changes:
+                for name in kind.experts:
+                    values.pop(name, None)
+                values[kind.experts[0]] = changes.pop("num_experts")
+            if "choices" in changes:
+                values[kind.choices] = changes.pop("choices")
+        if "vocab_size" in changes:
+            values["vocab_size"] = changes.pop("vocab_size")
+        return replace(self, values=frozen(values), **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"values": thawed(self.values), "wo_scale": self.wo_scale}
+
+    def comparable(self) -> FrozenDict:
+        """What two configs of models that compute the same have in common."""
+        free = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache",
+                "moezoo_provenance", "architectures", *(self.dense_kind.ignored))  # fmt: skip
+        told = {name: value for name, value in self.full.items() if name not in free}
+        return FrozenDict(frozen(told))
+
+
+def read_decoder(values: Mapping[str, Any]) -> DecoderConfig:
+    """The config that a config.json means. Raises ConfigError naming the field."""
+    refuse_quantized(values)
+    made = values.get("moezoo_provenance")
+    own = {name: value for name, value in values.items() if name != "moezoo_provenance"}
+    config = DecoderConfig(frozen(own), dense_values=_known_dense(made))
+    kind = config.sparse_kind
+    if kind is None:
+        _refuse_lost(config)
+    for name in _SIZES if kind is None else (*_SIZES, kind.width, kind.choices):
+        _check_size(name, values.get(name))
+    if kind is not None:
+        _check_size(kind.experts[0], config.num_experts)
+        if config.choices > config.num_experts:
+            raise ConfigError(
+                "more choices than experts",
+                field=kind.choices,
+                expected=f"<= {config.num_experts}",
+                found=config.choices,
+            )
+        for name, value in kind.sets.items():
+            _refuse_sparse(name, value, config.full.get(name, value))
+    for name in ("num_key_value_heads", "head_dim"):
+        _check_size(name, config.full[name])
+    _ = config.feed_forward_proj
+    return config
+
+
+def _known_dense(made: object) -> FrozenDict | None:
+    """config.json of the dense model, from a provenance. Raises ConfigError for no such thing."""
+    found = made.get("source_config") if isinstance(made, Mapping) else None
+    if found is None:
+        return None
+    width = found.get("intermediate_size") if isinstance(found, Mapping) else None
+    if not isinstance(width, int) or found.get("model_type") not in DENSE:
+        raise ConfigError(
+            "moezoo_provenance.source_config is no config.json of a decoder",
+            field="source_config", found=repr(found)[:80],
+        )  # fmt: skip
+    dense: FrozenDict = frozen(dict(found))
+    return dense
+
+
+def _refuse_lost(config: DecoderConfig) -> None:
+    """Refuse a dense model by the field that its sibling has no word for."""
+    dense = config.dense_kind
+    for name, value in dense.only.items():
+        found = config.values.get(name)
+        if found is not None and found != value:
+            raise ConfigError(
+                f"{dense.sibling} has no {name}", field=name, expected=repr(value),
+                found=repr(found)[:80], hint=PLUG,
+            )  # fmt: skip
+
+
+def _refuse_sparse(name: str, value: Any, found: object) -> None:
+    """Refuse a published sparse model whose layers are of a form that the row does not know."""
+    if name in _SHAPING and found != value:
+        raise ConfigError(
+            f"moezoo does not know sparse layers with this {name}", field=name,
+            expected=repr(value), found=repr(found)[:80], hint="Load it with transformers.",
+        )  # fmt: skip
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+        raise ConfigError(
+            f"config.json has no {name!r}" if value is None else f"bad {name}",
+            field=name, expected="a whole number > 0", found=repr(value)[:80],
+            hint="Correct config.json, or download it again.",
+        )  # fmt: skip
+
+
+def _rope(full: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """The base of RoPE where a file leaves it to its class, as transformers 4 or 5 writes it."""
+    stated = full.get("rope_parameters")
+    if isinstance(stated, Mapping) and stated:
+        base = full.get("rope_theta") or theta
+        nested = any(isinstance(value, Mapping) for value in stated.values())
+        parts = stated if nested else {"": stated}
+        told = {name: {"rope_theta": base, **thawed(part)} for name, part in parts.items()}
+        return {"rope_parameters": told if nested else told[""]}
+    return {"rope_theta": theta if full.get("rope_theta") is None else full["rope_theta"]}

@@ -1,0 +1,160 @@
+"""The sparse decoders of transformers that a dense one becomes: tables of names and rules.
+
+Names are those of the published checkpoints, which transformers fuses while it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moezoo.adapters.families.decoder_placement import ALL, INTERVAL, STEPS, TYPES, Placement
+
+_W = {"wi_0": "w1", "wi_1": "w3", "wo": "w2"}
+_PROJ = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
+DENSE_MLP = {matrix: f"mlp.{name}.weight" for matrix, name in _PROJ.items()}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor (E, parts, ...) that holds a matrix of every expert: `part` of `parts` of each."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class SparseKind:
+    """One sparse `model_type`. Its router's k weights are normalised to add up to 1.
+
+    Attributes:
+        dense: the `model_type` that one of its experts makes.
+        experts, choices: fields that hold their numbers; the first of `experts` is written.
+        width: the field of the hidden width of an expert; dense_width: of the layers without.
+        router: its tensor, `expert`: those of expert {e}, or the fused ones, by matrix.
+        shared: tensors of the MLP that every token passes, none of most.
+        routed, shared_scale: factors on `wo` with which the layer computes what the dense one did.
+        zeros: further tensors, by what they are called here, and their sizes by letter (E, D, 1).
+        sets: fields that dense models have no word for, as an upcycled model needs them.
+    """
+
+    model_type: str
+    architecture: str
+    dense: str
+    experts: tuple[str, ...]
+    choices: str
+    width: str
+    router: str
+    expert: Mapping[str, str | Fused]
+    placement: Placement = ALL
+    dense_width: str = "intermediate_size"
+    shared: Mapping[str, str] = field(default_factory=dict)
+    shared_width: str = ""
+    routed: float = 1.0
+    shared_scale: float = 1.0
+    zeros: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_sparse(self) -> bool:
+        return self.placement is ALL
+
+    @property
+    def title(self) -> str:
+        """The name of the class, without what it is for."""
+        return self.architecture.removesuffix("ForCausalLM")
+
+
+_LOGGED = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+_NORMALIZED = {**_LOGGED, "norm_topk_prob": True}
+_EACH = {matrix: f"mlp.experts.{{e}}.{name}.weight" for matrix, name in _PROJ.items()}
+_GATE_UP, _DOWN = "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
+_INPUT, _OUTPUT = "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
+
+_KINDS = (
+    SparseKind(
+        "mixtral", "MixtralForCausalLM", "mistral",
+        experts=("num_local_experts", "num_experts"), choices="num_experts_per_tok",
+        width="intermediate_size",
+        router="block_sparse_moe.gate.weight",
+        expert={m: f"block_sparse_moe.experts.{{e}}.{name}.weight" for m, name in _W.items()},
+        sets={**_LOGGED, "router_jitter_noise": 0.0},
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None,
+                  "max_position_embeddings": 131072, "rope_theta": 1e6},
+    ),
+    SparseKind(
+        "qwen2_moe", "Qwen2MoeForCausalLM", "qwen2",
+        experts=("num_experts",), choices="num_experts_per_tok", width="moe_intermediate_size",
+        router="mlp.gate.weight", expert=_EACH, placement=STEPS,
+        shared={m: f"mlp.shared_expert.{name}.weight" for m, name in _PROJ.items()},
+        shared_width="shared_expert_intermediate_size",
+        routed=0.5,  # the shared expert's gate at 0 is 1/2
+        zeros={"shared_gate": ("mlp.shared_expert_gate.weight", "1D")},
+        sets={**_NORMALIZED, "qkv_bias": True},
+        defaults={"norm_topk_prob": False, "num_key_value_heads": 16},
+    ),
+    SparseKind(
+        "qwen3_moe", "Qwen3MoeForCausalLM", "qwen3",
+        experts=("num_experts", "num_local_experts"), choices="num_experts_per_tok",
+        width="moe_intermediate_size",
+        router="mlp.gate.weight", expert=_EACH, placement=STEPS,
+        sets=_NORMALIZED,
+        defaults={"norm_topk_prob": False, "num_key_value_heads": 4, "head_dim": None},
+    ),
+    SparseKind(
+        "granitemoe", "GraniteMoeForCausalLM", "granite",
+        experts=("num_local_experts",), choices="num_experts_per_tok", width="intermediate_size",
+        router="block_sparse_moe.router.layer.weight",
+        expert={"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2), "wo": Fused(_OUTPUT)},
+        sets=_LOGGED,
+    ),
+    SparseKind(
+        "granitemoe_swa", "GraniteMoeSWAForCausalLM", "granite_swa",
+        experts=("num_local_experts",), choices="num_experts_per_tok", width="intermediate_size",
+        router="block_sparse_moe.router.weight",
+        expert={"wi_0": Fused(_GATE_UP, 0, 2), "wi_1": Fused(_GATE_UP, 1, 2), "wo": Fused(_DOWN)},
+        sets={**_LOGGED, "shared_intermediate_size": 0},
+        defaults={"num_key_value_heads": None, "tie_word_embeddings": False},
+    ),
+    SparseKind(
+        "flex_olmo", "FlexOlmoForCausalLM", "olmo2",
+        experts=("num_experts",), choices="num_experts_per_tok", width="intermediate_size",
+        router="mlp.gate.weight", expert=_EACH,
+        sets=_NORMALIZED,
+        defaults={"norm_topk_prob": False, "rms_norm_eps": 1e-6, "rope_theta": 5e5,
+                  "max_position_embeddings": 4096},
+    ),
+    SparseKind(
+        "ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5",
+        experts=("moe_num_experts", "num_experts"), choices="moe_k",
+        width="moe_intermediate_size",
+        router="mlp.gate.weight", expert=_EACH, placement=INTERVAL,
+        zeros={"classifier.correction": ("mlp.moe_statics.e_score_correction_bias", "1E")},
+        sets={**_LOGGED, "moe_num_shared_experts": 0, "moe_norm_min": 1e-12},
+        defaults={"moe_num_shared_experts": 2, "num_key_value_heads": 4, "head_dim": None},
+    ),
+    SparseKind(
+        "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "hunyuan_v1_dense",
+        experts=("num_experts",), choices="moe_topk", width="intermediate_size",
+        router="mlp.gate.wg.weight", expert=_EACH,
+        shared={m: f"mlp.shared_mlp.{name}.weight" for m, name in _PROJ.items()},
+        shared_width="intermediate_size",
+        routed=0.5, shared_scale=0.5,  # both are added, with no gate between
+        sets={"output_router_logits": False, "sep_token_id": 4},
+    ),
+    SparseKind(
+        "cohere2_moe", "Cohere2MoeForCausalLM", "cohere2",
+        experts=("num_experts",), choices="num_experts_per_tok", width="intermediate_size",
+        router="mlp.gate.weight", expert=_EACH, placement=TYPES,
+        dense_width="prefix_dense_intermediate_size",
+        sets={"output_router_logits": False, "norm_topk_prob": True, "num_shared_experts": 0,
+              "shared_expert_combination_strategy": "average", "expert_selection_fn": "softmax",
+              # At 1, layers without experts would rotate where Cohere2 does not.
+              "prefix_dense_sliding_window_pattern": 4, "sliding_window_pattern": 4},
+        defaults={"head_dim": 128},
+    ),
+)  # fmt: skip
+SPARSE = {kind.model_type: kind for kind in _KINDS}

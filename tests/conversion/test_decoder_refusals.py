@@ -1,0 +1,271 @@
+"""What a sibling cannot hold, and files that lie: one line with file, field and way out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+
+import moezoo
+from moezoo.adapters.checkpoint_source import open_checkpoint
+from moezoo.adapters.sparse import sparse
+from moezoo.adapters.upcycle import upcycle
+from moezoo.adapters.verify import verify
+from moezoo.errors import MoezooError
+from tests.conversion.decoders import SIZES, dense_decoder, edit_config, ids, logits, relative
+
+# A source by family and options, the recipe, and what the line must say.
+REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "a bias that Mixtral has no place for": (
+        "llama", {"attention_bias": True}, {},
+        ("config.json", "mixtral has no attention_bias", "moezoo.plug"),
+    ),
+    "a bias of the MLP": ("llama", {"mlp_bias": True}, {}, ("mixtral has no mlp_bias",)),
+    "a bias of Granite's MLP": ("granite", {"mlp_bias": True}, {}, ("has no mlp_bias",)),
+    "a bias of Ernie": ("ernie4_5", {"use_bias": True}, {}, ("ernie4_5_moe has no use_bias",)),
+    "windows in some layers of Qwen3": (
+        "qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {},
+        ("config.json", "qwen3_moe has the same attention in all layers", "moezoo.plug"),
+    ),
+    "windows of Olmo3": (
+        "olmo3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}, {},
+        ("flex_olmo has no sliding windows", "sliding_attention"),
+    ),
+    "a dense layer in a Mixtral": (
+        "llama", {}, {"layers": "odd"}, ("mixtral has experts in all layers", "layers='all'"),
+    ),
+    "layers that Ernie cannot place": (
+        "ernie4_5", {"num_hidden_layers": 4}, {"layers": [0, 3]}, ("every n-th layer",),
+    ),
+    "moezoo's own layout": (
+        "llama", {}, {"layout": "moezoo"}, ("moezoo's own layout holds T5s", "moezoo.plug"),
+    ),
+    "a router that is not theirs": (
+        "llama", {}, {"router": "switch"}, ("normalise the weights", "top_k"),
+    ),
+    "more choices than experts": (
+        "llama", {}, {"router": {"name": "top_k", "k": 5}}, ("the router's k is out of range",),
+    ),
+    "a capacity": ("llama", {}, {"capacity": "switch"}, ("mixtral drops no tokens", "dropless")),
+    "slices where all tokens pass as much": (
+        "hunyuan_v1_dense", {}, {"init": "split"}, ("one width for experts", "init='copy'"),
+    ),
+}  # fmt: skip
+
+
+def refused(source: Path, target: Path, **recipe: Any) -> str:
+    """The line with which an upcycling is refused; nothing is written."""
+    before = sorted(path.name for path in target.parent.iterdir())
+    with pytest.raises(MoezooError) as caught:
+        upcycle(source, target, **{"num_experts": 4, **recipe})
+    assert sorted(path.name for path in target.parent.iterdir()) == before
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_the_sibling_cannot_hold_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    family, options, recipe, words = REFUSALS[case]
+    source = dense_decoder(tmp_path / "dense", family, **options)
+    line = refused(source, tmp_path / "moe", **recipe)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"max_window_layers": 1})],
+)
+def test_the_way_out_works(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """What a refusal names: `moezoo.plug` on the model that transformers loads."""
+    windows = {"use_sliding_window": True, "sliding_window": 4} if family == "qwen3" else {}
+    source = dense_decoder(tmp_path / "dense", family, **options, **windows)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(ids()).logits
+        moezoo.plug(model, "model.layers.*.mlp", sparse(4))
+        assert relative(model(ids()).logits, expected) < 1e-5
+
+
+def _fields(path: Path, **changes: Any) -> None:
+    edit_config(path, **changes)
+
+
+def _weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    held = load_file(path / "model.safetensors")
+    change(held)
+    save_file(held, path / "model.safetensors", {"format": "pt"})
+
+
+LIES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "a wrong width": (
+        lambda p: _fields(p, intermediate_size=40),
+        ("_proj.weight", "wrong shape", "intermediate_size 40", "correct it"),
+    ),
+    "too few layers": (
+        lambda p: _fields(p, num_hidden_layers=1), ("unexpected tensor 'model.layers.1.",),
+    ),
+    "too many layers": (lambda p: _fields(p, num_hidden_layers=3), ("lacks", "model.layers.2")),
+    "absurdly many layers": (lambda p: _fields(p, num_hidden_layers=10**9), ("num_hidden_layers",)),
+    "other heads": (
+        lambda p: _fields(p, num_key_value_heads=4), ("k_proj", "num_key_value_heads 4"),
+    ),
+    "a head that it ties": (
+        lambda p: _fields(p, tie_word_embeddings=True),
+        ("config.json", "tie_word_embeddings is true", "lm_head.weight differs"),
+    ),
+    "no head": (
+        lambda p: _weights(p, lambda w: w.pop("lm_head.weight")), ("lacks 'lm_head.weight'",),
+    ),
+    "a size that is text": (lambda p: _fields(p, hidden_size="16"), ("bad hidden_size", "'16'")),
+    "a size that is missing": (
+        lambda p: _fields(p, vocab_size=...), ("config.json has no 'vocab_size'",),
+    ),
+    "an activation that nobody has": (
+        lambda p: _fields(p, hidden_act="snake"), ("hidden_act", "snake"),
+    ),
+    "quantised weights": (
+        lambda p: _fields(p, quantization_config={"quant_method": "gptq"}), ("quantised (gptq)",),
+    ),
+    "an adapter": (
+        lambda p: _weights(p, lambda w: w.update({"model.q.lora_A.weight": torch.ones(2, 2)})),
+        ("adapter (LoRA)", "merge_and_unload"),
+    ),
+    "a stranger": (
+        lambda p: _weights(p, lambda w: w.update({"model.norm.wieght": torch.ones(16)})),
+        ("unexpected tensor 'model.norm.wieght'", "Did you mean 'model.norm.weight'?"),
+    ),
+    "whole numbers": (
+        lambda p: _weights(p, lambda w: w.update({"model.norm.weight": torch.ones(16).int()})),
+        ("model.norm.weight", "dtype"),
+    ),
+    "another family": (lambda p: _fields(p, model_type="bert"), ("bert", "plug")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_a_config_that_lies_is_refused_before_anything_is_written(
+    case: str, tmp_path: Path
+) -> None:
+    change, words = LIES[case]
+    source = dense_decoder(tmp_path / "dense")
+    change(source)
+    line = refused(source, tmp_path / "moe")
+    assert str(source) in line
+    for word in words:
+        assert word in line
+
+
+def test_a_sparse_source_is_told_to_grow(tmp_path: Path) -> None:
+    for family in ("llama", "granite"):
+        source = dense_decoder(tmp_path / family, family)
+        upcycle(source, tmp_path / f"{family}-moe", num_experts=2)
+        line = refused(tmp_path / f"{family}-moe", tmp_path / "again")
+        assert "a mixture of experts already" in line
+        assert "moezoo grow" in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("num_local_experts", 10**9, "wrong shape"),
+        ("num_local_experts", 1, "more choices than experts"),
+        ("num_experts_per_tok", 0, "bad num_experts_per_tok"),
+        ("intermediate_size", 7, "wrong shape"),
+    ],
+)
+def test_a_sparse_config_that_lies_is_refused(
+    field: str, value: int, word: str, tmp_path: Path
+) -> None:
+    upcycle(dense_decoder(tmp_path / "dense", "granite"), tmp_path / "moe", num_experts=4)
+    edit_config(tmp_path / "moe", **{field: value})
+    with pytest.raises(MoezooError, match=word):
+        open_checkpoint(tmp_path / "moe")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [("qwen3", "norm_topk_prob", False), ("ernie4_5", "moe_num_shared_experts", 2)],
+)
+def test_sparse_layers_of_another_form_are_refused_by_field(
+    family: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    upcycle(dense_decoder(tmp_path / "dense", family), tmp_path / "moe", num_experts=2)
+    for found in (value, ...):  # as its class assumes where the file is silent
+        edit_config(tmp_path / "moe", **{field: found})
+        with pytest.raises(MoezooError, match=f"sparse layers with this {field}"):
+            open_checkpoint(tmp_path / "moe")
+
+
+def test_a_classifier_is_left_out_when_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True, num_labels=3)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "dense")
+    line = refused(tmp_path / "dense", tmp_path / "moe")
+    assert "no head such as 'score.weight'" in line
+    assert "--drop-heads" in line
+    upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=2, drop_heads=True)
+    assert logits(tmp_path / "moe").shape == (2, 20, 61)
+
+
+def test_a_fused_model_in_pickles_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    upcycle(dense_decoder(tmp_path / "dense", "granite"), tmp_path / "moe", num_experts=2)
+    held = load_file(tmp_path / "moe" / "model.safetensors")
+    (tmp_path / "moe" / "model.safetensors").unlink()
+    torch.save(held, tmp_path / "moe" / "pytorch_model.bin")
+    with pytest.raises(MoezooError, match="Save it as safetensors"):
+        open_checkpoint(tmp_path / "moe")
+
+
+def test_a_dense_source_in_pickles_is_read(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", "qwen2")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    expected = logits(source)
+    (source / "model.safetensors").unlink()
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    assert relative(logits(tmp_path / "moe"), expected) < 1e-5
+
+
+def test_the_fourth_level_alone_asks_for_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert verify(tmp_path / "moe", source, levels=(1, 2, 3, 5)).passed
+    with pytest.raises(MoezooError, match=r"needs transformers.*--levels 1,2,3,5"):
+        verify(tmp_path / "moe", source, levels=(4,))
+
+
+@pytest.mark.parametrize(("level", "name"), [(1, "w3"), (2, "w1"), (3, "w2"), (4, "gate_proj")])
+def test_verification_sees_what_was_changed(level: int, name: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    held = load_file(tmp_path / "moe" / "model.safetensors")
+    if level == 1:
+        held.pop(f"model.layers.1.block_sparse_moe.experts.1.{name}.weight")
+        save_file(held, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(MoezooError, match="w3"):
+            verify(tmp_path / "moe", source, levels=(level,))
+        return
+    for key in held:
+        if name in key or (level == 4 and "q_proj" in key):
+            held[key] = held[key] * 1.01
+    save_file(held, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    assert not verify(tmp_path / "moe", source, levels=(level,)).passed
+
+
+def test_another_config_fails_the_first_level(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    values = json.loads((tmp_path / "moe" / "config.json").read_text())
+    edit_config(tmp_path / "moe", rms_norm_eps=values["rms_norm_eps"] * 2)
+    assert not verify(tmp_path / "moe", source, levels=(1,)).passed

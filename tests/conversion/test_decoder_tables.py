@@ -1,0 +1,145 @@
+"""The tables of decoders say what the classes of transformers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moezoo.adapters.families.decoder_config import DecoderConfig
+from moezoo.adapters.families.decoder_placement import INTERVAL, STEPS, TYPES, Placement
+from moezoo.adapters.families.decoders import decoder_family
+from moezoo.adapters.families.dense_decoders import DENSE
+from moezoo.adapters.families.sparse_decoders import SPARSE
+from moezoo.adapters.fused import whole_name
+from moezoo.frozen import frozen
+from tests.conversion.decoders import SIZES
+
+# Fields of every config of transformers, which say nothing of what a model computes.
+_GENERAL = set(AutoConfig.for_model("gpt2").to_dict()) & set(AutoConfig.for_model("bert").to_dict())
+_SIZED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "max_position_embeddings"}  # fmt: skip
+# What a class derives from other fields, or from RoPE's own.
+_DERIVED = {"rope_parameters", "layer_types", "layer_rope_theta", "mlp_layer_types", "rope_theta",
+            "rope_scaling", "moe_intermediate_size", "shared_expert_intermediate_size",
+            "prefix_dense_intermediate_size", "mlp_only_layers", "decoder_sparse_step",
+            "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"}  # fmt: skip
+
+
+def fields(model_type: str) -> dict[str, Any]:
+    """What the class of a `model_type` assumes where config.json is silent."""
+    made: dict[str, Any] = CONFIG_MAPPING[model_type]().to_dict()
+    return {name: value for name, value in made.items() if name not in {"model_type", "dtype"}}
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_a_row_assumes_what_the_class_does(model_type: str) -> None:
+    kind, assumed = DENSE[model_type], fields(model_type)
+    sizes = {name: assumed[name] for name in _SIZED if name in assumed}
+    full = DecoderConfig(frozen({**sizes, "model_type": model_type})).full
+    for name in kind.defaults:
+        if name in assumed:
+            unused = name == "sliding_window" and not full.get("use_sliding_window", True)
+            derived = name == "head_dim" and assumed[name] is None  # None: width by heads
+            assert unused or derived or full[name] == assumed[name], name
+    base = assumed["rope_parameters"].get("rope_theta", kind.theta)
+    assert full["rope_theta"] == kind.theta == base
+    if kind.layer_types is not None:
+        assert full["layer_types"] == assumed["layer_types"]
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_every_field_of_a_dense_class_is_carried_or_refused_by_name(model_type: str) -> None:
+    kind = DENSE[model_type]
+    ours, theirs = set(fields(model_type)), set(fields(kind.sibling))
+    lost = ours - theirs - _GENERAL - {"head_dim"}  # which every attention reads where it is there
+    one = (
+        {"max_window_layers", "layer_types", "sliding_window"} if kind.windows != "each" else set()
+    )
+    assert lost - one == {*kind.only, *kind.ignored} - theirs
+    assert lost <= {*kind.only, *kind.ignored, *one}
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_every_field_of_a_sparse_class_is_set_where_the_dense_one_lacks_it(model_type: str) -> None:
+    kind = DENSE[model_type]
+    sparse = SPARSE[kind.sibling]
+    new = set(fields(sparse.model_type)) - set(fields(model_type)) - _GENERAL - _DERIVED
+    written = {*sparse.sets, *sparse.experts, sparse.choices, *kind.fixed}
+    assert new <= written, new - written
+    assert {sparse.width, *filter(None, (sparse.shared_width,))} <= set(fields(sparse.model_type))
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_every_field_that_both_have_is_spelled_out(model_type: str) -> None:
+    """A default that the two classes do not share must never be left to the sibling."""
+    kind = DENSE[model_type]
+    ours, theirs = fields(model_type), fields(kind.sibling)
+    differ = {n for n in set(ours) & set(theirs) if ours[n] != theirs[n]} - _SIZED - _DERIVED
+    assert differ <= {*kind.defaults, *kind.fixed}, differ
+
+
+@pytest.mark.parametrize("model_type", [*DENSE, *SPARSE])
+def test_classes_are_those_that_transformers_has_for_text(model_type: str) -> None:
+    kind = DENSE.get(model_type) or SPARSE[model_type]
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == kind.architecture
+    if model_type in SPARSE:
+        assert DENSE[SPARSE[model_type].dense].sibling == model_type
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("model_type", DENSE)
+def test_names_and_shapes_are_those_of_the_dense_class(model_type: str, biases: bool) -> None:
+    options: dict[str, Any] = {}
+    if biases and "attention_bias" in fields(model_type):
+        options = {"attention_bias": True}
+    if model_type == "llama":
+        options = {}  # which has a bias for its sibling to refuse
+    if model_type == "hunyuan_v1_dense":
+        options["head_dim"] = 8  # without, the class cannot be built
+    config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+    model = AutoModelForCausalLM.from_config(config)
+    family = decoder_family(model_type)
+    assert family is not None
+    ours = DecoderConfig(frozen(config.to_dict()))
+    shapes = {family.disk_names(n)[0]: s for n, s in family.shapes(ours, "any").items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if ours.tied:
+        theirs.pop("lm_head.weight")
+    assert shapes == theirs
+
+
+def test_parts_of_a_fused_tensor_are_called_after_it() -> None:
+    family = decoder_family("granitemoe")
+    assert family is not None
+    names = family.disk_names("decoder.blocks.3.mlp.experts.wi_1", num_experts=2)
+    assert {whole_name(n) for n in names} == {"model.layers.3.block_sparse_moe.input_linear.weight"}
+    assert len(set(names)) == 2
+
+
+@pytest.mark.parametrize("rule", [STEPS, INTERVAL, TYPES], ids=["steps", "interval", "types"])
+def test_a_placement_reads_back_as_it_was_written(rule: Placement) -> None:
+    count = 6
+    for number in range(1, 1 << count):
+        layers = tuple(i for i in range(count) if number >> i & 1)
+        written = rule.write(layers, count)
+        if rule is not INTERVAL:
+            assert written is not None
+        if written is not None:
+            assert rule.read(written, count) == layers
+
+
+def test_an_interval_is_what_ernie_places() -> None:
+    """The class itself, for every placement that can be said."""
+    for layers in ((1, 3), (0, 1, 2, 3), (2,), (1, 2)):
+        written = INTERVAL.write(layers, 4)
+        assert written is not None
+        sizes = {**SIZES, **written, "num_hidden_layers": 4, "moe_num_experts": 2, "moe_k": 1}
+        config = AutoConfig.for_model("ernie4_5_moe", **sizes)
+        model = AutoModelForCausalLM.from_config(config)
+        sparse = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+        assert tuple(sparse) == layers
+    assert INTERVAL.write((0, 3), 4) is None

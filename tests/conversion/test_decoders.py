@@ -1,0 +1,209 @@
+"""Every dense decoder becomes its sparse sibling of transformers, and computes what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moezoo.adapters.checkpoint_source import open_checkpoint
+from moezoo.adapters.plan import make_plan
+from moezoo.adapters.upcycle import downcycle, upcycle
+from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.verify import verify
+from tests.conversion.decoders import (
+    FAMILIES,
+    dense_decoder,
+    edit_config,
+    ids,
+    loaded,
+    logits,
+    relative,
+)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sibling_computes_what_the_dense_model_did_and_goes_back(
+    family: str, tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    report = upcycle(source, tmp_path / "moe", num_experts=4)
+    dense, sparse = loaded(source), loaded(tmp_path / "moe")
+    assert sparse.config.model_type == config_of(tmp_path / "moe")["model_type"] != "llama"
+    with torch.no_grad():
+        assert relative(sparse(ids()).logits, dense(ids()).logits) < 1e-5
+    limits = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    torch.testing.assert_close(
+        sparse.generate(ids(5), **limits), dense.generate(ids(5), **limits), rtol=0, atol=0
+    )
+    assert verify(tmp_path / "moe", source).passed
+    assert report.plan.streams
+    assert report.plan.parameters == sum(t.numel() for t in tensors(tmp_path / "moe").values())
+    downcycle(tmp_path / "moe", tmp_path / "back")
+    before, after = tensors(source), tensors(tmp_path / "back")
+    assert set(before) == set(after)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    restored = config_of(tmp_path / "back")
+    assert restored.pop("moezoo_provenance")["operation"] == "downcycle"
+    assert restored == config_of(source)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == b'{"bytes": "carried"}\n'
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "hunyuan_v1_dense"])
+def test_half_precision_is_carried_bit_for_bit(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family, dtype=dtype)
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    made, before = tensors(tmp_path / "moe"), tensors(source)
+    assert {tensor.dtype for tensor in made.values()} == {dtype}
+    # In float32, so that the weights alone decide and not the order of sums.
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    after = downcycle(tmp_path / "moe")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("qwen3", "1"), ("qwen2", [0]), ("cohere2", "last:1"), ("ernie4_5", "every:2")],
+)
+def test_siblings_with_dense_layers_take_any_placement(
+    family: str, layers: Any, tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family, num_hidden_layers=2)
+    upcycle(source, tmp_path / "moe", num_experts=2, layers=layers)
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    with open_checkpoint(tmp_path / "moe") as made:
+        assert len(made.config.decoder_sparse) == 1
+    assert verify(tmp_path / "moe", source, levels=(1, 2, 3)).passed
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+def test_any_number_of_choices_is_exact(family: str, k: int, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    upcycle(source, tmp_path / "moe", num_experts=4, router={"name": "top_k", "k": k})
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    assert verify(tmp_path / "moe", source, levels=(1, 2, 3, 5)).passed
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "granite"])
+def test_slices_of_the_mlp_add_up_to_it(family: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", family, intermediate_size=64)
+    upcycle(source, tmp_path / "moe", num_experts=4, init="split")
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    assert verify(tmp_path / "moe", source).passed
+    after = downcycle(tmp_path / "moe")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in tensors(source).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+@pytest.mark.parametrize("init", ["noise:0.5", "drop:0.5"])
+def test_other_initialisations_change_experts_and_nothing_that_is_shared(
+    family: str, init: str, tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    upcycle(source, tmp_path / "copy", num_experts=2)
+    upcycle(source, tmp_path / "moe", num_experts=2, init=init)
+    one, other = tensors(tmp_path / "copy"), tensors(tmp_path / "moe")
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
+    assert changed
+    assert all("experts" in name or "linear" in name for name in changed)
+    assert verify(tmp_path / "moe", source, levels=(1, 2, 3)).passed
+
+
+def test_a_silent_old_config_means_what_its_class_assumes(tmp_path: Path) -> None:
+    """As transformers 4 wrote it: RoPE at the top, no head_dim, no layer types, defaults left out;
+    the sibling's class assumes other values for all of these.
+    """
+    for family, gone in (
+        ("llama", ("head_dim", "rms_norm_eps", "tie_word_embeddings")),
+        ("qwen2", ("layer_types", "rms_norm_eps", "max_window_layers")),
+        ("olmo2", ("rms_norm_eps", "tie_word_embeddings", "attention_bias")),
+    ):
+        options = {"rms_norm_eps": 1e-5 if family == "olmo2" else 1e-6}
+        source = dense_decoder(tmp_path / family, family, num_key_value_heads=4, **options)
+        old = dict.fromkeys((*gone, "rope_parameters", "dtype", "transformers_version"), ...)
+        edit_config(source, **old, torch_dtype="float32", rope_scaling=None)
+        edit_config(source, rope_theta=20_000.0 if family == "qwen2" else ...)
+        upcycle(source, tmp_path / f"{family}-moe", num_experts=2)
+        assert relative(logits(tmp_path / f"{family}-moe"), logits(source)) < 1e-5
+
+
+def test_what_a_dense_class_does_not_read_means_nothing_to_its_sibling(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    edit_config(source, sliding_window=2, router_jitter_noise=0.5, num_local_experts=9)
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    assert config_of(tmp_path / "moe")["router_jitter_noise"] == 0.0
+
+
+def test_old_files_keep_their_frequencies_and_a_head_that_repeats(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", "llama, scaled and tied")
+    held = tensors(source)
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    assert not {"lm_head.weight"} & set(tensors(tmp_path / "moe"))
+    after = downcycle(tmp_path / "moe")
+    assert set(after) == set(held)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in held.items())
+
+
+@pytest.mark.parametrize("family", ["granite", "granite_swa"])
+def test_a_fused_tensor_is_written_whole_whatever_the_shards(family: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    upcycle(source, tmp_path / "one", num_experts=3)
+    upcycle(source, tmp_path / "many", num_experts=3, max_shard_size=3000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert set(one) == set(many)
+    assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(one)
+    fused = [tensor for tensor in one.values() if tensor.dim() == 3]
+    assert {tuple(tensor.shape) for tensor in fused} == {(3, 48, 16), (3, 16, 24)}
+    assert verify(tmp_path / "many", source).passed
+
+
+def test_memory_does_not_grow_with_the_model_and_no_torch_is_needed(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", "qwen2", intermediate_size=4096, hidden_size=64)
+    with open_checkpoint(source) as checkpoint:
+        plan = make_plan(checkpoint, Recipe(8))
+        from moezoo.adapters.plan_summary import summary
+
+        facts = summary(plan, checkpoint)
+    assert facts["streams"]
+    assert facts["peak_memory"] <= 64 << 20
+    assert facts["layout"] == "qwen2_moe"
+    shared = 3 * 64 * 4096 * 2
+    assert plan.active_parameters < plan.parameters - shared
+
+
+def test_metadata_and_card_tell_how_it_was_made(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", "qwen2")
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    made = config_of(tmp_path / "moe")["moezoo_provenance"]
+    assert made["source_config"] == config_of(source)
+    assert made["wo_scale"] == 0.5
+    with safe_open(tmp_path / "moe" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["moezoo"])["recipe"] == {"num_experts": 2}
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "| shared expert | yes |" in card
+    assert "library_name: transformers" in card
