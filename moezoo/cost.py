@@ -43,6 +43,9 @@ class Cost:
 class LayerCost:
     """One sparse layer: parameters of router, shared branch, container as a whole (`common`) and of
     each expert, `choices` experts per token and `rows` that they compute for it on average.
+
+    dense: the shape of every parameter of router and branch. container: those of the experts as
+    they lie in their container. scores: numbers that the router keeps per token and expert.
     """
 
     router: int
@@ -52,6 +55,9 @@ class LayerCost:
     choices: int
     rows: float
     bounds_load: bool = False
+    dense: tuple[tuple[int, ...], ...] = ()
+    container: tuple[tuple[int, ...], ...] = ()
+    scores: int = 2
 
     @property
     def active(self) -> int:
@@ -116,9 +122,21 @@ def layer_cost(config: SwitchConfig, *, length: int = 512) -> LayerCost:
     if config.shared_expert is not None:
         return _asked(config, length)
     choices = min(int(router.options.get(option or "", default)), config.num_experts)
-    one = _network(config, int(experts.options.get("d_ff", config.d_ff)))
-    gate = config.num_experts * (config.d_model + int(config.router_bias))
-    return LayerCost(gate, 0, 0, (one,) * config.num_experts, choices, float(choices))
+    number, d_model = config.num_experts, config.d_model
+    width = int(experts.options.get("d_ff", config.d_ff))
+    gate: tuple[tuple[int, ...], ...] = ((number, d_model),)
+    gate += ((number,),) if config.router_bias else ()
+    inner = ((number, width, d_model),) * (2 if config.is_gated else 1)
+    return LayerCost(
+        router=sum(map(math.prod, gate)),
+        branch=0,
+        common=0,
+        experts=(_network(config, width),) * number,
+        choices=choices,
+        rows=float(choices),
+        dense=gate,
+        container=(*inner, (number, d_model, width)),
+    )
 
 
 def _asked(config: SwitchConfig, length: int) -> LayerCost:
@@ -132,9 +150,19 @@ def _asked(config: SwitchConfig, length: int) -> LayerCost:
     router, shared = moe.router, moe.shared
     common, experts = moe.experts.expert_sizes()
     rows = router.expert_rows(length)
+    scores = router.has_logits + router.has_probs
+    if router.soft:  # two dense maps between tokens and slots
+        scores = round(2 * rows * length / config.num_experts)
+
+    def shapes(module: torch.nn.Module | None) -> tuple[tuple[int, ...], ...]:
+        return () if module is None else tuple(tuple(p.shape) for p in module.parameters())
+
     return LayerCost(
         router=sum(p.numel() for p in router.parameters()),
         branch=0 if shared is None else sum(p.numel() for p in shared.parameters()),
+        dense=(*shapes(router), *shapes(shared)),
+        container=shapes(moe.experts),
+        scores=scores,
         common=common,
         experts=experts,
         choices=len(experts) if router.soft else min(math.ceil(rows), len(experts)),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.distributed.device_mesh import DeviceMesh
 
 from moezoo import losses as router_losses
 from moezoo.config import SwitchConfig
@@ -84,10 +85,36 @@ class Tape:
             found[layer] = torch.stack([loss(routing) for routing in routings]).mean()
         return found
 
-    def stats(self) -> dict[str, LayerStats]:
-        """Statistics by layer (see `LayerStats`). Synchronises with the device."""
-        sums = [sum_of(routings) for routings in self.check().by_layer.values()]
-        return dict(zip(self.by_layer, read_stats(sums), strict=True))
+    def stats(self, mesh: DeviceMesh | None = None) -> dict[str, LayerStats]:
+        """Statistics by layer (see `LayerStats`). Synchronises with the device.
+
+        Args:
+            mesh: sum over all ranks of a mesh, each of which must call it; a rank that recorded
+                nothing of a layer adds nothing. None: of this rank alone.
+
+        Raises RoutingError when nothing was recorded, on no rank of the mesh.
+        """
+        if mesh is None:
+            sums = [sum_of(routings) for routings in self.check().by_layer.values()]
+            return dict(zip(self.by_layer, read_stats(sums), strict=True))
+        own = [self._sums(name, mesh.device_type) for name in self.layers]
+        total = torch.cat(own)
+        for dimension in range(mesh.ndim):
+            torch.distributed.all_reduce(total, group=mesh.get_group(dimension))
+        parts = zip(self.layers, torch.split(total, [len(part) for part in own]), strict=True)
+        found = {name: part[1:] for name, part in parts if part[0] > 0}
+        if not found:
+            self.check()
+        return dict(zip(found, read_stats(list(found.values())), strict=True))
+
+    def _sums(self, name: str, device_type: str) -> Tensor:
+        """How many calls of a layer were recorded, and what they add up to."""
+        routings = self.by_layer.get(name)
+        if not routings:
+            size = 1 + 4 + 2 * self.layers[name].router.num_experts  # see `sum_of`
+            return torch.zeros(size, dtype=torch.float64, device=device_type)
+        sums = sum_of(routings)
+        return torch.cat((sums.new_full((1,), len(routings)), sums))
 
     def adapt(self) -> None:
         """Let every router adapt what no gradient trains (balancing biases, thresholds, sparsity

@@ -18,6 +18,7 @@ TORCH_FREE = [
     "moezoo.config",
     "moezoo.cost",
     "moezoo.errors",
+    "moezoo.layouts",
     "moezoo.presets",
     "moezoo.registry",
     "moezoo.adapters.plan",

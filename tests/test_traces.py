@@ -14,6 +14,7 @@ from moezoo import capacity, traces
 from moezoo.errors import ConfigError, CorruptFile, RoutingError, SaveError
 from moezoo.recording import Tape
 from moezoo.traces import Trace
+from moezoo.traces.calls import flattened
 
 
 class Stack(nn.Module):
@@ -63,8 +64,8 @@ def test_a_saved_trace_comes_back_equal(router: str, tmp_path: Path) -> None:
     assert list(back.by_layer) == ["layers.0.moe", "layers.1.moe"]
     for layer, calls in trace.by_layer.items():
         for call, other in zip(calls, back.by_layer[layer], strict=True):
-            assert traces._flattened(call)[1] == traces._flattened(other)[1]
-            one, two = traces._flattened(call)[0], traces._flattened(other)[0]
+            assert flattened(call)[1] == flattened(other)[1]
+            one, two = flattened(call)[0], flattened(other)[0]
             assert one.keys() == two.keys()
             assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(d.agreement == 1.0 and d.first is None for d in traces.compare(trace, back).values())

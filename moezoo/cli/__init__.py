@@ -31,6 +31,7 @@ from moezoo.errors import MoezooError
 VERBS = {
     "list": "names of the models that `build` knows",
     "info": "parameters, FLOPs and bytes of a model, before anything is allocated",
+    "layout": "memory, wire and time of a model over many GPUs, reckoned before any is rented",
     "zoo": "every router, capacity policy, expert container and loss, and what goes together",
     "plan": "what an upcycling would read, write and cost; reads headers only",
     "upcycle": "turn a dense T5 on disk into a Switch model",

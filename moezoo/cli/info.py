@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.length < 1:
         raise ConfigError("--length is at least 1", field="length", found=arguments.length)
-    config, task = _model(arguments.model)
+    config, task = model_of(arguments.model)
     router = config.router if isinstance(config.router, dict) else {"name": config.router}
     total = cost(config, task=task, length=arguments.length)
     policy = "dropless" if total.bounds_load else "switch"
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model(name: str) -> tuple[SwitchConfig, str]:
+def model_of(name: str) -> tuple[SwitchConfig, str]:
     """Config and task of a preset, or of a checkpoint by its headers alone."""
     from moezoo.presets import preset
 

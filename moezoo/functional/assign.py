@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from moezoo.errors import RoutingError
 from moezoo.ops.eager import is_eager
 from moezoo.records import Assignment, Tokens
 
@@ -31,25 +34,36 @@ def best_experts(choice_TE: Tensor, k: int) -> Tensor:
     return torch.cat(columns, dim=-1)
 
 
-def token_choice(choice: Tensor, gate: Tensor, k: int, tokens: Tokens) -> Assignment:
+def token_choice(
+    choice: Tensor, gate: Tensor, k: int, tokens: Tokens, given: Assignment | None = None
+) -> Assignment:
     """Give every real token its k experts of highest `choice`, weighed by `gate`.
 
     Args:
         choice: (T, E), finite; decides who is chosen, needs no gradient.
         gate: (T, E), >= 0; weighs the output and carries the gradient.
         k: experts per token, 1 <= k <= E.
+        given: pairs that were chosen elsewhere, to be weighed.
 
     Returns:
         T * k pairs in rank-major order: all first choices in token order, then all second ones.
     """
-    expert_TK = best_experts(choice, k)
-    return pairs_of(expert_TK, gate.gather(1, expert_TK), choice.shape[1], tokens)
+    expert_TK = best_experts(choice, k) if given is None else given_experts(given, k)
+    return pairs_of(expert_TK, gate.gather(1, expert_TK), choice.shape[1], tokens, given)
 
 
-def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tokens) -> Assignment:
+def pairs_of(
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    num_experts: int,
+    tokens: Tokens,
+    given: Assignment | None = None,
+) -> Assignment:
     """The rank-major assignment of chosen experts (T, K) and weights (T, K); padding is not
-    kept.
+    kept. given: the pairs that the experts are of, where they were chosen elsewhere.
     """
+    if given is not None:
+        return weighed(given, weight_TK.t().reshape(-1))
     num_tokens, k = expert_TK.shape
     token_N = torch.arange(num_tokens, device=expert_TK.device)
     token_N = token_N.repeat(k) if k > 1 else token_N
@@ -72,6 +86,24 @@ def pairs_of(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, tokens: Tok
         choices=k,
         rank_major=True,
     )
+
+
+def given_experts(given: Assignment, k: int) -> Tensor:
+    """The experts (T, K) of pairs that were chosen elsewhere. Raises RoutingError unless they are k
+    of every token in rank-major order, as `pairs_of` gives them.
+    """
+    if given.choices != k or not given.rank_major:
+        wanted = f"{k} pairs of every token, all first choices before all second ones"
+        found = f"{given.choices or 'a varying number of'} pairs, "
+        found += "in that order" if given.rank_major else "in another order"
+        raise RoutingError("the given pairs are not of this router", expected=wanted, found=found)
+    return given.expert.view(k, given.num_tokens).t()
+
+
+def weighed(given: Assignment, weight_N: Tensor) -> Assignment:
+    """Pairs that were chosen elsewhere with these weights (N,); what is not kept weighs 0."""
+    weight_N = torch.where(given.kept, weight_N, weight_N.new_zeros(()))
+    return replace(given, weight=weight_N)
 
 
 def _first_best(choice_TE: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -59,6 +60,13 @@ class Router(Component):
         cost of a model is reckoned by.
         """
         return float(self.choices or self.num_experts)
+
+    @property
+    def takes_given(self) -> bool:
+        """Whether `forward(tokens, given)` takes pairs that were chosen elsewhere, in the place of
+        the router's own choice, and weighs them as if it had chosen them.
+        """
+        return "given" in inspect.signature(type(self).forward).parameters
 
     @property
     def waits(self) -> bool:

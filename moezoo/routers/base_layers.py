@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import best_experts, given_experts, pairs_of
 from moezoo.functional.gates import gate
 from moezoo.functional.matching import balanced_assignment
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.switch import check_sizes, classifier
 
@@ -41,14 +41,16 @@ class BaseLayersRouter(Router):
     def waits(self) -> bool:
         return self.training  # for the scores to match
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
-        if self.training:
+        if given is not None:
+            expert_T1 = given_experts(given, 1)
+        elif self.training:
             expert_T1 = _balanced(logits_TE.detach(), tokens)
         else:
             expert_T1 = best_experts(logits_TE, 1)
         weight_T1 = logits_TE.gather(1, expert_T1).sigmoid()
-        pairs = pairs_of(expert_T1, weight_T1, self.num_experts, tokens)
+        pairs = pairs_of(expert_T1, weight_T1, self.num_experts, tokens, given)
         probs_TE = logits_TE.softmax(dim=-1)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import token_choice
 from moezoo.functional.drawn import DrawnLinear, orthogonal_
 from moezoo.functional.gates import gate, gate_logits, gate_weight
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.checks import accept_scalar, check_number, check_whole
 from moezoo.routers.soft import unit_rows
@@ -60,12 +60,11 @@ class CosineRouter(Router):
     def choices(self) -> int:
         return self.k
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         low_TR = unit_rows(gate(self.projection, tokens.x))
         embedding_ER = unit_rows(gate_weight(self.classifier, low_TR))
         temperature = self.temperature.to(low_TR.dtype).clamp(min=0.01)
         logits_TE = gate_logits(low_TR, embedding_ER) / temperature
         probs_TE = logits_TE.softmax(dim=-1)
-        expert_TK = best_experts(probs_TE, self.k)
-        pairs = pairs_of(expert_TK, probs_TE.gather(1, expert_TK), self.num_experts, tokens)
+        pairs = token_choice(probs_TE, probs_TE, self.k, tokens, given)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)

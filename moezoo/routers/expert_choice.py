@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moezoo.functional.assign import weighed
 from moezoo.functional.gates import gate
 from moezoo.functional.top_tokens import best_tokens, fair_share, fair_shares
 from moezoo.records import Assignment, Routing, Tokens
@@ -59,10 +60,13 @@ class ExpertChoiceRouter(Router):
     def expert_rows(self, num_tokens: int) -> float:
         return min(self.factor, float(self.num_experts))
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
         probs_TE = logits_TE.softmax(dim=-1)
-        pairs = self._chosen(probs_TE, tokens)
+        if given is None:
+            pairs = self._chosen(probs_TE, tokens)
+        else:
+            pairs = weighed(given, probs_TE[given.token, given.expert])
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
     def _chosen(self, probs_TE: Tensor, tokens: Tokens) -> Assignment:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ConfigError
-from moezoo.functional.assign import best_experts
+from moezoo.functional.assign import best_experts, weighed
 from moezoo.functional.collective import num_ranks, summed_over_ranks
 from moezoo.functional.gates import gate
 from moezoo.functional.top_tokens import fair_share
 from moezoo.functional.varying import varying_choice
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.checks import check_number, check_whole
 from moezoo.routers.switch import check_sizes, classifier
@@ -81,11 +81,14 @@ class ExpertThresholdRouter(Router):
     def waits(self) -> bool:
         return self.max_choices is None  # how many pairs there are
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
         probs_TE = logits_TE.softmax(dim=-1)
-        chosen_TE = self._reached(probs_TE.detach())
-        pairs = varying_choice(chosen_TE, probs_TE, tokens, self.max_choices)
+        if given is None:
+            chosen_TE = self._reached(probs_TE.detach())
+            pairs = varying_choice(chosen_TE, probs_TE, tokens, self.max_choices)
+        else:
+            pairs = weighed(given, probs_TE[given.token, given.expert])
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
     def _reached(self, probs_TE: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import best_experts, given_experts, pairs_of
 from moezoo.functional.gates import gate, gate_probs
 from moezoo.functional.varying import with_kept
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.checks import check_number, check_one_of
 from moezoo.routers.switch import check_sizes, classifier
@@ -57,10 +57,11 @@ class GShardRouter(Router):
     def expert_rows(self, num_tokens: int) -> float:
         return 1.0 if self.second == "none" else float(self.choices)
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
         probs_TE = gate_probs(logits_TE)
-        expert_TK = best_experts(probs_TE, self.choices)
+        number = self.choices
+        expert_TK = given_experts(given, number) if given else best_experts(probs_TE, number)
         weight_TK = probs_TE.gather(1, expert_TK)
         if self.choices == 2:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
@@ -68,6 +69,8 @@ class GShardRouter(Router):
         if self.choices == 2 and self.second != "all":
             first_T = torch.ones_like(pairs.kept[: tokens.num_tokens])
             pairs = with_kept(pairs, torch.cat([first_T, self._takes_second(weight_TK[:, 1])]))
+        if given is not None:  # after the draw, so that what is drawn next is what it would be
+            pairs = pairs_of(expert_TK, weight_TK, self.num_experts, tokens, given)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
     def _takes_second(self, weight_T: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import best_experts, given_experts, pairs_of
 from moezoo.functional.drawn import DrawnLinear
 from moezoo.functional.gates import gate
 from moezoo.functional.losses import squared_variation
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.switch import check_sizes, classifier
 
@@ -45,14 +45,14 @@ class NoisyTopKRouter(Router):
     def choices(self) -> int:
         return self.k
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         clean_TE = gate(self.classifier, tokens.x)
         scale_TE = F.softplus(gate(self.noise, tokens.x))
         noisy_TE = clean_TE
         if self.training:
             noisy_TE = clean_TE + torch.randn_like(clean_TE) * scale_TE
         ranked_TK = best_experts(noisy_TE, min(self.k + 1, self.num_experts))
-        expert_TK = ranked_TK[:, : self.k]
+        expert_TK = given_experts(given, self.k) if given else ranked_TK[:, : self.k]
         if self.k > 1:
             weight_TK = noisy_TE.gather(1, expert_TK).softmax(dim=-1)
         else:
@@ -61,7 +61,7 @@ class NoisyTopKRouter(Router):
         if tokens.real is not None:
             load_TE = torch.where(tokens.real[:, None], load_TE, 0.0)
         return Routing(
-            pairs_of(expert_TK, weight_TK, self.num_experts, tokens),
+            pairs_of(expert_TK, weight_TK, self.num_experts, tokens, given),
             logits=clean_TE,
             probs=clean_TE.softmax(dim=-1),
             losses={"load": squared_variation(load_TE.sum(0))},

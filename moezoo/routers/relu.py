@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ConfigError
+from moezoo.functional.assign import weighed
 from moezoo.functional.collective import summed_over_ranks
 from moezoo.functional.gates import gate
 from moezoo.functional.losses import masked_mean
@@ -89,10 +90,13 @@ class ReLURouter(Router):
     def waits(self) -> bool:
         return self.max_choices is None  # how many pairs there are
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
         gate_TE = logits_TE.relu()
-        pairs = varying_choice(gate_TE.detach() > 0, gate_TE, tokens, self.max_choices)
+        if given is None:
+            pairs = varying_choice(gate_TE.detach() > 0, gate_TE, tokens, self.max_choices)
+        else:
+            pairs = weighed(given, gate_TE[given.token, given.expert])
         l1 = self._l1(gate_TE, tokens.real)
         return Routing(pairs, logits=logits_TE, losses={"l1": l1}, real=tokens.real)
 

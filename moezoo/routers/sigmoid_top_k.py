@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.errors import ConfigError, ShapeError
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import best_experts, given_experts, pairs_of
 from moezoo.functional.collective import summed_over_ranks
 from moezoo.functional.gates import gate
 from moezoo.functional.queues import pairs_per_expert
@@ -78,18 +78,18 @@ class SigmoidTopKRouter(Router):
     def choices(self) -> int:
         return self.k
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
         log_score_TE = _log_score(logits_TE, self.score)
         choice_TE = log_score_TE.detach().exp() + self.expert_bias.to(logits_TE.dtype)
         if self.groups > self.groups_per_token:
             choice_TE = _within_best_groups(choice_TE, self.groups, self.groups_per_token)
-        expert_TK = best_experts(choice_TE, self.k)
+        expert_TK = given_experts(given, self.k) if given else best_experts(choice_TE, self.k)
         chosen_TK = log_score_TE.gather(1, expert_TK)
         # softmax(log s) is s / sum s, and stays defined where every s underflows.
         normal = self.normalize and self.k > 1
         weight_TK = chosen_TK.softmax(dim=-1) if normal else chosen_TK.exp()
-        pairs = pairs_of(expert_TK, self.scale * weight_TK, self.num_experts, tokens)
+        pairs = pairs_of(expert_TK, self.scale * weight_TK, self.num_experts, tokens, given)
         probs_TE = log_score_TE.softmax(dim=-1)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import token_choice
 from moezoo.functional.gates import gate
 from moezoo.functional.sinkhorn import column_potentials
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 from moezoo.routers.checks import check_number, check_one_of, check_whole
 from moezoo.routers.switch import check_sizes, classifier
@@ -61,13 +61,13 @@ class SinkhornRouter(Router):
     def choices(self) -> int:
         return self.k
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = gate(self.classifier, tokens.x)
         probs_TE = logits_TE.softmax(dim=-1)
-        choice_TE = self._balanced(logits_TE.detach(), tokens) if self.training else logits_TE
-        expert_TK = best_experts(choice_TE, self.k)
+        plans = self.training and given is None
+        choice_TE = self._balanced(logits_TE.detach(), tokens) if plans else logits_TE
         gate_TE = logits_TE.sigmoid() if self.gate == "sigmoid" else probs_TE
-        pairs = pairs_of(expert_TK, gate_TE.gather(1, expert_TK), self.num_experts, tokens)
+        pairs = token_choice(choice_TE, gate_TE, self.k, tokens, given)
         return Routing(pairs, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
     def _balanced(self, logits_TE: Tensor, tokens: Tokens) -> Tensor:

@@ -13,7 +13,7 @@ from moezoo.errors import ConfigError
 from moezoo.functional.assign import token_choice
 from moezoo.functional.drawn import DrawnLinear, normal_
 from moezoo.functional.gates import gate, gate_probs, jittered
-from moezoo.records import Routing, Tokens
+from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 
 ROUTER_INIT_STD = 0.02
@@ -72,14 +72,14 @@ class SwitchRouter(Router):
             x_TD = jittered(x_TD, self.jitter)
         return gate(self.classifier, x_TD)
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         logits_TE = self.logits(tokens.x)
         probs_TE = gate_probs(logits_TE)
         # At least tiny: where a probability underflows, 0 / 0 would reach the gradients as NaN.
         tiny = torch.finfo(probs_TE.dtype).tiny
         unit = self.weight == "unit"
         gate_TE = probs_TE / probs_TE.detach().clamp(min=tiny) if unit else probs_TE
-        assignment = token_choice(probs_TE, gate_TE, 1, tokens)
+        assignment = token_choice(probs_TE, gate_TE, 1, tokens, given)
         return Routing(assignment, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
     def alone(self, row: Tensor) -> tuple[int, float]:

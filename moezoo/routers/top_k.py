@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moezoo.errors import ConfigError
-from moezoo.functional.assign import best_experts, pairs_of
+from moezoo.functional.assign import best_experts, given_experts, pairs_of
 from moezoo.functional.gates import gate, gate_probs, jittered
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
@@ -65,18 +65,18 @@ class TopKRouter(Router):
     def choices(self) -> int:
         return self.k
 
-    def forward(self, tokens: Tokens) -> Routing:
+    def forward(self, tokens: Tokens, given: Assignment | None = None) -> Routing:
         x_TD = jittered(tokens.x, self.jitter) if self.training and self.jitter else tokens.x
         logits_TE = gate(self.classifier, x_TD)
         probs_TE = gate_probs(logits_TE)
-        expert_TK = best_experts(logits_TE, self.k)
+        expert_TK = given_experts(given, self.k) if given else best_experts(logits_TE, self.k)
         if self.softmax == "after":
             weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         else:
             weight_TK = probs_TE.gather(1, expert_TK)
         if self.normalize == "before" and self.k > 1:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        assignment = pairs_of(expert_TK, weight_TK, self.num_experts, tokens)
+        assignment = pairs_of(expert_TK, weight_TK, self.num_experts, tokens, given)
         return Routing(assignment, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
     def reweigh(self, admitted: Assignment) -> Assignment:

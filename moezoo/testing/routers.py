@@ -88,6 +88,11 @@ def router_promises(subject: Subject, *, device: str = "cpu") -> Promises:
             "reordering tokens reorders their pairs and nothing else",
             checks.token_order,
         )
+    if sample.takes_given:
+        invariants["given"] = (
+            "its own pairs, given to it, weigh what they weigh when it chooses them",
+            checks.given,
+        )
     invariants |= {
         "input": ("the caller's tokens are never changed", checks.input_unchanged),
         "padding": ("what padding holds never matters", checks.padding),
@@ -140,11 +145,13 @@ class _Checks:
             return routers.build(Spec(spec.name, options), **sizes)
         return subject(D_MODEL, num_experts)
 
-    def route(self, case: Case, tokens: Tokens, router: Router | None = None) -> Routing:
+    def route(
+        self, case: Case, tokens: Tokens, router: Router | None = None, *given: Assignment
+    ) -> Routing:
         """The routing of `tokens` with the case's seed, by the case's router."""
         router = router or self.build(case)
         with seeded(case.seed + 1):
-            routing: Routing = router(tokens)
+            routing: Routing = router(tokens, *given)
         return routing
 
     def records(self, case: Case) -> None:
@@ -197,6 +204,15 @@ class _Checks:
             first = router(tokens)
             second = router(tokens)
         same(decisions(second), decisions(first), "two evaluations differ")
+
+    def given(self, case: Case) -> None:
+        router, tokens = self.build(case), case.tokens()
+        expected = self.route(case, tokens, router)
+        pairs = expected.assignment
+        assert isinstance(pairs, Assignment), "a soft router takes no pairs"
+        unweighed = replace(pairs, weight=torch.zeros_like(pairs.weight))
+        found = self.route(case, tokens, router, unweighed)
+        same(decisions(found), decisions(expected), "a router's own pairs, given to it,")
 
     def deterministic(self, case: Case) -> None:
         router, tokens = self.build(case), case.tokens()

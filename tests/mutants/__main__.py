@@ -33,6 +33,7 @@ SUITE = [
     "tests/observed/test_taken.py",
     "tests/test_text_files.py",
     "tests/training/test_adafactor.py",
+    "tests/layouts/test_planner.py",
 ]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 

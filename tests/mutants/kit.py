@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moezoo import routers
+from moezoo import routers, traces
 from moezoo.adapters.checkpoint import load, save
 from moezoo.building import build
 from moezoo.config import SwitchConfig
 from moezoo.functional.assign import best_experts, token_choice
+from moezoo.recording import record
 from moezoo.records import Tokens
 from moezoo.routers import SwitchRouter
 from moezoo.sparse_mlp import SparseMLP
@@ -112,6 +113,19 @@ def test_the_weights_of_two_equal_experts_add_up(gradient: bool) -> None:
     with torch.set_grad_enabled(gradient):
         y = layer(x)
     torch.testing.assert_close(y, (x @ experts.wi[0].t()).relu() @ experts.wo[0].t())
+
+
+def test_live_weights_of_recorded_pairs_teach_the_router() -> None:
+    torch.manual_seed(0)
+    layer, x = SparseMLP(8, 16, 4, capacity="batch_priority").train(), torch.randn(20, 8)
+    with record(layer) as tape:
+        expected = layer(x)
+    with traces.replay(layer, traces.of(tape), weights="live"):
+        found = layer(x)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    gradient = layer.moe.router.classifier.weight.grad
+    assert gradient is not None and bool(gradient.any())
 
 
 @pytest.mark.parametrize("name", ["first_come", "batch_priority", "random_order"])

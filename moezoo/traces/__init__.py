@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from moezoo.capacity.base import CapacityPolicy
 from moezoo.errors import ConfigError, CorruptFile, RoutingError, SaveError
 from moezoo.layer import MoE
-from moezoo.private_torch import is_in_backward
 from moezoo.recording import Tape
-from moezoo.records import Assignment, Routing, SoftAssignment, Tokens
+from moezoo.records import Assignment, Routing, SoftAssignment
+from moezoo.traces.calls import flattened, moved, num_tokens, restored
+from moezoo.traces.players import LivePlayer, Player
 
 _FORMAT = "moezoo.trace.1"
 
@@ -52,7 +53,7 @@ class Trace:
         for layer, calls in self.by_layer.items():
             plain[layer] = []
             for number, call in enumerate(calls):
-                found, values = _flattened(call)
+                found, values = flattened(call)
                 plain[layer].append(values)
                 tensors |= {f"{layer}/{number}/{name}": value for name, value in found.items()}
         target = Path(path)
@@ -69,7 +70,7 @@ def of(tape: Tape, *, probs: bool = False) -> Trace:
     """The trace of a tape; `probs` keeps the probabilities (T, E), which `reroute` needs."""
     return Trace(
         {
-            layer: tuple(_moved(_stripped(call, probs), "cpu") for call in calls)
+            layer: tuple(moved(_stripped(call, probs), "cpu") for call in calls)
             for layer, calls in tape.check().by_layer.items()
         }
     )
@@ -90,7 +91,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         plain = json.loads(about["calls"])
         by_layer = {
             layer: tuple(
-                _restored(tensors, f"{layer}/{number}/", values)
+                restored(tensors, f"{layer}/{number}/", values)
                 for number, values in enumerate(calls)
             )
             for layer, calls in plain.items()
@@ -101,16 +102,26 @@ def load(path: str | os.PathLike[str]) -> Trace:
 
 
 @contextmanager
-def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Force the recorded assignments, weights included, on every call inside the block.
+def replay(
+    model: nn.Module, trace: Trace, *, weights: Literal["recorded", "live"] = "recorded"
+) -> Iterator[None]:
+    """Force the recorded assignments on every call inside the block.
 
-    Routers still run, so logits, probabilities and losses are those of the model as it is now; the
-    experts' outputs do not depend on them, so the gate learns from the losses alone. With
+    Routers still run, so logits, probabilities and losses are those of the model as it is now. With
     activation checkpointing, run backward inside the block too.
 
-    Raises ConfigError when the trace does not fit the model's layers, RoutingError when a call has
-    another number of tokens than recorded, or when there are more or fewer calls.
+    Args:
+        weights: "recorded": of the pairs too, so experts' outputs do not depend on the routers,
+            which learn from the losses alone. "live": what the routers, as they are now, give the
+            recorded pairs, with their gradients, as training after a rollout wants it.
+
+    Raises ConfigError when the trace does not fit the model's layers, or for live weights of a
+    router that gives none to pairs that it has not chosen; RoutingError when a call has another
+    number of tokens than recorded, or when there are more or fewer calls.
     """
+    if weights not in ("recorded", "live"):
+        allowed = "'recorded' or 'live'"
+        raise ConfigError("unknown weights", field="weights", expected=allowed, found=repr(weights))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if set(layers) != set(trace.by_layer):
         wanted, found = sorted(layers), sorted(trace.by_layer)
@@ -118,7 +129,13 @@ def replay(model: nn.Module, trace: Trace) -> Iterator[None]:
         raise ConfigError(reason, field="trace", expected=wanted, found=found)
     for name, layer in layers.items():
         _check_experts(name, layer, trace.by_layer[name])
-    players = {name: _Player(name, layer, trace.by_layer[name]) for name, layer in layers.items()}
+        if weights == "live" and not layer.router.takes_given:
+            kind = type(layer.router).__name__
+            reason = f"layer {name!r}: {kind} has no weights for pairs that it did not choose"
+            hint = "Replay with weights='recorded'."
+            raise ConfigError(reason, field="weights", hint=hint)
+    made = LivePlayer if weights == "live" else Player
+    players = {name: made(name, layer, trace.by_layer[name]) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.__dict__["route"] = players[name]  # hides the method until the block ends
@@ -191,118 +208,12 @@ def dropped(trace: Trace, policy: CapacityPolicy) -> dict[str, float]:
     return shares
 
 
-class _Player:
-    """Stands in for one layer's `route` and hands out its recorded calls in order."""
-
-    def __init__(self, name: str, layer: MoE, calls: tuple[Routing, ...]) -> None:
-        self.name, self.layer, self.calls = name, layer, calls
-        self.played = 0
-
-    def __call__(self, tokens: Tokens) -> Routing:
-        recorded = self._next()
-        live: Routing = self.layer.router(tokens)
-        if _num_tokens(recorded) != tokens.num_tokens:
-            raise RoutingError(
-                f"layer {self.name!r} got another number of tokens than was recorded",
-                expected=_num_tokens(recorded),
-                found=tokens.num_tokens,
-            )
-        recorded = _moved(recorded, tokens.x.device)
-        return replace(
-            live,
-            assignment=recorded.assignment,
-            proposed=recorded.proposed,
-            sequence_length=tokens.sequence_length,
-        )
-
-    def check_finished(self) -> None:
-        if self.played != len(self.calls):
-            reason = f"layer {self.name!r} was called less often than was recorded"
-            raise RoutingError(reason, expected=len(self.calls), found=self.played)
-
-    def _next(self) -> Routing:
-        if is_in_backward():  # recomputation inside backward
-            if len(self.calls) != 1:
-                reason = f"layer {self.name!r} is recomputed, and was recorded more than once"
-                hint = "Replay one forward call at a time, or without activation checkpointing."
-                raise RoutingError(reason, hint=hint)
-            return self.calls[0]
-        if self.played == len(self.calls):
-            reason = f"layer {self.name!r} was called more often than was recorded"
-            raise RoutingError(reason, expected=len(self.calls))
-        self.played += 1
-        return self.calls[self.played - 1]
-
-
 def _stripped(call: Routing, probs: bool) -> Routing:
     return replace(call, logits=None, losses={}, probs=call.probs if probs else None)
 
 
-def _mapped(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A record with every tensor in it changed, those of inner records too."""
-    changes = {}
-    for entry in fields(record):
-        value = getattr(record, entry.name)
-        if isinstance(value, Tensor):
-            changes[entry.name] = change(value)
-        elif isinstance(value, (Assignment, SoftAssignment)):
-            changes[entry.name] = _mapped(value, change)
-    return replace(record, **changes)
-
-
-def _moved(call: Routing, device: str | torch.device) -> Routing:
-    moved: Routing = _mapped(call, lambda tensor: tensor.detach().to(device))
-    return moved
-
-
-def _flattened(record: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain numbers of a record by field name; inner records as dotted names."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for entry in fields(record):
-        value = getattr(record, entry.name)
-        if isinstance(value, Tensor):
-            tensors[entry.name] = value.contiguous().clone()
-        elif isinstance(value, (Assignment, SoftAssignment)):
-            inner, numbers = _flattened(value)
-            tensors |= {f"{entry.name}.{name}": tensor for name, tensor in inner.items()}
-            plain[entry.name] = numbers
-        elif isinstance(value, int):
-            plain[entry.name] = value
-    return tensors, plain
-
-
-def _restored(tensors: Mapping[str, Tensor], prefix: str, values: Mapping[str, Any]) -> Routing:
-    """A call from its tensors and numbers, checked. Raises KeyError, TypeError or RoutingError."""
-    real, probs = tensors.get(f"{prefix}real"), tensors.get(f"{prefix}probs")
-    made: dict[str, Assignment | SoftAssignment] = {}
-    for name in ("assignment", "proposed"):
-        if name not in values:
-            continue
-        kind = Assignment if values[name] else SoftAssignment
-        arguments: dict[str, Any] = dict(values[name])
-        for entry in fields(kind):
-            if f"{prefix}{name}.{entry.name}" in tensors:
-                arguments[entry.name] = tensors[f"{prefix}{name}.{entry.name}"]
-        made[name] = kind(**arguments).check(real)
-    return Routing(
-        made["assignment"],
-        probs=probs,
-        real=real,
-        proposed=made.get("proposed"),
-        sequence_length=values.get("sequence_length", 0),
-    )
-
-
-def _num_tokens(call: Routing) -> int:
-    a = call.assignment
-    if isinstance(a, SoftAssignment):
-        return a.dispatch.shape[0] * a.dispatch.shape[1]
-    return a.num_tokens
-
-
 def _sizes(trace: Trace) -> dict[str, list[int]]:
-    return {layer: [_num_tokens(call) for call in calls] for layer, calls in trace.by_layer.items()}
+    return {layer: [num_tokens(call) for call in calls] for layer, calls in trace.by_layer.items()}
 
 
 def _difference(ones: tuple[Routing, ...], others: tuple[Routing, ...]) -> Difference:
