@@ -355,6 +355,12 @@ BUGS = [
         "if down_bias is not None and self.grad_weight_N is not None:", "if False:"),
     Bug("the gradient of hidden units is not weighed", ROUTED,
         "leaf, back_nF * weight_n1.to(back_nF.dtype)", "leaf, back_nF", quick=True),
+    Bug("a bias of results is not weighed in float16", "moezoo/functional/composed_mlp.py",
+        "gate_N1.to(out.dtype) * rows_of", "rows_of"),
+    Bug("int8 experts weigh no bias", "moezoo/quantization.py",
+        'y + weight * self.get_buffer("wo_bias")', 'y + self.get_buffer("wo_bias")'),
+    Bug("a second map has the bias of the first", "moezoo/functional/grouped_mlp.py",
+        "for weight, bias in parts)", "for (weight, _), (_, bias) in zip(parts, parts[:1] * 2))"),
     Bug("a strip ends before its last expert", "moezoo/functional/expert_strips.py",
         "slice(before.start, rows.stop)", "slice(before.start, rows.start)"),
 ]  # fmt: skip
