@@ -19,6 +19,8 @@ from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
 from moezoo.adapters.generation import NAME, read_generation, written_generation
 from moezoo.adapters.names import HEAD, SHARED, disk_names
+from moezoo.adapters.plug import plugs_of
+from moezoo.adapters.plugged import load_plugged, read_plugged, save_plugged
 from moezoo.adapters.tensor_files import TensorPlan, write_tensors
 from moezoo.adapters.writer import replacing_directory
 from moezoo.building import TASKS, build, usable_device
@@ -40,7 +42,8 @@ def load(
     drop_heads: bool = False,
     **overrides: Any,
 ) -> nn.Module:
-    """Load a T5-family or Switch checkpoint, dense or sparse, in evaluation mode.
+    """Load a T5-family or Switch checkpoint, dense or sparse, or a model of transformers that
+    `moezoo.plug` has put experts into and `save` wrote; in evaluation mode.
 
     Weights are mapped from the file and read once. The experts of a layer are one view of the file
     where they lie there in a row, as moezoo writes them, and else go straight into their stack.
@@ -61,6 +64,9 @@ def load(
     """
     device = None if device is None else usable_device(device)
     precision = as_dtype(dtype)
+    if read_plugged(path) is not None:
+        _refuse_beside_plugged(task=task, drop_heads=drop_heads, **overrides)
+        return load_plugged(path, device=device, dtype=precision)
     with open_source(path) as source:
         description = describe(source, drop_heads=drop_heads)
         config = description.config.replace(**overrides)
@@ -90,8 +96,8 @@ def save(
     overwrite: bool = False,
     max_shard_size: int | str | None = "5GB",
 ) -> None:
-    """Save a model as safetensors with its config.json; `path` is replaced in one step or not at
-    all.
+    """Save a model of moezoo, or one that `moezoo.plug` has put experts into, as safetensors with
+    its config.json; `path` is replaced in one step or not at all.
 
     Args:
         layout: "auto" (Hugging Face's whenever it can express the model), "huggingface", "moezoo".
@@ -101,6 +107,10 @@ def save(
     Raises ConfigError for a model that is not moezoo's or a layout that cannot hold it, SaveError
     or TargetExists when writing is refused or fails; what was at `path` is then unchanged.
     """
+    if plugs_of(model):
+        _refuse_beside_plugged(layout=None if layout == "auto" else layout)
+        save_plugged(model, path, overwrite=overwrite, max_shard_size=max_shard_size)
+        return
     config = getattr(model, "config", None)
     task = next((name for name, kind in TASKS.items() if type(model) is kind), None)
     if not isinstance(config, SwitchConfig) or task is None:
@@ -127,6 +137,14 @@ def save(
             _write_json(stage / NAME, written_generation(config, model.generation))
         metadata = {"format": "pt"}
         write_tensors(stage, tensors, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def _refuse_beside_plugged(**given: Any) -> None:
+    """Refuse what is for moezoo's own models alone."""
+    for name, value in given.items():
+        if value:
+            hint = f"Leave {name} out."
+            raise ConfigError(f"a plugged model has no {name}", field=name, found=value, hint=hint)
 
 
 @dataclass(frozen=True)

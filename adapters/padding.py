@@ -170,8 +170,12 @@ class Padding:
         assert mask is not None and isinstance(layer, SparseMLP)
         x = args[0]
         wanted = x.shape[:-1] if layer.batch_first or x.dim() != 3 else x.shape[1::-1]
-        if cached and mask.dim() == 2 and mask.shape[1] > wanted[-1]:
-            mask = mask[:, mask.shape[1] - wanted[-1] :]  # cached tokens are not routed again
+        flat = x.dim() == 2 and mask.dim() == 2 and x.shape[0] % max(mask.shape[0], 1) == 0
+        length = x.shape[0] // max(mask.shape[0], 1) if flat else wanted[-1]
+        if cached and mask.dim() == 2 and mask.shape[1] > length:
+            mask = mask[:, mask.shape[1] - length :]  # cached tokens are not routed again
+        if flat and mask.shape[1] == length:  # OPT's layers flatten (B, L, D)
+            mask = mask.reshape(-1)
         if mask.shape != wanted:
             hint = "Pass mask=False to plug, or a function that gives the mask of these tokens."
             reason = "the model's mask does not fit the tokens of a plugged layer"

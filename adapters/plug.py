@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from moezoo.adapters.causality import check_plugged
 from moezoo.adapters.padding import Mask, carriers_of
 from moezoo.errors import ConfigError, did_you_mean
 
+_PLUGS = "_moezoo_plugs"
 Where = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
@@ -70,7 +72,24 @@ def plug(
     for owner, carrier in carriers.items():
         carrier.attach(model, owner)
     _leave_nested_tensors(model, names)
+    vars(model)[_PLUGS] = (*plugs_of(model), Plug(names, make, mask, causal))
     return names
+
+
+@dataclass(frozen=True)
+class Plug:
+    """One call of `plug`: the names that it replaced, and its arguments."""
+
+    names: list[str]
+    make: Callable[[nn.Module], nn.Module]
+    mask: Mask
+    causal: bool | None
+
+
+def plugs_of(model: nn.Module) -> tuple[Plug, ...]:
+    """The calls of `plug` that a model has seen, in order."""
+    found: tuple[Plug, ...] = vars(model).get(_PLUGS, ())
+    return found
 
 
 def _leave_nested_tensors(model: nn.Module, names: list[str]) -> None:

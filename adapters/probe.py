@@ -24,14 +24,33 @@ def check_row_wise(mlp: nn.Module, d_model: int) -> None:
     (a whole block with its attention).
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        stranger = _stranger(mlp)
+        stranger = stranger_of(mlp)
         x = _tokens(stranger, d_model)
-        y, rows = _called(stranger, mlp, x), _called(stranger, mlp, x.flatten(0, 1))
-        turned = _called(stranger, mlp, x.flatten(0, 1).flip(0))
+        y, rows = called(stranger, mlp, x), called(stranger, mlp, x.flatten(0, 1))
+        turned = called(stranger, mlp, x.flatten(0, 1).flip(0))
     if y.shape != x.shape or rows.shape != x.flatten(0, 1).shape:
         _refuse(mlp, f"makes {tuple(y.shape)} of {tuple(x.shape)}")
     if not (_agree(rows, y.flatten(0, 1)) and _agree(turned.flip(0), rows)):
         _refuse(mlp, "mixes tokens")
+
+
+def check_sum(mlp: nn.Module, d_model: int) -> None:
+    """Refuse a module that does anything with its second argument but to add it: `check_row_wise`
+    for f(x, residual) = g(x) + residual. Raises ConfigError.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        stranger = stranger_of(mlp)
+        x, residual = _tokens(stranger, d_model), _tokens(stranger, d_model)
+        nothing = torch.zeros_like(x)
+        y = called(stranger, mlp, x, nothing)
+        rows = called(stranger, mlp, x.flatten(0, 1).flip(0), nothing.flatten(0, 1))
+        whole = called(stranger, mlp, x, residual)
+    if y.shape != x.shape or rows.shape != x.flatten(0, 1).shape:
+        _refuse(mlp, f"makes {tuple(y.shape)} of {tuple(x.shape)}")
+    if not _agree(rows.flip(0), y.flatten(0, 1)):
+        _refuse(mlp, "mixes tokens")
+    if not _agree(whole, y + residual):
+        _refuse(mlp, "does more with its second argument than to add it")
 
 
 def check_twin(
@@ -41,16 +60,17 @@ def check_twin(
     of one expert; `inputs` hidden states (B, L, D) are what it is called with.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        stranger = _stranger(layer)
+        stranger = stranger_of(layer)
         x = [_tokens(stranger, d_model) for _ in range(inputs)]
-        dense = _called(stranger, layer, *x)
-        plugged = _called(twin_of(stranger).eval(), layer, *x)
+        dense = called(stranger, layer, *x, whole=False)
+        plugged = called(twin_of(stranger).eval(), layer, *x, whole=False)
     if dense.shape != plugged.shape or not _agree(plugged, dense):
         _refuse(layer, "computes something else with experts in the place of its MLP")
 
 
-def _stranger(module: nn.Module) -> nn.Module:
-    """A copy in evaluation and float32 with other weights: zeros hide what is multiplied by them.
+def stranger_of(module: nn.Module) -> nn.Module:
+    """A copy of a module in evaluation and float32 with other weights: zeros hide what is
+    multiplied by them.
 
     Raises ConfigError for weights on "meta".
     """
@@ -67,18 +87,32 @@ def _stranger(module: nn.Module) -> nn.Module:
     return made
 
 
+def _left_out(signature: inspect.Signature, given: int) -> dict[str, None]:
+    """None for the required arguments of a layer past its hidden states: masks, as a rule."""
+    named = list(signature.parameters.values())[given:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: None for p in named if p.default is p.empty and p.kind in kinds}
+
+
 def _tokens(module: nn.Module, d_model: int) -> Tensor:
     parameter = next(module.parameters(), torch.zeros((), device="cpu"))
     return torch.randn(2, 3, d_model, device=parameter.device)
 
 
-def _called(module: nn.Module, original: nn.Module, *inputs: Tensor) -> Tensor:
+def called(module: nn.Module, original: nn.Module, *inputs: Tensor, whole: bool = True) -> Tensor:
+    """What a module makes of hidden states; not `whole`: the first of what it returns, with None
+    for whatever else it wants. Raises ConfigError naming the class of `original`.
+    """
+    signature = inspect.signature(module.forward)
     try:
-        inspect.signature(module.forward).bind(*inputs)
-        y: object = module(*inputs)
+        more = {} if whole else _left_out(signature, len(inputs))
+        signature.bind(*inputs, **more)
+        y: object = module(*inputs, **more)
     except _FAILURES as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         _refuse(original, f"cannot be called with hidden states {shapes}: {error}", error)
+    if not whole and isinstance(y, tuple) and y:
+        y = y[0]
     if not isinstance(y, Tensor):
         _refuse(original, f"returns a {type(y).__name__}")
     return y

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moezoo.adapters.probe import check_row_wise, check_twin
+from moezoo.adapters.mlp_form import Form, form_of, is_conv1d
+from moezoo.adapters.probe import called, check_row_wise, check_sum, check_twin
+from moezoo.adapters.spread import Spread, spread_of
 from moezoo.errors import ConfigError
+from moezoo.experts.base import Experts
 from moezoo.experts.modules import ModuleExperts
-from moezoo.private_torch import shallow_copy
+from moezoo.experts.stacked import StackedExperts
 from moezoo.sparse_mlp import SparseMLP
 
 UNIT_SWITCH = {"name": "switch", "weight": "unit"}
@@ -28,15 +32,19 @@ def sparse(
     causal: bool = False,
     d_model: int | None = None,
     batch_first: bool = True,
-) -> Callable[[nn.Module], nn.Module]:
+) -> Sparse:
     """A `make` for `moezoo.plug`: a mixture of `num_experts` copies of the MLP it is given.
 
-    Understands an MLP of its own (x -> y of the same width: transformers' T5 feed-forwards,
-    `nn.Sequential`, any module with linear layers, GPT-2's `Conv1D` among them), and layers whose
-    MLP is spread over attributes: `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer`,
-    and BERT's intermediate and output. What a module is taken for is tried, with tokens and weights
-    drawn at random: it must be a function of single rows, and a layer must compute the same with
-    one expert in the place of its MLP.
+    Understands an MLP of its own (x -> y of the same width, or x and a residual -> their sum:
+    transformers' feed-forwards, `nn.Sequential`, any module with linear layers, GPT-2's `Conv1D`
+    among them), and layers whose MLP is spread over attributes: `torch.nn.TransformerEncoderLayer`
+    and `TransformerDecoderLayer`, BERT's intermediate and output, and fc1 and fc2 of BART, OPT and
+    Whisper. What a module is taken for is tried, with tokens and weights drawn at random: it must
+    be a function of single rows, and a layer must compute the same with one expert in the place of
+    its MLP.
+
+    An MLP of two or three linear maps, gated or not, fused or not, with biases or without, becomes
+    one `StackedExperts`; any other is copied into `ModuleExperts`, which run one by one.
 
     Args:
         copy_weights: start every expert from the dense weights; False: draw them anew.
@@ -46,100 +54,141 @@ def sparse(
         d_model: the width, where no linear layer of the module says it.
         batch_first: False for MLPs of your own on (L, B, D); layers of torch know theirs.
 
-    Raises ConfigError for a module whose MLP it does not find, or that fails the trial.
+    Calling it raises ConfigError for a module whose MLP it does not find, or that fails the trial.
     """
     if router is None:
         router = UNIT_SWITCH if copy_weights else "switch"
+    return Sparse(num_experts, copy_weights, router, capacity, group, causal, d_model, batch_first)
 
-    def mixture(mlp: nn.Module, first: bool = batch_first) -> SparseMLP:
-        width = _width(mlp) if d_model is None else d_model
-        check_row_wise(mlp, width)
-        experts = [copy.deepcopy(mlp) for _ in range(num_experts)]
-        if not copy_weights:
-            for expert in experts:
-                _redraw(expert)
-        made = SparseMLP(
+
+@dataclass(frozen=True)
+class Sparse:
+    """What `sparse` gives: its arguments, by their names."""
+
+    num_experts: int
+    copy_weights: bool
+    router: object
+    capacity: object | None
+    group: str | int | None
+    causal: bool
+    d_model: int | None
+    batch_first: bool
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        """The replacement of a module, which is left as it is."""
+        spread = spread_of(module)
+        if spread is None:
+            return self._mixture(module, self.batch_first)
+        width = _width(spread.mlp(module))
+        check_twin(module, width, lambda layer: _of_one(spread, layer), spread.inputs)
+        return spread.twin(module, self._mixture(spread.mlp(module), spread.batch_first(module)))
+
+    def _mixture(self, mlp: nn.Module, batch_first: bool) -> SparseMLP:
+        width = _width(mlp) if self.d_model is None else self.d_model
+        residual = _takes_residual(mlp)
+        if residual:
+            check_sum(mlp, width)
+        else:
+            check_row_wise(mlp, width)
+        form = form_of(mlp, width, _without_residual if residual else called)
+        if form is None and residual:
+            check_row_wise(mlp, width)  # which says what it lacks
+        if form is None:
+            experts: Experts = self._copies(mlp, width)
+        else:
+            experts = _stacked(mlp, form, width, self.num_experts)
+            if not self.copy_weights:
+                experts.reset_own()
+        made = PluggedMLP(
             width,
             None,
-            num_experts,
-            router=router,
-            capacity=capacity,
-            experts=ModuleExperts(width, num_experts, modules=experts),
-            group=group,
-            causal=causal,
-            batch_first=first,
+            self.num_experts,
+            router=self.router,
+            capacity=self.capacity,
+            experts=experts,
+            group=self.group,
+            causal=self.causal,
+            batch_first=batch_first,
         )
+        made.after = nn.Dropout(form.after) if form is not None and form.after else None
         weight = next(mlp.parameters(), torch.zeros((), device="cpu"))
         made.moe.router.to(weight.device, weight.dtype)
         return made
 
-    def make(module: Any) -> nn.Module:
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            inputs = 1 if isinstance(module, nn.TransformerEncoderLayer) else 2
-            check_twin(module, module.linear1.in_features, _of_one(_torch_layer), inputs)
-            return _torch_layer(module, mixture)
-        dense = getattr(getattr(module, "output", None), "dense", None)
-        if dense is not None and hasattr(module, "intermediate"):
-            check_twin(
-                module, _width(nn.Sequential(module.intermediate, dense)), _of_one(_bert_layer)
-            )
-            return _bert_layer(module, mixture)
-        return mixture(module)
-
-    return make
+    def _copies(self, mlp: nn.Module, width: int) -> ModuleExperts:
+        experts = [copy.deepcopy(mlp) for _ in range(self.num_experts)]
+        for expert in experts if not self.copy_weights else ():
+            _redraw(expert)
+        return ModuleExperts(width, self.num_experts, modules=experts)
 
 
-Mixture = Callable[[nn.Module, bool], SparseMLP]
+class PluggedMLP(SparseMLP):
+    """A `SparseMLP` in the place of an MLP that drops out its result or adds it to a residual."""
+
+    after: nn.Dropout | None
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(..., D) -> (..., D), plus `residual` of the same shape; see `SparseMLP`."""
+        y = super().forward(x, mask=mask, token_ids=token_ids)
+        if self.after is not None:
+            y = self.after(y)
+        return y if residual is None else residual + y
 
 
-def _of_one(twin_of: Callable[[Any, Mixture], nn.Module]) -> Callable[[Any], nn.Module]:
-    """A twin whose mixture is of one expert, the MLP itself."""
-
-    def mixture(mlp: nn.Module, batch_first: bool = True) -> SparseMLP:
-        width = _width(mlp)
-        experts = ModuleExperts(width, 1, modules=[mlp])
-        made = SparseMLP(
-            width, None, 1, router=UNIT_SWITCH, experts=experts, batch_first=batch_first
+def _stacked(mlp: nn.Module, form: Form, width: int, num_experts: int) -> StackedExperts:
+    """Copies of an MLP as one stack, of its dtype and on its device."""
+    maps = form.maps(mlp)
+    biased = any(found.bias is not None for found in maps)
+    with torch.device("meta"):
+        made = StackedExperts(
+            width,
+            maps[-1].weight.shape[1],
+            num_experts,
+            activation=form.activation,
+            dropout=form.dropout,
+            bias=biased,
         )
-        return made.to(next(mlp.parameters()).device)
-
-    return lambda layer: twin_of(layer, mixture)
-
-
-def _torch_layer(layer: Any, mixture: Mixture) -> nn.Module:
-    """A twin of a torch layer: linear1 becomes the mixture, the rest of the MLP passes through."""
-    twin = shallow_copy(layer)
-    function = layer.activation
-    mlp = nn.Sequential(layer.linear1, _Function(function), layer.dropout, layer.linear2)
-    twin.linear1 = mixture(mlp, layer.self_attn.batch_first)
-    twin.linear2, twin.dropout = nn.Identity(), nn.Identity()
-    twin.activation = _same
-    twin.activation_relu_or_gelu = 0  # torch's fused inference path reads linear1.weight
-    return twin  # type: ignore[no-any-return]
+    for name, found in zip(made.names, maps, strict=True):
+        setattr(made, name, _copied(found.weight, num_experts))
+        if biased:
+            none = found.weight.new_zeros(found.weight.shape[0])
+            bias = none if found.bias is None else found.bias
+            setattr(made, f"{name}_bias", _copied(bias, num_experts))
+    return made
 
 
-def _bert_layer(layer: Any, mixture: Mixture) -> nn.Module:
-    """A twin of a BERT layer: intermediate becomes the mixture, output keeps norm and residual."""
-    twin = shallow_copy(layer)
-    twin.intermediate = mixture(nn.Sequential(layer.intermediate, layer.output.dense), True)
-    twin.output = shallow_copy(layer.output)
-    twin.output.dense = nn.Identity()
-    return twin  # type: ignore[no-any-return]
+def _copied(tensor: Tensor, times: int) -> nn.Parameter:
+    return nn.Parameter(
+        tensor.expand(times, *tensor.shape).clone(memory_format=torch.contiguous_format)
+    )
 
 
-class _Function(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
+def _takes_residual(mlp: nn.Module) -> bool:
+    """Whether an MLP wants a second tensor, by whatever name: BLOOM's and MPT's residual."""
+    parameters = inspect.signature(mlp.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(required) == 2
 
 
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
+def _without_residual(module: nn.Module, original: nn.Module, x: Tensor) -> Tensor:
+    return called(module, original, x, torch.zeros_like(x))
+
+
+def _of_one(spread: Spread, layer: nn.Module) -> nn.Module:
+    """A twin whose mixture is of one expert, the MLP itself."""
+    mlp = spread.mlp(layer)
+    width = _width(mlp)
+    experts = ModuleExperts(width, 1, modules=[mlp])
+    first = spread.batch_first(layer)
+    made = SparseMLP(width, None, 1, router=UNIT_SWITCH, experts=experts, batch_first=first)
+    return spread.twin(layer, made.to(next(mlp.parameters()).device))
 
 
 def _width(mlp: nn.Module) -> int:
@@ -156,11 +205,11 @@ def _width(mlp: nn.Module) -> int:
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:
-    """What a linear layer reads and writes; transformers' Conv1D is one with its weight turned."""
+    """What a linear layer reads and writes."""
     read, written = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(read, int) and isinstance(written, int):
         return read, written
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if is_conv1d(module):
         read, written = module.weight.shape
         return int(read), int(written)
     return None

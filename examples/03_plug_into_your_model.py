@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moezoo
-from moezoo.adapters.sparse import sparse
+from moezoo import sparse
 
 
 class Classifier(nn.Module):

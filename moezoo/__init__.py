@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moezoo import capacity, experts, losses, routers
     from moezoo.adapters.checkpoint import load, save
     from moezoo.adapters.plug import plug
+    from moezoo.adapters.sparse import sparse
     from moezoo.adapters.upcycle import downcycle as downcycle
     from moezoo.adapters.upcycle import upcycle as upcycle
     from moezoo.building import build
@@ -55,6 +56,7 @@ _HOME = {
     "record": "moezoo.recording",
     "resize_embeddings": "moezoo.models.resizing",
     "save": "moezoo.adapters.checkpoint",
+    "sparse": "moezoo.adapters.sparse",
     "upcycle": "moezoo.adapters.upcycle",
 }
 _REGISTRIES = ("capacity", "experts", "losses", "routers")
@@ -82,6 +84,7 @@ __all__ = [
     "resize_embeddings",
     "routers",
     "save",
+    "sparse",
     "upcycle",
 ]
 

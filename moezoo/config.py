@@ -20,6 +20,7 @@ ACTIVATIONS = (
     "gelu",
     "gelu-tanh",
     "silu",
+    "quick-gelu",
     "squared-relu",
     "gated-gelu",
     "gated-gelu-erf",

@@ -90,11 +90,13 @@ class Int8Experts(Experts):
         super().__init__()
         self.d_model, self.num_experts = experts.d_model, experts.num_experts
         self.function, self.gated = experts.function, experts.gated
-        self._names = ("wi_0", "wi_1", "wo") if experts.gated else ("wi", "wo")
+        self._names, self.bias = experts.names, experts.bias
         for name in self._names:
             codes, scale = rounded_rows(experts.get_parameter(name).detach())
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scale", scale[..., 0])
+            if experts.bias:
+                self.register_buffer(f"{name}_bias", getattr(experts, f"{name}_bias").detach())
 
     @property
     def waits(self) -> bool:
@@ -108,23 +110,26 @@ class Int8Experts(Experts):
         _refuse_training(slots)
         out = slots.new_zeros(slots.shape)
         for expert, rows in runs_of(counts):
-            hidden = self.function(self._linear(self._names[0], expert, slots[rows]))
-            if self.gated:
-                hidden = hidden * self._linear("wi_1", expert, slots[rows])
-            if weights is not None:
-                hidden = hidden * weights[rows, None].to(hidden.dtype)
-            out[rows] = self._linear("wo", expert, hidden)
+            hidden = self._hidden(slots[rows], expert)
+            if weights is None:
+                out[rows] = self._linear("wo", expert, hidden)
+                continue
+            weight = weights[rows, None].to(hidden.dtype)
+            y = self._linear("wo", expert, hidden * weight, biased=False)
+            out[rows] = y + weight * self.get_buffer("wo_bias")[expert] if self.bias else y
         return out
 
     def alone(self, row: Tensor, expert: int) -> Tensor:
-        hidden = self.function(self._linear(self._names[0], expert, row))
-        if self.gated:
-            hidden = hidden * self._linear("wi_1", expert, row)
-        return self._linear("wo", expert, hidden)
+        return self._linear("wo", expert, self._hidden(row, expert))
 
-    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, expert: int) -> Tensor:
+        hidden = self.function(self._linear(self._names[0], expert, x))
+        return hidden * self._linear("wi_1", expert, x) if self.gated else hidden
+
+    def _linear(self, name: str, expert: int, x: Tensor, *, biased: bool = True) -> Tensor:
         codes, scale = self.get_buffer(name), self.get_buffer(f"{name}_scale")
-        return int8_linear(x, codes[expert], scale[expert])
+        y = int8_linear(x, codes[expert], scale[expert])
+        return y + self.get_buffer(f"{name}_bias")[expert] if biased and self.bias else y
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {self.d_model} wide, int8"

@@ -21,10 +21,11 @@ from moezoo.records import Assignment
 @registry.register("stacked")
 class StackedExperts(Experts):
     """FFN_e(x) = fn(x wi_e^T) wo_e^T, or gated with wi_0 and wi_1 (Switch Transformers, section
-    2.1).
+    2.1); with biases where they are asked for.
 
     Args:
         d_model, d_ff, num_experts: sizes; wi is (E, F, D), wo (E, D, F).
+        bias: each matrix has one, which starts at 0: wi_bias is (E, F), wo_bias (E, D).
         activation: see `moezoo.functional.activations`.
         dropout: expert dropout, on the hidden units in training (section 2.4).
     """
@@ -37,12 +38,16 @@ class StackedExperts(Experts):
         *,
         activation: str = "relu",
         dropout: float = 0.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 wanted = "a whole number >= 1"
                 raise ConfigError(f"bad {name}", field=name, expected=wanted, found=repr(value))
+        if not isinstance(bias, bool):
+            found = repr(bias)
+            raise ConfigError("bad bias", field="bias", expected="True or False", found=found)
         if not 0.0 <= dropout <= 1.0:
             raise ConfigError("dropout lies in [0, 1]", field="dropout", found=dropout)
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
@@ -56,15 +61,35 @@ class StackedExperts(Experts):
         else:
             self.wi = nn.Parameter(torch.empty(inner))
         self.wo = nn.Parameter(torch.empty(outer))
+        self.bias = bias
+        for name in self.names if bias else ():
+            width = d_model if name == "wo" else d_ff
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(num_experts, width)))
         self.initial = FanIn()
         self.reset_own()
 
     def reset_own(self) -> None:
         """Truncated normals of standard deviation 1 / sqrt(fan-in), as in `FeedForward`; in a model
-        times its scale.
+        times its scale; biases are 0.
         """
-        for parameter in self.parameters(recurse=False):
-            self.initial(parameter)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                self.initial(parameter)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the matrices, in the order of their use."""
+        return ("wi_0", "wi_1", "wo") if self.gated else ("wi", "wo")
+
+    def biases(self) -> tuple[Tensor, ...]:
+        """One for each of `names`, or none."""
+        return tuple(local_of(getattr(self, f"{name}_bias")) for name in self.names if self.bias)
+
+    def expert_sizes(self) -> tuple[int, tuple[int, ...]]:
+        each = sum(p.numel() for p in self.parameters()) // self.num_experts
+        return 0, (each,) * self.num_experts
 
     @property
     def takes_weights(self) -> bool:
@@ -91,19 +116,25 @@ class StackedExperts(Experts):
         if weights is not None or not plain:
             drop = p if plain else self.dropout
             matrices = (*inner, outer)
-            return composed_mlp(slots, counts, matrices, self.function, drop, gate_N=weights)
-        return grouped_mlp(slots, counts, inner, outer, function=self.function, p=p)
+            function, biases = self.function, self.biases()
+            return composed_mlp(
+                slots, counts, matrices, function, drop, gate_N=weights, biases=biases
+            )
+        return grouped_mlp(
+            slots, counts, inner, outer, function=self.function, p=p, biases=self.biases()
+        )
 
     def alone(self, row: Tensor, expert: int) -> Tensor:
         if type(row) is not Tensor or row.dtype != self.wo.dtype or not self._may_be_passed_by():
             return super().alone(row, expert)
-        return lone_mlp(row, expert, self._inner(), self.wo, function=self.function)
+        inner, biases = self._inner(), self.biases()
+        return lone_mlp(row, expert, inner, self.wo, function=self.function, biases=biases)
 
     def fused(self, x_TD: Tensor, assignment: Assignment) -> Tensor | None:
         if self.is_spread:
             return None
         inner, function = self._inner(), self.function
-        if not worth_fusing(x_TD, assignment, (*inner, self.wo), function):
+        if self.bias or not worth_fusing(x_TD, assignment, (*inner, self.wo), function):
             return None
         if not self._may_be_passed_by():
             return None
@@ -120,4 +151,5 @@ class StackedExperts(Experts):
         return tuple(map(local_of, weights))
 
     def extra_repr(self) -> str:
-        return f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"
+        said = f"{self.num_experts} x ({self.d_model} -> {self.d_ff}), {self.activation}"
+        return f"{said}, bias" if self.bias else said

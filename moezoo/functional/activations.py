@@ -18,12 +18,17 @@ def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 _tanh_gelu: Activation = partial(F.gelu, approximate="tanh")
 _ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "relu": (F.relu, False),
     "gelu": (F.gelu, False),
     "gelu-tanh": (_tanh_gelu, False),
     "silu": (F.silu, False),
+    "quick-gelu": (_quick_gelu, False),
     "squared-relu": (_squared_relu, False),
     "gated-gelu": (_tanh_gelu, True),  # T5 v1.1's gated GELU is the tanh approximation
     "gated-gelu-erf": (F.gelu, True),

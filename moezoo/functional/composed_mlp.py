@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from moezoo.functional.activations import Activation
 from moezoo.functional.dropout import dropout, relu_dropout
 from moezoo.ops.eager import plain_gradients
-from moezoo.ops.grouped_linear import grouped_linear
+from moezoo.ops.grouped_linear import grouped_linear, rows_of
 
 
 def composed_mlp(
@@ -24,25 +24,31 @@ def composed_mlp(
     function: Activation,
     drop: float | Callable[[Tensor], Tensor],
     gate_N: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
 ) -> Tensor:
     """`grouped_mlp` composed of `grouped_linear`; drop: p, or what is done to the hidden units
     (N, F) in the place of dropout.
 
     gate_N: (N,), a factor of each row, on the hidden units: what comes after is linear, and no
-    result without it is ever rounded to the dtype.
+    result without it is ever rounded to the dtype. biases: none, or one for each of weights.
     """
     *inner, outer = weights
-    first = grouped_linear(x, inner[0], counts)
+    *inner_biases, outer_bias = biases or (None,) * len(weights)
+    first = grouped_linear(x, inner[0], counts, bias=inner_biases[0])
     if not callable(drop) and len(inner) == 1 and function is F.relu:
         hidden = relu_dropout(first, drop, training=True)
     else:
         hidden = function(first)
-        for weight in inner[1:]:
-            hidden = hidden * grouped_linear(x, weight, counts)
+        for weight, bias in zip(inner[1:], inner_biases[1:], strict=True):
+            hidden = hidden * grouped_linear(x, weight, counts, bias=bias)
         hidden = drop(hidden) if callable(drop) else dropout(hidden, drop, training=True)
-    if gate_N is not None:
-        hidden = hidden * gate_N[:, None].to(hidden.dtype)
-    return grouped_linear(hidden, outer, counts)
+    if gate_N is None:
+        return grouped_linear(hidden, outer, counts, bias=outer_bias)
+    gate_N1 = gate_N[:, None].to(hidden.dtype)
+    out = grouped_linear(hidden * gate_N1, outer, counts)
+    if outer_bias is None:
+        return out
+    return out + gate_N1.to(out.dtype) * rows_of(outer_bias.to(out.dtype), counts, x.shape[0])
 
 
 def composed_gradients(

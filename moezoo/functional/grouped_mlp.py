@@ -27,41 +27,71 @@ def grouped_mlp(
     *,
     function: Activation,
     p: float = 0.0,
+    biases: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Row r of expert e becomes dropout(fn(x inner_0[e]^T) [* (x inner_1[e]^T)]) outer[e]^T.
+    """Row r of expert e becomes dropout(fn(x inner_0[e]^T) [* (x inner_1[e]^T)]) outer[e]^T, with
+    biases where there are any.
 
     On a CPU each expert runs from its rows to its result while they are in the cache; backward
     keeps the hidden units (with relu) or what they are computed from, one gradient per parameter is
     allocated, and experts without rows cost nothing. On a GPU it is `device_mlp`. Under
-    `torch.compile`, `torch.export` and autocast on a CPU the same is composed of `grouped_linear`.
+    `torch.compile`, `torch.export` and autocast on a CPU, and with biases on a GPU or for a
+    gradient, the same is composed of `grouped_linear`.
 
     Args:
         x: (N, D), rows sorted by expert. counts: (E,) int64. inner: one or two (E, F, D). outer:
             (E, D, F).
         p: the probability with which a hidden unit is dropped.
+        biases: none, or of each inner (E, F), then of the outer (E, D).
 
     Returns:
         (N, D), zero in rows past counts.sum(). Twice differentiable.
     """
     weights = (*inner, outer)
-    if fits_device_mlp(x, counts, weights, p):
+    if not biases and fits_device_mlp(x, counts, weights, p):
         return device_mlp(x, counts, weights, function=function, p=p)
     threshold = round(p * LEVELS)
-    if not _fuses(x, counts, weights) or not threshold < LEVELS:
-        return composed_mlp(x, counts, weights, function, p)
-    wants = any(tensor.requires_grad for tensor in (x, *weights))
+    if not _fuses(x, counts, (*weights, *biases)) or not threshold < LEVELS:
+        return composed_mlp(x, counts, weights, function, p, biases=biases)
+    wants = any(tensor.requires_grad for tensor in (x, *weights, *biases))
     if threshold or (wants and torch.is_grad_enabled()):
+        if biases:
+            return composed_mlp(x, counts, weights, function, p, biases=biases)
         out: Tensor = _FusedMLP.apply(function, threshold, x, counts, *weights)  # type: ignore[no-untyped-call]
         return out
-    return _inferred(x, runs_of(counts), weights, function)
+    return _inferred(x, runs_of(counts), weights, function, biases)
 
 
 def lone_mlp(
-    row: Tensor, expert: int, inner: Sequence[Tensor], outer: Tensor, *, function: Activation
+    x: Tensor,
+    expert: int,
+    inner: Sequence[Tensor],
+    outer: Tensor,
+    *,
+    function: Activation,
+    biases: Sequence[Tensor] = (),
 ) -> Tensor:
-    """`grouped_mlp` for one row (1, D) of one expert, without a gradient and dropout."""
-    hidden = _hidden(_projected(row, inner, expert, function), function)
+    """`grouped_mlp` for rows (n, D) of one expert, without a gradient and dropout."""
+    if biases:
+        return _biased(x, expert, (*inner, outer), function, biases)
+    hidden = _hidden(_projected(x, inner, expert, function), function)
     return product(hidden, outer[expert])
+
+
+def _biased(
+    x: Tensor,
+    expert: int,
+    weights: Sequence[Tensor],
+    function: Activation,
+    biases: Sequence[Tensor],
+) -> Tensor:
+    """The rows of one expert, without a gradient."""
+    *parts, outer = zip(weights, biases, strict=True)
+    first, *others = (product(x, weight[expert]).add_(bias[expert]) for weight, bias in parts)
+    hidden = function(first)
+    for other in others:
+        hidden = hidden * other
+    return product(hidden, outer[0][expert]).add_(outer[1][expert])
 
 
 def _fuses(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -71,13 +101,18 @@ def _fuses(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> bool:
     return plain and x.is_cpu and all(w.is_cpu and w.dtype == x.dtype for w in weights)
 
 
-def _inferred(x: Tensor, runs: Runs, weights: Sequence[Tensor], function: Activation) -> Tensor:
+def _inferred(
+    x: Tensor,
+    runs: Runs,
+    weights: Sequence[Tensor],
+    function: Activation,
+    biases: Sequence[Tensor],
+) -> Tensor:
     """Without gradient and dropout: one expert's hidden units at a time."""
     *inner, outer = weights
     out = _empty_result(x, runs, outer)
     for expert, rows in runs:
-        hidden = _hidden(_projected(x[rows], inner, expert, function), function)
-        y = product(hidden, outer[expert])
+        y = lone_mlp(x[rows], expert, inner, outer, function=function, biases=biases)
         if rows.stop - rows.start == x.shape[0]:
             return y
         out[rows] = y

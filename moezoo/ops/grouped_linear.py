@@ -38,10 +38,10 @@ def grouped_linear(
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     out = _product(_linear, x, weight, counts, backend)
-    return out if bias is None else out + _rows_of(bias.to(out.dtype), counts, x.shape[0])
+    return out if bias is None else out + rows_of(bias.to(out.dtype), counts, x.shape[0])
 
 
-def _rows_of(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
+def rows_of(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
     """(E, M) -> (N, M): its expert's bias in each row, zero past the counts."""
     place_N = torch.arange(num_rows, device=counts.device)
     expert_N = torch.searchsorted(counts.cumsum(0), place_N, right=True)

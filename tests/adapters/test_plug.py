@@ -89,8 +89,9 @@ def test_a_transformers_gpt2_computes_the_same_after_plugging() -> None:
     assert len(moezoo.plug(model, "transformer.h.*.mlp", sparse(4, causal=True))) == 2
     torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     fresh = sparse(2, copy_weights=False)(transformers.GPT2LMHeadModel(config).transformer.h[0].mlp)
-    first, second = (fresh.moe.experts.expert(e).c_fc.weight for e in (0, 1))
+    first, second = fresh.moe.experts.wi
     assert not torch.equal(first, second)
+    assert not fresh.moe.experts.wi_bias.any()
 
 
 def test_a_module_of_your_own_can_be_replaced_by_any_other() -> None:
@@ -114,8 +115,12 @@ def test_fresh_weights_differ_from_the_dense_ones() -> None:
     model = nn.ModuleDict({"mlp": mlp})
     moezoo.plug(model, "mlp", sparse(4, copy_weights=False))
     experts = model["mlp"].moe.experts
-    assert not torch.equal(experts.expert(0)[0].weight, mlp[0].weight)
-    assert not torch.equal(experts.expert(0)[0].weight, experts.expert(1)[0].weight)
+    assert not torch.equal(experts.wi[0], mlp[0].weight)
+    assert not torch.equal(experts.wi[0], experts.wi[1])
+    twice = nn.Sequential(*mlp, nn.Linear(8, 8))
+    other = sparse(4, copy_weights=False)(twice).moe.experts
+    assert not torch.equal(other.expert(0)[0].weight, twice[0].weight)
+    assert not torch.equal(other.expert(0)[0].weight, other.expert(1)[0].weight)
 
 
 def test_nothing_is_replaced_when_one_replacement_fails() -> None:

@@ -24,30 +24,13 @@ VIT = {
 }
 
 
-WHISPER = {
-    "vocab_size": 50,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "pad_token_id": 0,
-}
-
-
 @pytest.mark.parametrize(
     ("kind", "config", "options", "where", "reason"),
     [
         ("GPT2Model", "GPT2Config", GPT2, r"h\.0", "GPT2Block"),
         ("LlamaModel", "LlamaConfig", SIZES, r"layers\.0", "LlamaDecoderLayer"),
         ("LlamaModel", "LlamaConfig", SIZES, r"layers\.0\.self_attn", "LlamaAttention"),
-        ("BloomModel", "BloomConfig", {"vocab_size": 50, "hidden_size": 16, "n_layer": 1,
-         "n_head": 2}, r"h\.0\.mlp", "required argument: 'residual'"),
-        ("OPTModel", "OPTConfig", {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1,
-         "num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16},
-         r"decoder\.layers\.0", "OPTDecoderLayer"),
         ("T5EncoderModel", "T5Config", T5, r"encoder\.block\.0", "T5Block.*returns a tuple"),
-        ("WhisperModel", "WhisperConfig", WHISPER, r"encoder\.layers\.0", "WhisperEncoderLayer"),
         ("ViTModel", "ViTConfig", VIT,
          r".*layers?\.0", "ViTLayer.*mixes tokens"),
     ],

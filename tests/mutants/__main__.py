@@ -30,6 +30,7 @@ SUITE = [
     "tests/properties/test_generation.py",
     "tests/mutants/kit.py",
     "tests/functional/test_routed_mlp.py",
+    "tests/experts/test_biases.py",
     "tests/observed/test_taken.py",
     "tests/test_text_files.py",
     "tests/training/test_adafactor.py",

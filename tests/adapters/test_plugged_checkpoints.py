@@ -1,0 +1,140 @@
+"""A plugged model is saved and loaded again, with what was plugged where in its config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moezoo
+from moezoo import sparse
+from moezoo.adapters.plugged import load_plugged
+from moezoo.errors import CheckpointError, ConfigError, TargetExists, TensorMismatch
+from moezoo.experts import ModuleExperts
+
+from .plugged import GPT2, MASK, SIZES, Mine, hugging_face, ids
+
+POOLED = {"name": "top_k", "k": 2}
+
+
+def llama(**options: Any) -> nn.Module:
+    return hugging_face("LlamaForCausalLM", "LlamaConfig", **SIZES, **options)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids(), attention_mask=MASK).logits
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_comes_back_by_one_call(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    model = llama(tie_word_embeddings=tied)
+    for parameter in model.parameters():  # angles of positions stay in float32, as in transformers
+        parameter.data = parameter.data.to(dtype)
+    moezoo.plug(model, "model.layers.0.mlp", sparse(4, router=POOLED, causal=True))
+    moezoo.plug(model, "model.layers.1.mlp", sparse(2), mask=False)
+    moezoo.save(model, tmp_path / "plugged")
+    again = moezoo.load(tmp_path / "plugged")
+    assert type(again) is type(model)
+    assert torch.equal(logits(again), logits(model))
+    assert {n: p.dtype for n, p in again.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    with moezoo.record(again) as tape:
+        logits(again)
+    first, second = (calls[0] for calls in tape.by_layer.values())
+    assert first.assignment.choices == 2 and torch.equal(first.real, MASK.bool().flatten())
+    assert second.real is None  # mask=False is remembered
+    moezoo.save(again, tmp_path / "plugged", overwrite=True)
+    assert torch.equal(logits(moezoo.load(tmp_path / "plugged")), logits(model))
+
+
+def test_generation_config_and_the_words_of_the_plug_are_in_the_folder(tmp_path: Path) -> None:
+    model = hugging_face("GPT2LMHeadModel", "GPT2Config", **GPT2, eos_token_id=49)
+    model.generation_config.max_new_tokens = 3
+    moezoo.plug(model, "transformer.h.*.mlp", sparse(4, causal=True))
+    moezoo.save(model, tmp_path / "plugged")
+    values = json.loads((tmp_path / "plugged" / "config.json").read_text())
+    (entry,) = values["moezoo_plugged"]
+    assert entry["modules"] == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    assert entry["sparse"]["num_experts"] == 4
+    again: Any = moezoo.load(tmp_path / "plugged", dtype=torch.bfloat16)
+    assert again.generation_config.max_new_tokens == 3
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_of_ones_own_is_loaded_into_a_dense_one(tmp_path: Path) -> None:
+    model, x = Mine(), torch.randn(2, 3, 8)
+    model.blocks[1].mlp = nn.Sequential(*model.blocks[1].mlp, nn.Softsign())
+    fresh = Mine()
+    fresh.blocks[1].mlp = nn.Sequential(*fresh.blocks[1].mlp, nn.Softsign())
+    moezoo.plug(model.eval(), "blocks.*.mlp", sparse(4))
+    assert isinstance(model.blocks[1].mlp.moe.experts, ModuleExperts)
+    moezoo.save(model, tmp_path / "plugged")
+    with pytest.raises(ConfigError, match="load_plugged"):
+        moezoo.load(tmp_path / "plugged")
+    again = load_plugged(tmp_path / "plugged", fresh)
+    assert torch.equal(again(x), model(x))
+
+
+def test_what_a_config_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    router = moezoo.routers.build("switch", d_model=8, num_experts=4)
+    for make, mask, word in (
+        (lambda mlp: moezoo.SparseMLP(8, 16, 4), None, "only `sparse`"),
+        (sparse(4, router=router), None, "SwitchRouter cannot be named"),
+        (sparse(4), lambda given: None, "function cannot be named"),
+    ):
+        model = Mine()
+        moezoo.plug(model, "blocks.0.mlp", make, mask=mask)
+        with pytest.raises(ConfigError, match=word):
+            moezoo.save(model, tmp_path / "plugged")
+    model = Mine()
+    moezoo.plug(model, "blocks.*.mlp", sparse(4))
+    with pytest.raises(ConfigError, match="plugged model has no layout"):
+        moezoo.save(model, tmp_path / "plugged", layout="moezoo")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "plugged"
+    model = llama()
+    moezoo.plug(model, "model.layers.*.mlp", sparse(4))
+    moezoo.save(model, folder)
+    with pytest.raises(TargetExists):
+        moezoo.save(model, folder)
+    with pytest.raises(ConfigError, match="plugged model has no task"):
+        moezoo.load(folder, task="model")
+    values = json.loads((folder / "config.json").read_text())
+
+    def says(**changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+    (entry,) = values["moezoo_plugged"]
+    says(moezoo_plugged=[{**entry, "modules": ["model.layers.7.mlp"]}])
+    with pytest.raises(ConfigError, match="model.layers.7.mlp|matches no module"):
+        moezoo.load(folder)
+    says(moezoo_plugged=[{**entry, "modules": [*entry["modules"], "model.layers.7.mlp"]}])
+    with pytest.raises(ConfigError, match="no module 'model.layers.7.mlp'"):
+        moezoo.load(folder)
+    says(moezoo_plugged=[{**entry, "modules": entry["modules"][:1]}])
+    with pytest.raises(TensorMismatch, match="missing tensor 'model.layers.1.mlp.down_proj"):
+        moezoo.load(folder)
+    says(moezoo_plugged=[{**entry, "sparse": {**entry["sparse"], "num_experts": 3}}])
+    with pytest.raises(TensorMismatch, match="wrong shape"):
+        moezoo.load(folder)
+    for wrong in ({}, [3], [{"modules": []}], [{**entry, "sparse": {}}]):
+        says(moezoo_plugged=wrong)
+        with pytest.raises(ConfigError, match="does not say what was plugged"):
+            moezoo.load(folder)
+    says(architectures=["NoSuchModel"])
+    with pytest.raises(ConfigError, match="NoSuchModel"):
+        moezoo.load(folder)
+    with pytest.raises(CheckpointError, match="names nothing plugged"):
+        load_plugged(tmp_path)
