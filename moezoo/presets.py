@@ -74,7 +74,7 @@ _BASE_EXPERTS = (8, 16, 32, 64, 128, 256)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of presets that match a shell pattern such as "switch-*", family by family."""
+    """Names of presets that match a shell pattern such as `switch-*`, family by family."""
     matching = fnmatch.filter(_presets(), _spelled(pattern))
     return sorted(matching, key=lambda name: name.rstrip("0123456789").rpartition("-")[0] or name)
 

@@ -86,6 +86,33 @@ def test_commands_of_the_training_page_run_in_order(
     assert made >= {"run", "switch", "more", "tuned", "student"}
 
 
+def test_commands_of_the_first_hour_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    topics: dict[str, str] = pydoc_data.topics.topics
+    Path("text.txt").write_text("\n\n".join(topics[n] for n in sorted(topics)[:12]))
+    pairs = [{"en": f"{n} houses", "de": f"{n} Haus"} for n in range(40)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    for line in "\n".join(blocks(ROOT / "docs" / "first-hour.md", "sh")).splitlines():
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    said = capsys.readouterr()
+    assert "bleu  " in said.out or "bleu will not be measured" in said.err
+    assert Path("routing.html").stat().st_size > 1000
+    assert {p.name for p in Path("tuned/model").iterdir()} >= {"config.json", "spiece.model"}
+
+
+def test_every_example_is_in_the_readme_and_every_page_on_the_site() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for example in (ROOT / "examples").glob("[0-9]*.py"):
+        assert f"(examples/{example.name})" in readme
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "index" or f"\n{page.stem}\n" in index, page
+    for folder in {page.parent.name for page in (ROOT / "docs").glob("*/*.md")}:
+        assert f"\n{folder}/*\n" in index, folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_to_files(page: Path) -> None:
     for pair in LINK.findall(re.sub(BLOCK, "", page.read_text())):

@@ -86,8 +86,9 @@ def upcycle(
     Args:
         model_or_path: a live model (moezoo's or transformers'), or a checkpoint on disk.
         out: the directory to write, for a checkpoint; it is streamed, never held in memory.
-        num_experts, layers, init, preserve, router, router_init, capacity, seed, dtype,
-            max_shard_size: the recipe; see `moezoo.adapters.upcycle.recipe.Recipe`.
+        num_experts: experts per sparse layer; it and `layers`, `init`, `preserve`, `router`,
+            `router_init`, `capacity`, `seed`, `dtype` and `max_shard_size` are the recipe; see
+            `moezoo.adapters.upcycle.recipe.Recipe`.
         layout, overwrite, allow_nonfinite: of what is written; see `moezoo.save` and `moezoo.load`.
         drop_heads: leave out heads that moezoo's models do not have.
         calibration: sample ids for router initialisations that need them.

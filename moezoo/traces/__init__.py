@@ -1,12 +1,14 @@
 """Routing traces: what a recorded block routed where, to save, replay, compare and question.
 
-with moezoo.record(model) as tape:
-    model(...)
-trace = traces.of(tape)
-trace.save("run.safetensors")
-with traces.replay(model, traces.load("run.safetensors")):
-    model(...)                                  # the same pairs, whatever the router thinks
-traces.dropped(trace, FirstCome(factor=1.0))    # without running the model again
+In short::
+
+    with moezoo.record(model) as tape:
+        model(...)
+    trace = traces.of(tape)
+    trace.save("run.safetensors")
+    with traces.replay(model, traces.load("run.safetensors")):
+        model(...)                                  # the same pairs, whatever the router thinks
+    traces.dropped(trace, FirstCome(factor=1.0))    # without running the model again
 """
 
 from __future__ import annotations

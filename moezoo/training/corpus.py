@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moezoo.errors import ConfigError
+from moezoo.errors import CorruptFile
 from moezoo.text_files import has_rows, paragraphs, texts
 
 _SKIPPED = {"test", "tests", "idlelib", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
@@ -40,7 +40,7 @@ def file_documents(paths: Sequence[str | Path], *, field: str = "text") -> list[
     """Documents from text files (blank lines part them) and from a field of every row of JSONL, CSV
     and TSV files.
 
-    Raises CorruptFile naming file and line, ConfigError when there is no text at all.
+    Raises CorruptFile naming file and line, or the files that hold no text at all.
     """
     documents: list[Document] = []
     for path in map(Path, paths):
@@ -50,7 +50,7 @@ def file_documents(paths: Sequence[str | Path], *, field: str = "text") -> list[
         kept = (text.strip() for text in whole)
         documents += [Document(f"{path.name}:{i}", text) for i, text in enumerate(kept) if text]
     if not documents:
-        raise ConfigError("no text found", field="text", found=[str(path) for path in paths])
+        raise CorruptFile("no text found", path=", ".join(map(str, paths)))
     return documents
 
 

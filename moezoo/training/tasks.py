@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moezoo.errors import ConfigError, MissingExtra, did_you_mean
+from moezoo.errors import ConfigError, CorruptFile, MissingExtra, did_you_mean
 from moezoo.text_files import Row, rows, text_of
 from moezoo.training.corpus import stdlib_sources
 
@@ -69,13 +69,14 @@ def read_pairs(path: str | Path, *, source: str, target: str, header: bool = Tru
     """Pairs from a JSONL file (nested under "translation" too), or a CSV or TSV file with a header
     or, without, of two columns, the source first.
 
-    Raises CorruptFile naming the line (see `text_files.rows`), ConfigError naming line and field.
+    Raises CorruptFile naming the line (see `text_files.rows`) or a
+    file without pairs, ConfigError naming line and field.
     """
     fields = {"source": source, "target": target}
     found = rows(path, columns=None if header else (source, target))
     pairs = [pair_of(row, f"line {number}", path, **fields) for number, row in found]
     if not pairs:
-        raise ConfigError("no pairs in it", path=path)
+        raise CorruptFile("no pairs in it", path=path)
     return pairs
 
 
