@@ -101,19 +101,7 @@ def report(
     """
     if tokens < 1:
         raise ConfigError("a report shows at least one token", field="tokens", found=tokens)
-    document: Document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "made_by": f"moezoo {__version__}",
-        "title": title,
-        "dense": False,
-        "notes": [],
-        "factors": list(FACTORS),
-        "streams": [],
-        "layers": [],
-        "run": None if run is None else run_document(run),
-        "pair": None,
-    }
+    document = empty(title) | {"run": None if run is None else run_document(run)}
     if model is None:
         if run is None or against is not None:
             raise ConfigError("there is nothing to report on", field="model", hint="Pass a model.")
@@ -128,6 +116,23 @@ def report(
     seen = observe(model, batches, on_output=None if comparison is None else comparison.keep)
     pair = None if comparison is None else comparison.document(seen)
     return Report(document | _routing(seen, tokenizer, tokens) | {"pair": pair})
+
+
+def empty(title: str) -> Document:
+    """A document without anything to show."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_by": f"moezoo {__version__}",
+        "title": title,
+        "dense": False,
+        "notes": [],
+        "factors": list(FACTORS),
+        "streams": [],
+        "layers": [],
+        "run": None,
+        "pair": None,
+    }
 
 
 @torch.no_grad()
@@ -177,5 +182,6 @@ def _join(
 def _piece(tokenizer: Vocabulary | Callable[[int], str] | None) -> Callable[[int], str]:
     if tokenizer is None:
         return lambda number: f" {number}"
-    found: Callable[[int], str] = getattr(tokenizer, "piece", tokenizer)
+    told: Any = tokenizer
+    found: Callable[[int], str] = getattr(told, "piece", told)
     return found

@@ -32,7 +32,12 @@ function tableOf({ head, rows }) {
 function picture(className, draw) {
   const box = h("div", { class: `picture ${className}` });
   let width = 0;
-  const redraw = () => width > 0 && fill(box, draw(width));
+  const redraw = () => {
+    if (width <= 0) return;
+    const held = box.contains(document.activeElement);
+    fill(box, draw(width));
+    if (held) box.querySelector("[tabindex]")?.focus();
+  };
   new ResizeObserver(([entry]) => {
     const now = Math.floor(entry.contentRect.width);
     if (now === width) return;

@@ -3,7 +3,6 @@
 const SECOND = 1000;
 
 function goLive() {
-  const mark = document.getElementById("live");
   const address = new URL("data.json", location.href);
   address.search = location.search;
   const again = () => setTimeout(ask, SECOND);
@@ -12,13 +11,17 @@ function goLive() {
       const answer = await fetch(address, { cache: "no-store" });
       if (!answer.ok) throw new Error(String(answer.status));
       renew(read(await answer.json()));
-      mark.textContent = `live, step ${count(state.report.run?.steps ?? 0)}`;
+      mark(`live, step ${count(state.report.run?.steps ?? 0)}`);
       again();
     } catch {
-      mark.textContent = "the run has ended or stopped; this is its last state";
+      mark("the run has ended or stopped; this is its last state");
     }
   }
   again();
+}
+
+function mark(text) {
+  document.getElementById("live").textContent = text;
 }
 
 /** Take a newer document; panels that were not there before are made. */
@@ -26,9 +29,10 @@ function renew(report) {
   const before = panelNames(state.report).join();
   const layer = clamp(state.layer, 0, Math.max(report.layers.length - 1, 0));
   const same = panelNames(report).join() === before;
-  shownStream = null;
-  if (same) choose({ report, layer });
-  else {
+  if (same) {
+    fill(document.getElementById("head"), headOf(report));
+    choose({ report, layer });
+  } else {
     Object.assign(state, { report, layer });
     watchers.length = 0;
     build();

@@ -111,7 +111,6 @@ function listen(made, place, cursor) {
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       choose({ layer: cursor.layer, expert: cursor.expert });
-      document.querySelector(".heatmap svg").focus();
     }
     if (!move) return;
     event.preventDefault();

@@ -11,7 +11,7 @@ function build() {
   const makers = { text: textPanel, load: loadsPanel, expert: expertPanel, capacity: capacityPanel,
     flow: flowPanel, run: runPanel, pair: pairPanel };
   fill(document.getElementById("head"), headOf(report));
-  shownStream = null;
+  shownWords = null;
   fill(document.getElementById("panels"), report.layers.length ? controls() : null,
     panelNames(report).map((name) => makers[name]()));
   fill(document.getElementById("foot"), `Made by ${report.made_by}. Format ${report.format} ` +

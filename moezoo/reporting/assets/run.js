@@ -21,16 +21,19 @@ function runPanel() {
     charts.forEach((chart) => chart.redraw());
     strip.redraw();
     fill(note, state.report.run.warnings.map(({ step, text }) => h("li", {}, `step ${step}: ${text}`)));
+    fill(lead, runLead(state.report.run));
   };
+  const body = [h("div", { class: "multiples" }, charts, strip), note];
+  const made = panel("run", "In training", "", body, runTable);
+  const lead = made.querySelector(".lead");
   watch(["report"], draw);
   draw();
-  const { run } = state.report;
-  const lead = `${run.name}: ${plural(run.steps, "step")}` +
-    (run.averaged > 1 ? `, each point the mean of ${run.averaged}` : "") +
-    ". MaxVio is the largest load over the mean, minus 1, in the worst layer.";
-  const body = [h("div", { class: "multiples" }, charts, strip), note];
-  return panel("run", "In training", lead, body, runTable);
+  return made;
 }
+
+const runLead = (run) => `${run.name}: ${plural(run.steps, "step")}` +
+  (run.averaged > 1 ? `, each point the mean of ${run.averaged}` : "") +
+  ". MaxVio is the largest load over the mean, minus 1, in the worst layer.";
 
 function heldOut(run) {
   return { name: "held out", dots: true, x: run.held_out.map(([step]) => step),

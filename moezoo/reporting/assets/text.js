@@ -1,7 +1,7 @@
 // The text: every token in the colour of its expert, struck through where it was dropped.
 
 const tokens = []; // the elements of the excerpt, by place
-let shownStream = null;
+let shownWords = null; // what they spell, so that newer data of the same text only repaints them
 let tokenNow = 0;
 
 function textPanel() {
@@ -29,14 +29,16 @@ function textPanel() {
 
 function drawText(box) {
   const layer = layerNow();
-  if (shownStream !== layer.text) writeTokens(box, layer);
+  const { name, piece, sequences } = layer.text;
+  const words = `${name} ${piece} ${sequences}`;
+  if (shownWords !== words) writeTokens(box, layer);
+  shownWords = words;
   box.classList.toggle("alone", state.expert !== null);
   box.setAttribute("aria-label", `Tokens and their experts, ${layer.label}`);
   tokens.forEach((element, t) => paint(element, layer, t));
 }
 
 function writeTokens(box, layer) {
-  shownStream = layer.text;
   tokens.length = 0;
   tokenNow = 0;
   let t = 0;
