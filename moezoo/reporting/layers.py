@@ -18,7 +18,7 @@ from moezoo.reporting.replays import NEVER, Replay
 
 TOP_TOKENS = 8  # of each expert
 BINS = 10  # of an expert's confidence
-FLOWS = 200  # the largest between two layers
+FLOWS = 2000  # the largest between two layers
 
 
 def layer_document(

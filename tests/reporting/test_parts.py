@@ -13,15 +13,13 @@ import pytest
 import torch
 
 import moezoo
+from benchmarks.report import routed
 from moezoo import traces
-from moezoo.functional.assign import token_choice
-from moezoo.records import Routing, Tokens
 from moezoo.reporting import page_of_report
 from moezoo.reporting.observation import Observation
 from moezoo.reporting.report import report
 from moezoo.reporting.run_metrics import POINTS, curves, run_document
 from moezoo.reporting.two_models import stacks
-from moezoo.traces import Trace
 from tests.reporting.known import observation
 
 CONFIG = moezoo.SwitchConfig(
@@ -109,22 +107,8 @@ def test_a_training_run_says_which_layers_have_dead_experts(tmp_path: Path) -> N
     assert run_document(tmp_path)["steps"] == 3
 
 
-def large() -> Observation:
-    """2,000 tokens through 24 layers of 128 experts, each layer its own way."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 8000, (2000,), generator=generator)
-    calls = {}
-    for layer in range(24):
-        probs = (torch.randn(2000, 128, generator=generator) * 2).softmax(1)
-        pairs = token_choice(probs, probs, 1, Tokens(torch.zeros(2000, 1)))
-        calls[f"decoder.layers.{layer}.mlp"] = (
-            Routing(pairs, probs=probs, proposed=pairs, sequence_length=500),
-        )
-    return Observation(Trace(calls), dict.fromkeys(calls, (ids,)))
-
-
 def test_a_large_report_is_under_a_megabyte() -> None:
-    made = report(large(), tokenizer=lambda i: f"\u2581piece{i}")
+    made = report(routed(2000, 24, 128, 1), tokenizer=lambda i: f"\u2581piece{i}")
     assert len(made.html().encode()) < 1_000_000
 
 

@@ -5,10 +5,23 @@ const GAP = 4;
 
 function flowPanel() {
   const body = picture("flow", drawFlow);
-  watch(["report", "layer", "expert"], () => body.redraw());
+  const note = h("p", { class: "note" });
+  const draw = () => {
+    body.redraw();
+    note.textContent = flowNote(layerNow());
+  };
+  watch(["report", "layer", "expert"], draw);
+  draw();
   const lead = "Columns are layers that read the same text, blocks their experts, bands the tokens " +
     "that go from one to the next (by first choice). Choose an expert to follow its tokens.";
-  return panel("flow", "From layer to layer", lead, [body], flowTable);
+  return panel("flow", "From layer to layer", lead, [body, note], flowTable);
+}
+
+function flowNote({ flow, label: name }) {
+  if (!flow) return "";
+  const listed = unpacked(flow.count).reduce((sum, value) => sum + value, 0);
+  if (listed === flow.total) return "";
+  return `Of ${name}, ${percent(1 - listed / flow.total)} of the tokens are in flows too small to draw.`;
 }
 
 /** The layers to draw: as many as fit, the chosen one among them. */
