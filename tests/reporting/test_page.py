@@ -99,6 +99,8 @@ def test_an_expert_shows_its_tokens_alone(page: Browser) -> None:
     assert page.run(mine) == [t for t, i in enumerate(IDS) if expert_of(i, 0) == 3]
     assert page.data(".token.mine", "aria-selected") == ["true"] * len(page.run(mine))
     assert "Expert 3 of encoder 0" in page.texts(".cardhead strong")[0]
+    lift = len(IDS) / len(page.run(mine))  # all of an id's tokens go to one expert
+    assert set(page.texts(".lift")) == {f"{float(f'{lift:.3g}'):g}\u00d7"}
     page.slide("layer", 1)
     assert page.run(mine) == [t for t, i in enumerate(IDS) if expert_of(i, 1) == 3]
     first = str(expert_of(IDS[0], 1))

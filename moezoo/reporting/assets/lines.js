@@ -21,7 +21,7 @@ function lineChart(width, { title, x, curves, format = short, low = null }) {
   const axis = (value) => [
     s("line", { class: "grid", x1: left, x2: width - right, y1: py(value), y2: py(value) }),
     label(left - 6, py(value), format(value), { "text-anchor": "end", "dominant-baseline": "central" })];
-  const cross = s("line", { class: "cross", y1: top, y2: high - bottom });
+  const cross = s("line", { class: "cross", y1: top, y2: high - bottom, visibility: "hidden" });
   const made = svg(width, high, `${title}: ${end.join(", ")} at step ${last}`, axis(least), axis(most),
     label(left, high - 4, count(first)),
     label(width - right, high - 4, `step ${count(last)}`, { "text-anchor": "end" }), lines, names, cross);
@@ -50,8 +50,12 @@ function follow(made, cross, { x, curves, px, format, title }) {
     const j = distances.indexOf(Math.min(...distances));
     cross.setAttribute("x1", px(x[j]));
     cross.setAttribute("x2", px(x[j]));
+    cross.setAttribute("visibility", "visible");
     const values = curves.filter(({ dots }) => !dots).map(({ y }) => format(y[j]));
     showTip(spot(event.clientX, event.clientY), `step ${count(x[j])}: ${title} ${values.join(", ")}`);
   });
-  made.addEventListener("mouseleave", hideTip);
+  made.addEventListener("mouseleave", () => {
+    cross.setAttribute("visibility", "hidden");
+    hideTip();
+  });
 }

@@ -8,15 +8,18 @@ function loadsPanel() {
   const cursor = { layer: 0, expert: 0 };
   const map = picture("heatmap", (width) => heatmap(width, cursor));
   const bars = picture("bars", drawBars);
+  const note = h("p", { class: "note" });
   const draw = () => {
     map.redraw();
     bars.redraw();
+    note.textContent = barsNote();
   };
   watch(["report", "layer", "expert", "factor"], draw);
+  draw();
   const lead = "Rows are layers, columns experts. The darker, the more of the layer's tokens an " +
     "expert gets; an even share is in the middle of the scale. A ring marks a dead expert, " +
     "which computed nothing; a notch one that wants more than the capacity has room for.";
-  return panel("load", "Who gets how much", lead, [map, legend(), bars], loadTable);
+  return panel("load", "Who gets how much", lead, [map, legend(), bars, note], loadTable);
 }
 
 /** Layout of the map: left margin, cell width and height. */
@@ -155,17 +158,22 @@ function drawBars(width) {
   const every = Math.ceil(layer.experts / Math.max(1, Math.floor((width - left) / 26)));
   const ticks = layer.load.map((_, e) => (e % every ? null
     : label(left + (e + 0.5) * wide, low + 15, e, { "text-anchor": "middle" })));
-  const line = (value, name, text) => (value === null || value > most ? null : [
-    s("line", { x1: left, x2: width, y1: y(value), y2: y(value), class: name }),
-    label(width, y(value) - 4, text, { "text-anchor": "end" })]);
-  const factor = state.report.factors[state.factor ?? usualFactor()];
-  const capacity = slots === null ? null
-    : line(slots, "capacity", `capacity ${factor}: room for ${count(slots)}`);
+  const line = (value, name) => (value === null || value > most ? null
+    : s("line", { x1: left, x2: width, y1: y(value), y2: y(value), class: name }));
   const title = label(0, 12, `Pairs by expert, ${layer.label}`, { class: "label title" });
   return svg(width, low + 22, `Load by expert in ${layer.label}`, title,
     label(left - 6, y(most), count(most), { "text-anchor": "end", "dominant-baseline": "hanging" }),
     label(left - 6, low, "0", { "text-anchor": "end" }), bars, ticks,
-    line(mean, "even", `even ${count(mean)}`), capacity);
+    line(mean, "even"), line(slots, "capacity"));
+}
+
+function barsNote() {
+  const layer = layerNow();
+  const slots = slotsNow(layer);
+  const factor = state.report.factors[state.factor ?? usualFactor()];
+  const room = slots === null ? "" : ` Dashed: capacity factor ${factor}, which has room for ` +
+    `${count(slots)} over the whole text.`;
+  return `Dotted: an even share, ${count(layer.total / layer.experts)}.${room}`;
 }
 
 function loadTable() {

@@ -48,7 +48,7 @@ function readLayer(raw, index, streams) {
     loadShare: (e) => raw.load[e] / Math.max(layer.total, 1),
     loadOverMean: (e) => (raw.load[e] / Math.max(layer.total, 1)) * raw.experts,
     bins: (e) => bins().subarray(e * 10, e * 10 + 10),
-    top: (e) => topOf(top(), e, raw, streams[raw.stream]),
+    top: (e) => topOf(top(), e, layer, streams[raw.stream]),
     hasRanks: () => rank() !== null,
     droppedAt: (factor) =>
       raw.capacity ? raw.capacity.dropped[factor] / Math.max(raw.offered, 1) : null,
@@ -61,12 +61,13 @@ function readLayer(raw, index, streams) {
 }
 
 /** The tokens that an expert gets beyond chance: {word, count, lift}. */
-function topOf(top, e, raw, stream) {
-  const width = top.piece.length / raw.experts;
+function topOf(top, e, layer, stream) {
+  const width = top.piece.length / layer.experts;
+  const pairs = layer.bins(e).reduce((sum, value) => sum + value, 0);
   const rows = [];
   for (let j = e * width; j < (e + 1) * width; j++) {
     if (!top.count[j]) continue;
-    const share = top.count[j] / raw.load[e];
+    const share = top.count[j] / pairs;
     const lift = share / stream.pieceShare(top.piece[j]);
     rows.push({ word: stream.pieceText(top.piece[j]), count: top.count[j], lift });
   }
