@@ -5,8 +5,8 @@
 "make" is the processor's time from a trace to the file; "open" is the time from the start of
 navigation until the page has drawn itself, after which every control works; "processor" is what the
 page's process took for it, which other work on the machine does not lengthen. Each round opens
-every page in turn in one headless browser. Writes benchmarks/report.json and report.md. `--picture` takes
-a picture of the top of a page instead, such as docs/images/report.png of the demo's page.
+every page in turn in one headless browser. Writes benchmarks/report.json and report.md. `--picture`
+takes a picture of the top of a page instead.
 """
 
 from __future__ import annotations
