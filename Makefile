@@ -5,9 +5,10 @@ BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+AXE := 4.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs examples bench mutants clean
+.PHONY: help demo test browser lint types docs examples bench mutants clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -24,6 +25,17 @@ demo: $(STAMP)  ## what experts are for, in minutes (THREADS=1 STEPS=600 MINUTES
 
 test: $(STAMP)  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -q
+
+# As root on Debian; elsewhere the tests in a browser skip themselves and say what they lack.
+browser:  ## Chromium, its driver and an accessibility checker, for the tests of the report's page
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
+	    --no-install-recommends chromium chromium-driver fonts-noto-core fonts-noto-color-emoji; }
+	@test -f build/browser/package/axe.min.js || \
+	  { command -v npm >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
+	    --no-install-recommends npm; \
+	    mkdir -p build/browser && cd build/browser && npm pack --silent axe-core@$(AXE) && \
+	    tar xzf axe-core-$(AXE).tgz; }
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moezoo.presets import list_models
     from moezoo.quantization import quantize
     from moezoo.recording import record
+    from moezoo.reporting.report import report
     from moezoo.sparse_mlp import SparseMLP
     from moezoo.tokenizer import ByteTokenizer, Tokenizer
 
@@ -54,6 +55,7 @@ _HOME = {
     "plug": "moezoo.adapters.plug",
     "quantize": "moezoo.quantization",
     "record": "moezoo.recording",
+    "report": "moezoo.reporting.report",
     "resize_embeddings": "moezoo.models.resizing",
     "save": "moezoo.adapters.checkpoint",
     "sparse": "moezoo.adapters.sparse",
@@ -81,6 +83,7 @@ __all__ = [
     "plug",
     "quantize",
     "record",
+    "report",
     "resize_embeddings",
     "routers",
     "save",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+from moezoo.capacity.limits import Limit
 from moezoo.component import Component
 from moezoo.records import Assignment, Routing
 from moezoo.registry import Registry
@@ -29,6 +32,7 @@ class CapacityPolicy(Component):
     may_drop: bool = True
     moves: bool = False
     required_group: str | None = None
+    _limit: Limit  # of policies that have one
 
     @property
     def waits(self) -> bool:
@@ -40,6 +44,17 @@ class CapacityPolicy(Component):
     def limit(self, routing: Routing) -> int | None:
         """Slots per (group, expert) for this routing in the current mode; None: no limit."""
         raise NotImplementedError
+
+    def with_factor(self, factor: float) -> CapacityPolicy | None:
+        """The same policy with another capacity factor, in evaluation, to be asked what it would
+        have dropped; None for a policy that has no `Limit`.
+        """
+        own = getattr(self, "_limit", None)
+        if not isinstance(own, Limit):
+            return None
+        changed = copy.deepcopy(self).eval()
+        changed._limit = Limit(factor, rule="switch" if own.absolute is not None else own.rule)
+        return changed
 
     def forward(self, routing: Routing) -> Assignment:
         """Admit pairs of `routing.assignment`."""

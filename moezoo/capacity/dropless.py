@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moezoo.capacity.base import CapacityPolicy, registry
+from moezoo.capacity.switch import SwitchCapacity
 from moezoo.records import Assignment, Routing
 
 
@@ -14,6 +15,10 @@ class Dropless(CapacityPolicy):
 
     def limit(self, routing: Routing) -> int | None:
         return None
+
+    def with_factor(self, factor: float) -> CapacityPolicy | None:
+        """The paper's policy, as a model without a limit has no other."""
+        return SwitchCapacity().with_factor(factor)
 
     def forward(self, routing: Routing) -> Assignment:
         assert isinstance(routing.assignment, Assignment)

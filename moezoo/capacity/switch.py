@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from moezoo.capacity.base import registry
+from moezoo.capacity.base import CapacityPolicy, registry
 from moezoo.capacity.first_come import FirstCome
 from moezoo.records import Routing
 
@@ -35,6 +35,12 @@ class SwitchCapacity(FirstCome):
     ) -> None:
         super().__init__(factor=factor, eval_factor=eval_factor, rule=rule, order=order)
         self.drops_in_eval = eval_factor is not None
+
+    def with_factor(self, factor: float) -> CapacityPolicy | None:
+        changed = super().with_factor(factor)
+        assert isinstance(changed, SwitchCapacity)
+        changed.drops_in_eval = True
+        return changed
 
     def limit(self, routing: Routing) -> int | None:
         if not self.training and not self.drops_in_eval:

@@ -46,7 +46,7 @@ VERBS = {
     "evaluate": "loss and task metrics of a checkpoint",
     "generate": "text from a checkpoint",
     "quantize": "what int8 weights would save and cost for a checkpoint, on a text",
-    "report": "what the experts of a checkpoint do on a text, as a table and as a page",
+    "report": "what experts do on a text, in a run and beside another model: a page, a table, JSON",
     "trace": "record where the tokens of a text go, for `shrink`",
     "demo": "the main job on the text that ships with Python, end to end",
     "doctor": "what this installation has and lacks",

@@ -1,4 +1,4 @@
-"""`moezoo demo`: text, tokenizer, dense T5, Switch, table and picture, in one go."""
+"""`moezoo demo`: text, tokenizer, dense T5, Switch, table, picture and routing, in one go."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from moezoo.cli.terminal import Progress, duration, table
 if TYPE_CHECKING:
     from moezoo.demonstration.closed_book import Book
     from moezoo.demonstration.text import Material, OnStep
-    from moezoo.report.trial import Curve, Trial
+    from moezoo.reporting.trial import Curve, Trial
+    from moezoo.training.loop import StepRecord
 
 TOLERANCE = 1e-4
 TEXT_STEP = 2.5  # a step on text takes about so many times one on facts
@@ -99,7 +100,7 @@ def _claimed(arguments: argparse.Namespace) -> Path:
 def _closed_book(arguments: argparse.Namespace, out: Path, began: float) -> Book:
     """Facts by heart: a dense T5, the Switch made from it, and both trained on, seed by seed."""
     from moezoo.demonstration.closed_book import Book
-    from moezoo.report.trial import HEADER
+    from moezoo.reporting.trial import HEADER
 
     _say(1, f"A closed book: {arguments.facts:,} random facts, which only weights can store")
     print("  A name of three symbols and a relation -> one of 64 values. Nothing can be inferred,")
@@ -127,6 +128,7 @@ def _closed_book(arguments: argparse.Namespace, out: Path, began: float) -> Book
 def _on_text(arguments: argparse.Namespace, out: Path, book: Book) -> None:
     """Text, by the command line; then the page of both parts."""
     import moezoo
+    from moezoo.demonstration.routing import keep_run, routing_page
     from moezoo.demonstration.text import trial
 
     material = _material(arguments, out)
@@ -141,14 +143,19 @@ def _on_text(arguments: argparse.Namespace, out: Path, book: Book) -> None:
     models = {"dense": moezoo.load(out / "dense"), "switch": moezoo.load(out / "switch")}
     _compare({name: material.loss(model) for name, model in models.items()})
     _say(6, f"Train both on for {arguments.further:,} steps on the same batches")
-    trials = []
+    trials: list[Trial] = []
+    records: list[StepRecord] = []
     for name, model in models.items():
-        with _bar(name, arguments.further) as step:
+        records = []  # those of the Switch model in the end
+        with _bar(name, arguments.further, records) as step:
             trials.append(
                 trial(name, model, material, steps=arguments.further, skip=arguments.text_steps,
                       on_step=step)
             )  # fmt: skip
     _report(out, book, history, trials[0], trials[1], commands)
+    run = keep_run(out / "run", models["switch"], material, records, trials[1])
+    page = routing_page(out / "routing.html", models["switch"], out / "dense", material, run)
+    print(f"Page {page}: what every expert does, token by token")
 
 
 def _material(arguments: argparse.Namespace, out: Path) -> Material:
@@ -228,8 +235,8 @@ def _report(
     from importlib.util import find_spec
 
     from moezoo.errors import how_to_install
-    from moezoo.report.page import html_table, write_page
-    from moezoo.report.trial import HEADER, rows, verdict
+    from moezoo.reporting.page import html_table, write_page
+    from moezoo.reporting.trial import HEADER, rows, verdict
 
     facts = rows(dense, switch)
     print("\n" + table(HEADER, facts) + "\n\n" + verdict(dense, switch) + "\n")
@@ -240,7 +247,7 @@ def _report(
     if find_spec("matplotlib") is None:
         print(f"No picture without matplotlib. {how_to_install('report')}")
     else:
-        from moezoo.report.picture import draw
+        from moezoo.reporting.picture import draw
 
         picture = draw(book.dense, book.switch, history, dense, switch, path=out / "demo.png")
     text = ["<h2>On text</h2>", f"<p>{escape(verdict(dense, switch))}</p>",
@@ -254,10 +261,16 @@ def _report(
 
 
 @contextmanager
-def _bar(label: str, steps: int) -> Iterator[OnStep]:
-    """A progress bar over training steps that shows the loss."""
+def _bar(label: str, steps: int, records: list[StepRecord] | None = None) -> Iterator[OnStep]:
+    """A progress bar over training steps that shows the loss; `records` collects them."""
     with Progress(steps, label) as progress:
-        yield lambda record: progress.advance(note=f"loss {record.loss:.3f}")
+
+        def show(record: StepRecord) -> None:
+            progress.advance(note=f"loss {record.loss:.3f}")
+            if records is not None:
+                records.append(record)
+
+        yield show
 
 
 def _count(number: int, what: str) -> str:

@@ -7,7 +7,7 @@ import argparse
 from moezoo.cli.parser import add_output
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.terminal import complain
-from moezoo.cli.train import add_dataset_argument, add_run_arguments
+from moezoo.cli.train import add_dataset_argument, add_run_arguments, watched
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,13 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     data = fingerprint(text for pair in [*train, *held] for text in pair)
     facts = {"task": arguments.task, "pairs": len(train), "prefix": task.prefix, "data": data}
-    code = execute(
-        session,
-        train_batches,
-        batches(held, arguments.seed + 1) if held else None,
-        arguments,
-        facts,
-    )
+    held_out = batches(held, arguments.seed + 1) if held else None
+    with watched(arguments, session, held_out or train_batches) as on_step:
+        code = execute(session, train_batches, held_out, arguments, facts, on_step=on_step)
     if code == 0 and held:
         report(session.model, session.tokenizer, held[: arguments.examples], task)
     return code

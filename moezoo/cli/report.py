@@ -1,55 +1,126 @@
-"""`moezoo report`: what the experts of a checkpoint do on a text, as a table and as a page."""
+"""`moezoo report`: what the experts of a checkpoint do, as a page, a table or JSON."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moezoo.cli.samples import add_sample_arguments, named_tokenizer, sample_batches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from moezoo.reporting.report import Report
+
+FORMATS = ("html", "terminal", "json")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("source", help="a Switch checkpoint with its tokenizer")
+    parser.add_argument(
+        "source", nargs="?", metavar="MODEL", help="a checkpoint; not for --run alone"
+    )  # fmt: skip
     add_sample_arguments(parser)
-    parser.add_argument("--out", type=Path, help="HTML page to write")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--pairs", help="sources and targets, JSONL, CSV or TSV, instead of a text")
+    parser.add_argument("--task", default="pairs", help="of the pairs, as in finetune (pairs)")
+    parser.add_argument("--source-field", help="of the pairs (the task's)")
+    parser.add_argument("--target-field", help="of the pairs (the task's)")
+    parser.add_argument("--prefix", help="put before every source (the task's)")
+    parser.add_argument("--no-header", action="store_true", help="two columns, source and target")
+    parser.set_defaults(num_beams=None, dataset=None)
+    parser.add_argument("--ids", help="ids as JSON instead of a text; no tokenizer is needed")
+    parser.add_argument("--run", metavar="RUN", help="a run directory: its curves are shown too")
+    parser.add_argument("--against", metavar="OTHER", help="another checkpoint to compare with")
+    parser.add_argument("--tokens", type=int, default=2000, help="of a text on the page (2000)")
+    parser.add_argument("--out", type=Path, help="file to write: a page, or .json")
+    parser.add_argument("--format", choices=FORMATS, default=None, help="of the output (terminal)")
+    parser.add_argument("--json", action="store_true", help="the same as --format json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Corrupt spans of the text, run the model on it, and print what its routers did."""
-    from moezoo.adapters.checkpoint import load
+    """Run the model on the text, and show what its routers did."""
     from moezoo.adapters.writer import check_place
-    from moezoo.cli.terminal import table
     from moezoo.errors import ConfigError
-    from moezoo.report.page import write_page
-    from moezoo.report.routing import routing_report
-    from moezoo.report.routing_page import HEADER, advice, rows, sections
 
     if arguments.out is not None:
         check_place(arguments.out)
-    model: Any = load(arguments.source, task="conditional_generation")
-    if not (model.config.encoder_sparse or model.config.decoder_sparse):
-        hint = "`moezoo upcycle` makes a model with experts of it."
-        reason = "a dense model, which has no experts to report on"
-        raise ConfigError(reason, path=arguments.source, field="source", hint=hint)
-    tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
-    batches = sample_batches(arguments, tokenizer, "routing")
-    report = routing_report(model, batches, tokenizer.piece)
-    facts, said = rows(report), advice(report)
-    if arguments.json:
-        print(json.dumps([layer.to_dict() for layer in report], indent=1))
-    else:
-        print("\n".join([table(HEADER, facts), *said]))
+    form = "json" if arguments.json else arguments.format or "terminal"
+    given = [name for name in ("text", "pairs", "ids") if getattr(arguments, name)]
+    if len(given) > 1:
+        hint = "Pass one of --text, --pairs and --ids."
+        raise ConfigError("a report is of one text", field=given[1], hint=hint)
+    made = _report(arguments)
     if arguments.out is not None:
-        title = f"Routing of {arguments.source}"
-        lead = "What stands out:" if said else "No layer stands out."
-        page = write_page(
-            arguments.out, title=title, lead=lead, notes=said, header=HEADER, rows=facts,
-            sections=sections(report),
-        )  # fmt: skip
-        if not arguments.json:
-            print(f"\nPage {page}")
+        made.save(arguments.out)
+    if form == "json":
+        print(made.json())
+    elif form == "html":
+        if arguments.out is None:
+            print(made.html(), end="")
+    else:
+        print(_shown(made))
+    if arguments.out is not None and form != "json":
+        print(f"\nPage {arguments.out}" if form == "terminal" else f"Page {arguments.out}")
     return 0
+
+
+def _shown(made: Report) -> str:
+    from moezoo.cli.terminal import table
+    from moezoo.reporting.summary import HEADER, facts, rows
+
+    found = rows(made.document)
+    return "\n".join([*([table(HEADER, found)] if found else []), *facts(made.document)])
+
+
+def _report(arguments: argparse.Namespace) -> Report:
+    from moezoo.errors import ConfigError
+    from moezoo.reporting.report import report
+
+    if arguments.source is None:
+        if arguments.run is None or arguments.against is not None:
+            hint = "Name a checkpoint, or a run with --run."
+            raise ConfigError("there is nothing to report on", field="MODEL", hint=hint)
+        return report(None, run=arguments.run, title=f"Run {arguments.run}")
+    model, other = _loaded(arguments.source), _against(arguments)
+    tokenizer = None
+    if arguments.tokenizer or not arguments.ids:
+        tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
+    return report(
+        model, _batches(arguments, model, tokenizer), tokenizer=tokenizer, run=arguments.run,
+        against=other, against_name=arguments.against or "", tokens=arguments.tokens,
+        title=f"Routing of {Path(arguments.source).name}",
+    )  # fmt: skip
+
+
+def _loaded(source: str) -> Any:
+    from moezoo.adapters.checkpoint import load
+
+    return load(source, task="conditional_generation")
+
+
+def _against(arguments: argparse.Namespace) -> Any:
+    return None if arguments.against is None else _loaded(arguments.against)
+
+
+def _batches(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Iterable[Any]:
+    if arguments.ids:
+        from moezoo.reporting.given_ids import id_batches
+
+        config = model.config
+        return id_batches(
+            arguments.ids, pad_id=config.pad_token_id, start_id=config.decoder_start_token_id,
+            batch_size=arguments.batch_size,
+        )  # fmt: skip
+    if arguments.pairs:
+        from moezoo.training.batches import pair_batches
+        from moezoo.training.evaluation import chosen_task, given_pairs
+
+        task = chosen_task(arguments)
+        pairs = given_pairs(arguments, {"source": task.source, "target": task.target})
+        made = pair_batches(
+            pairs or [], tokenizer, batch_size=arguments.batch_size, prefix=task.prefix,
+            max_source=arguments.length, max_target=arguments.length,
+        )  # fmt: skip
+        return (made.of_all(step) for step in range(min(arguments.batches, made.batches_of_all)))
+    return sample_batches(arguments, tokenizer, "routing")

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moezoo.cli.parser import add_output
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.settings import FromFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from moezoo.training.batches import Batches
+    from moezoo.training.loop import StepRecord
+    from moezoo.training.session import Session
+
+_ROWS = 8  # of a batch that a page shows while the run trains
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +84,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     parser.add_argument("--tensorboard", action="store_true", help="scalars in OUT/tensorboard")
     parser.add_argument(
+        "--watch", action="store_true", help="a page of the run while it trains, for this machine"
+    )  # fmt: skip
+    parser.add_argument(
         "--nonfinite", choices=("stop", "skip"), default="stop", help="on a NaN (stop)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of every random number (0)")
@@ -120,13 +133,37 @@ def run(arguments: argparse.Namespace) -> int:
         "noise_density": corruption.density,
         "mean_span": corruption.span_length,
     }
-    return execute(
-        session,
-        batches(train, arguments.seed),
-        batches(held, arguments.seed + 1) if held else None,
-        arguments,
-        facts | {"data": fingerprint(d.text for d in documents)},
-    )
+    seen = batches(train, arguments.seed)
+    held_out = batches(held, arguments.seed + 1) if held else None
+    with watched(arguments, session, held_out or seen) as on_step:
+        return execute(
+            session,
+            seen,
+            held_out,
+            arguments,
+            facts | {"data": fingerprint(d.text for d in documents)},
+            on_step=on_step,
+        )
+
+
+@contextmanager
+def watched(
+    arguments: argparse.Namespace, session: Session, batches: Batches
+) -> Iterator[Callable[[StepRecord], None] | None]:
+    """With --watch a page of the run while the block runs; gives what is called after each step."""
+    if not arguments.watch:
+        yield None
+        return
+    from moezoo.cli.terminal import complain
+    from moezoo.reporting.live import Live, served
+
+    # A compiled block calls no hook, so that nothing could be seen of its routing.
+    model = None if arguments.compile else session.model
+    batch = {name: rows[:_ROWS] for name, rows in batches(0).items()}
+    live = Live(arguments.out, model=model, batch=batch, tokenizer=session.tokenizer)
+    with served(live) as address:
+        complain(f"watch this run at {address}")
+        yield lambda _: live.after_step()
 
 
 def _documents(arguments: argparse.Namespace) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from moezoo.config import SwitchConfig
 from moezoo.cost import cost
-from moezoo.report.trial import Curve, Trial
+from moezoo.reporting.trial import Curve, Trial
 from moezoo.tokenizer import T5_SENTINELS, Tokenizer
 from moezoo.training.batches import ExampleBatches, packed_ids, span_corruption_batches
 from moezoo.training.corpus import Document, split

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,9 @@ def _plain(schedule: dict[str, Any]) -> dict[str, Any]:
 def json_row(record: StepRecord) -> dict[str, Any]:
     """A record as JSON values; NaN becomes null."""
     row = dataclasses.asdict(record)
-    row.pop("idle")  # thousands of numbers in a large model; `dead` counts them
+    # Thousands of numbers in a large model: `dead` counts them, and here each layer's.
+    idle = Counter(layer for layer, _ in row.pop("idle"))
+    row["dead_by_layer"] = {str(layer): idle[layer] for layer in sorted(idle)}
     if not record.culprit:
         row.pop("culprit")
     return {

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from moezoo.registry import Spec
 from moezoo.tokenizer import T5_SENTINELS, BaseTokenizer, Tokenizer, fit, tokenizer_of
 from moezoo.training.batches import Batches
 from moezoo.training.distillation import Distillation, check_student, student_of
-from moezoo.training.loop import likelihood
+from moezoo.training.loop import StepRecord, likelihood
 from moezoo.training.recipes import TrainingRecipe, recipe
 from moezoo.training.run import check_output, run_training
 
@@ -103,6 +103,8 @@ def execute(
     held_out: Batches | None,
     arguments: argparse.Namespace,
     facts: Mapping[str, Any],
+    *,
+    on_step: Callable[[StepRecord], None] | None = None,
 ) -> int:
     """Run, then write OUT/model with its tokenizer; the exit code is 0, or 143 after a signal."""
     out = Path(arguments.out)
@@ -122,6 +124,7 @@ def execute(
         resume_from=arguments.resume_from,
         strict=not arguments.allow_changes,
         tensorboard=arguments.tensorboard,
+        on_step=on_step,
         facts={
             **facts,
             "seed": arguments.seed,

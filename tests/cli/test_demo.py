@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moezoo import cli
-from moezoo.report.trial import Trial, verdict
+from moezoo.reporting.trial import Trial, verdict
 
 SUBJECTS = "router expert token layer model tensor gate batch".split()
 VERBS = "sends weighs drops keeps trains holds".split()

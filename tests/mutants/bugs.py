@@ -55,6 +55,7 @@ _REDRAWN = """    for child in model.children():
 ROUTERS = "moezoo/routers/"
 FUNCTIONS = "moezoo/functional/"
 POLICIES = "moezoo/capacity/"
+REPORTS = "moezoo/reporting/"
 
 ROUTED = "moezoo/functional/routed_mlp.py"
 
@@ -397,4 +398,17 @@ BUGS = [
         "choices=before.choices * factor", "choices=before.choices"),
     Bug("a correction weighs twins as it weighed one", "adapters/upcycle/grow.py",
         "repeated = repeated / factor", "repeated = repeated / 1"),
+    Bug("a report shows padding", REPORTS + "observation.py",
+        "if call.real is not None:", "if False:"),
+    Bug("a report leaves out what was dropped", REPORTS + "pairs.py",
+        "shown_N = a.kept | torch.isin(key_N, proposed)", "shown_N = a.kept"),
+    Bug("a report's ranks are of the admitted pairs", REPORTS + "replays.py",
+        "proposal = replace(call, assignment=offered, proposed=None)", "proposal = call"),
+    Bug("a report counts tokens of an expert once", REPORTS + "layers.py",
+        "count_EM[expert_N[best], slot_N] = count_N[best]",
+        "count_EM[expert_N[best], slot_N] = 1"),
+    Bug("a policy is replayed at a larger factor", "moezoo/capacity/base.py",
+        "Limit(factor, rule=", "Limit(factor * 1.1, rule="),
+    Bug("packed numbers have their bytes the other way round", REPORTS + "packing.py",
+        "for byte in range(width)]", "for byte in reversed(range(width))]"),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.errors import MissingExtra
-from moezoo.report.trial import Curve, Trial
+from moezoo.reporting.trial import Curve, Trial
 
 if TYPE_CHECKING:
     from moezoo.demonstration.closed_book import Learner

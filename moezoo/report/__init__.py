@@ -1,1 +1,0 @@
-"""Pictures and pages that tell what a run did; pictures need matplotlib (extra `report`)."""

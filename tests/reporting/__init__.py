@@ -1,0 +1,1 @@
+"""The report: its numbers in Python, its page in a browser."""
