@@ -21,12 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from benchmarks.process import run
-from benchmarks.tables import machine, save, table
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("moezoo", "mergekit")
@@ -54,22 +49,48 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
+    parser.add_argument("--worker", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        work(*options.worker)
+        return
     python = environment(options.environment)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     results: dict[str, dict[str, Any]] = {}
-    for name, (model_type, fields) in CASES.items():
+    for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
-            dense_model(path / "dense", model_type, fields, options.width, options.layers)
+            child("dense", name, str(path / "dense"), str(options.width), str(options.layers))
             results[name] = {tool: measured(tool, path, options.experts, python) for tool in TOOLS}
             print(name, json.dumps(results[name]), flush=True)
+    # Only now, because a child's peak counts what its parent held when it started.
+    from benchmarks.tables import machine, save
+
     record = {"machine": machine(), "mergekit": package(python, "mergekit"),
               "their_transformers": package(python, "transformers"),
               "transformers": version("transformers"), "width": options.width,
               "layers": options.layers, "experts": options.experts, "results": results}  # fmt: skip
     save(options.out, record, page(record))
+
+
+def child(*words: str) -> Any:
+    """What a process of this file prints last, as JSON: torch stays out of this one."""
+    command = [sys.executable, "-m", "benchmarks.stacks", "--worker", *words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(what: str, *words: str) -> None:
+    """Make a dense model, or compare two."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if what == "dense":
+        name, path, width, layers = words
+        dense_model(Path(path), *CASES[name], int(width), int(layers))
+        print("null")
+    else:
+        print(json.dumps(compared(*map(Path, words))))
 
 
 def environment(folder: Path) -> Path:
@@ -96,6 +117,9 @@ def dense_model(
     path: Path, model_type: str, fields: dict[str, Any], width: int, layers: int
 ) -> None:
     """A dense decoder of random weights whose text depends on all of them, with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(0)
     sizes = {"vocab_size": 1024, "hidden_size": width, "intermediate_size": 3 * width,
              "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -108,6 +132,11 @@ def dense_model(
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.05)
     model.save_pretrained(path)
+    write_tokenizer(path)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer of whole words, which mergekit wants to read prompts with."""
     words = {f"w{number}": number for number in range(1021)}
     words |= {"<s>": 1021, "</s>": 1022, "<unk>": 1023}
     model_of_words = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
@@ -135,7 +164,7 @@ def measured(tool: str, folder: Path, experts: int, python: Path) -> dict[str, A
     except RuntimeError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return {"refused": lines[-1][:300]}
-    return {**cost.to_dict(), **compared(folder / "dense", target)}
+    return {**cost.to_dict(), **child("compare", str(folder / "dense"), str(target))}
 
 
 def their_recipe(dense: Path, experts: int) -> dict[str, Any]:
@@ -151,9 +180,12 @@ def their_recipe(dense: Path, experts: int) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def compared(dense: Path, made: Path) -> dict[str, Any]:
     """Logits and greedy text of what was made, next to the dense model's, both in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_grad_enabled(False)
     before = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     after, report = AutoModelForCausalLM.from_pretrained(
         made, dtype=torch.float32, output_loading_info=True
@@ -174,6 +206,8 @@ def compared(dense: Path, made: Path) -> dict[str, Any]:
 
 def page(record: dict[str, Any]) -> list[str]:
     """The page of a record."""
+    from benchmarks.tables import table
+
     rows = []
     for case, tools in record["results"].items():
         for tool, found in tools.items():
