@@ -30,6 +30,7 @@ from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you
 from moezoo.models import SwitchForConditionalGeneration
 from moezoo.ops.memory import large_empty
 from moezoo.quantization import is_quantized
+from moezoo.tokenizer import BaseTokenizer
 
 
 def load(
@@ -95,6 +96,7 @@ def save(
     layout: str = "auto",
     overwrite: bool = False,
     max_shard_size: int | str | None = "5GB",
+    tokenizer: BaseTokenizer | None = None,
 ) -> None:
     """Save a model of moezoo, or one that `moezoo.plug` has put experts into, as safetensors with
     its config.json; `path` is replaced in one step or not at all.
@@ -103,6 +105,7 @@ def save(
         layout: "auto" (Hugging Face's whenever it can express the model), "huggingface", "moezoo".
         overwrite: replace what is at `path`.
         max_shard_size: bytes or such as "5GB"; None: one file.
+        tokenizer: whose files go beside the weights; a model knows none by itself.
 
     Raises ConfigError for a model that is not moezoo's or a layout that cannot hold it, SaveError
     or TargetExists when writing is refused or fails; what was at `path` is then unchanged.
@@ -137,6 +140,8 @@ def save(
             _write_json(stage / NAME, written_generation(config, model.generation))
         metadata = {"format": "pt"}
         write_tensors(stage, tensors, max_shard_size=max_shard_size, metadata=metadata)
+        if tokenizer is not None:
+            tokenizer.save(stage)
 
 
 def _refuse_beside_plugged(**given: Any) -> None:

@@ -34,7 +34,7 @@ REFERENCE = {
                  " training.evaluation training.distillation"),
     "errors": ("Errors", "errors"),
 }  # fmt: skip
-GALLERY = "docs/gallery.md"
+GALLERY, INDEX = "docs/gallery.md", "docs/index.md"
 
 
 def build(out: Path) -> int:
@@ -48,6 +48,8 @@ def build(out: Path) -> int:
         (source / "docs" / "api" / f"{name}.md").write_text(reference_page(title, modules.split()))
     with (source / GALLERY).open("a") as page:
         page.write(gallery())
+    with (source / INDEX).open("a") as page:
+        page.write(further(source / INDEX))
     options = ["-b", "html", "-W", "--keep-going", "-q", "-c", str(source / "docs")]
     code = sphinx([*options, str(source), str(out)])
     report_page(out)
@@ -94,6 +96,15 @@ def gallery() -> str:
         code = f"```{{literalinclude}} ../examples/{example.name}\n:language: python\n```\n"
         parts.append(f"\n## {title}\n\n`examples/{example.name}`\n\n{code}")
     return "".join(parts)
+
+
+def further(index: Path) -> str:
+    """Pages that the index has no place for yet: nothing that is written is lost."""
+    listed = index.read_text().splitlines()
+    pages = sorted(page.stem for page in index.parent.glob("*.md"))
+    missing = [name for name in pages if name not in listed and name != index.stem]
+    entries = "\n".join(missing)
+    return f"\n```{{toctree}}\n:caption: More\n\n{entries}\n```\n" if missing else ""
 
 
 def report_page(out: Path) -> None:

@@ -150,7 +150,7 @@ def write_description(
     values["dtype"] = dtype_word(plan.outputs())
     write_text(directory / "config.json", json.dumps(values, indent=2, sort_keys=True))
     write_text(directory / "recipe.json", plan.recipe.to_json())
-    write_text(directory / "README.md", model_card(plan, provenance, verification))
+    write_text(directory / "README.md", model_card(plan, checkpoint, provenance, verification))
     carry_files(checkpoint, directory)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import moezoo
+from moezoo.adapters.card import card, made_by
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, expressible
 from moezoo.adapters.formats import Source
@@ -120,7 +121,9 @@ def rewritten(
     return {**version, **operation, **behind, **dense, "made_from": made_from}
 
 
-def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> str:
+def model_card(
+    plan: Plan, checkpoint: CheckpointSource, provenance: Provenance, verification: str | None
+) -> str:
     """README.md of an upcycled model: what it is, what it costs, how it was made and checked."""
     rows = {
         "parameters": f"{plan.parameters:,}",
@@ -132,8 +135,14 @@ def model_card(plan: Plan, provenance: Provenance, verification: str | None) -> 
     recipe = provenance.to_dict()["recipe"]
     command = "moezoo upcycle SRC OUT --recipe recipe.json"
     how = f"with this recipe (`{command}` makes the same bytes again)"
-    title = f"{provenance.source}, upcycled to {plan.config.num_experts} experts"
-    return _card(plan.config, title, rows, provenance.files.items(), how, recipe)
+    return card(
+        f"{provenance.source}, upcycled to {plan.config.num_experts} experts",
+        rows,
+        sources=[checkpoint.source.directory],
+        model_type=plan.family.model_types[0],
+        task=plan.task,
+        parts=[made_by(provenance.files.items(), how, _json(recipe))],
+    )
 
 
 def rewritten_card(
@@ -141,6 +150,7 @@ def rewritten_card(
     family: Family,
     outputs: Sequence[TensorPlan],
     made: Mapping[str, Any],
+    checkpoints: Sequence[CheckpointSource],
 ) -> str:
     """README.md of a checkpoint of the tensors `outputs`, made from others (`rewritten`)."""
     told = ("moezoo_version", "made_from", "source_config")
@@ -159,7 +169,19 @@ def rewritten_card(
         for name, value in entry["source_sha256"].items()
     ]
     how = f"by `moezoo {operation['operation']}`"
-    return _card(config, f"{names}, after {operation['operation']}", rows, files, how, operation)
+    return card(
+        f"{names}, after {operation['operation']}",
+        rows,
+        sources=[checkpoint.source.directory for checkpoint in checkpoints],
+        model_type=family.model_types[0],
+        task=checkpoints[0].task,
+        relation="merge" if operation["operation"] == "merge" else None,
+        parts=[made_by(files, how, _json(operation))],
+    )
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True)
 
 
 def _shape_rows(config: ModelConfig) -> dict[str, str]:
@@ -178,42 +200,6 @@ def _shape_rows(config: ModelConfig) -> dict[str, str]:
         "feed-forward": config.feed_forward_proj,
         "factor on `wo`": f"{config.wo_scale or 1.0:g}",
     }
-
-
-def _card(
-    config: ModelConfig,
-    title: str,
-    rows: Mapping[str, str],
-    files: Iterable[tuple[str, str]],
-    how: str,
-    values: Mapping[str, Any],
-) -> str:
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    hashes = "\n".join(f"- `{name}` sha256 `{value}`" for name, value in files)
-    library, kind = "moezoo", "switch-transformers"
-    if isinstance(config, DecoderConfig):
-        library, kind = "transformers", config.model_type
-    return f"""---
-library_name: {library}
-tags: [mixture-of-experts, {kind}]
----
-
-# {title}
-
-| | |
-|---|---|
-{table}
-
-Made by moezoo {moezoo.__version__} from:
-
-{hashes}
-
-{how}:
-
-```json
-{json.dumps(values, indent=2, sort_keys=True)}
-```
-"""
 
 
 def _listed(layers: tuple[int, ...]) -> str:

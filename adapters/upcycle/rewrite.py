@@ -94,7 +94,7 @@ def rewrite(
         values = family.write(config, checkpoint.task)
         values["dtype"] = dtype_word(output.plan for output in outputs)
         plans = [output.plan for output in outputs if output.plan.name not in wanted]
-        _describe(stage, values, made, rewritten_card(config, family, plans, made))
+        _describe(stage, values, made, rewritten_card(config, family, plans, made, checkpoints))
         carry_files(checkpoint, stage)
         if check is not None:
             check(stage)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moezoo.cli.recipes import add_drop_heads
 from moezoo.config import SwitchConfig
 
 KINDS = {
@@ -20,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("model", help="a name of `moezoo list`, or a checkpoint directory")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
+    add_drop_heads(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.length < 1:
         raise ConfigError("--length is at least 1", field="length", found=arguments.length)
-    config, task = model_of(arguments.model)
+    config, task = model_of(arguments.model, drop_heads=arguments.drop_heads)
     router = config.router if isinstance(config.router, dict) else {"name": config.router}
     total = cost(config, task=task, length=arguments.length)
     policy = "dropless" if total.bounds_load else "switch"
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def model_of(name: str) -> tuple[SwitchConfig, str]:
+def model_of(name: str, *, drop_heads: bool = False) -> tuple[SwitchConfig, str]:
     """Config and task of a preset, or of a checkpoint by its headers alone."""
     from moezoo.presets import preset
 
@@ -64,7 +66,7 @@ def model_of(name: str) -> tuple[SwitchConfig, str]:
     from moezoo.adapters.formats import open_source
 
     with open_source(name) as source:
-        description = describe(source)
+        description = describe(source, drop_heads=drop_heads)
     return description.config, task_of(description)
 
 

@@ -28,6 +28,7 @@ from moezoo.tokenizer import T5_SENTINELS, BaseTokenizer, Tokenizer, fit, tokeni
 from moezoo.training.batches import Batches
 from moezoo.training.distillation import Distillation, check_student, student_of
 from moezoo.training.loop import StepRecord, likelihood
+from moezoo.training.model_card import run_card
 from moezoo.training.recipes import TrainingRecipe, recipe
 from moezoo.training.run import check_output, run_training
 
@@ -138,23 +139,33 @@ def execute(
     if result.interrupted:
         print(f"stopped at step {result.state.step}; go on with --resume")
         return 143
-    save_with_tokenizer(session.model, session.tokenizer, out / "model")
+    model_path = out / "model"
+    text = run_card(session.model, session.settings, arguments, facts, result)
+    save_with_tokenizer(session.model, session.tokenizer, model_path, card=text)
     for step, loss in result.held_out.items():
         print(f"step {step}: held-out {loss:.4f} nats per token")
-    print(f"model: {out / 'model'}")
+    print(f"model: {model_path}")
     return 0
 
 
 def save_with_tokenizer(
-    model: nn.Module, tokenizer: BaseTokenizer, path: Path, *, overwrite: bool = True
+    model: nn.Module,
+    tokenizer: BaseTokenizer,
+    path: Path,
+    *,
+    overwrite: bool = True,
+    card: Callable[[Path], str] | None = None,
 ) -> None:
-    """A checkpoint directory that `moezoo generate` and transformers can use."""
+    """A checkpoint directory that `moezoo generate` and transformers can use; `card` writes the
+    text of its README.md.
+    """
     with replacing_directory(path, overwrite=overwrite) as stage:
-        save(model, stage / "model")
+        save(model, stage / "model", tokenizer=tokenizer)
         for file in (stage / "model").iterdir():
             file.rename(stage / file.name)
         (stage / "model").rmdir()
-        tokenizer.save(stage)
+        if card is not None:
+            (stage / "README.md").write_text(card(stage), encoding="utf-8")
 
 
 def _teacher(arguments: argparse.Namespace) -> nn.Module | None:

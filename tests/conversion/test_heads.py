@@ -111,6 +111,8 @@ def test_every_verb_that_takes_dense_models_can_drop_heads(
         torch.testing.assert_close(found, expected)
     capsys.readouterr()
     assert main(["plan", source, "--experts", "2", "--drop-heads"]) == 0
+    assert main(["info", source]) == 3
+    assert main(["info", source, "--drop-heads"]) == 0
     assert "classification_head.dense.bias (of a head that was dropped)" in capsys.readouterr().out
 
 
