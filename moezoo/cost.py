@@ -44,8 +44,8 @@ class LayerCost:
     """One sparse layer: parameters of router, shared branch, container as a whole (`common`) and of
     each expert, `choices` experts per token and `rows` that they compute for it on average.
 
-    dense: the shape of every parameter of router and branch. container: those of the experts as
-    they lie in their container. scores: numbers that the router keeps per token and expert.
+    stacks: the shapes of experts that can be divided among ranks. dense: those of every other
+    parameter. scores: numbers that the router keeps per token and expert.
     """
 
     router: int
@@ -55,8 +55,8 @@ class LayerCost:
     choices: int
     rows: float
     bounds_load: bool = False
+    stacks: tuple[tuple[int, ...], ...] = ()
     dense: tuple[tuple[int, ...], ...] = ()
-    container: tuple[tuple[int, ...], ...] = ()
     scores: int = 2
 
     @property
@@ -134,8 +134,8 @@ def layer_cost(config: SwitchConfig, *, length: int = 512) -> LayerCost:
         experts=(_network(config, width),) * number,
         choices=choices,
         rows=float(choices),
+        stacks=(*inner, (number, d_model, width)),
         dense=gate,
-        container=(*inner, (number, d_model, width)),
     )
 
 
@@ -144,6 +144,7 @@ def _asked(config: SwitchConfig, length: int) -> LayerCost:
     import torch
 
     from moezoo.assemble import make_moe
+    from moezoo.experts import StackedExperts, ZeroExperts
 
     with torch.device("meta"):
         moe = make_moe(config, decoder=False)
@@ -154,14 +155,15 @@ def _asked(config: SwitchConfig, length: int) -> LayerCost:
     if router.soft:  # two dense maps between tokens and slots
         scores = round(2 * rows * length / config.num_experts)
 
-    def shapes(module: torch.nn.Module | None) -> tuple[tuple[int, ...], ...]:
-        return () if module is None else tuple(tuple(p.shape) for p in module.parameters())
+    held = moe.experts.experts if type(moe.experts) is ZeroExperts else moe.experts
+    stacks = list(held.parameters()) if type(held) is StackedExperts else []
+    apart = {id(parameter) for parameter in stacks}
 
     return LayerCost(
         router=sum(p.numel() for p in router.parameters()),
         branch=0 if shared is None else sum(p.numel() for p in shared.parameters()),
-        dense=(*shapes(router), *shapes(shared)),
-        container=shapes(moe.experts),
+        stacks=tuple(tuple(p.shape) for p in stacks),
+        dense=tuple(tuple(p.shape) for p in moe.parameters() if id(p) not in apart),
         scores=scores,
         common=common,
         experts=experts,

@@ -73,7 +73,9 @@ def activations(
         per_token += sum(blocks)
     if task == "conditional_generation":  # logits, and their logarithms in float32
         per_token += 8 + n * d * config.scales_logits + (n + _WIDE) * config.vocab_size
-    kept = batch.tokens * per_token + sum(_biases(config, batch, stack) for stack in stacks)
+    kept = batch.tokens * per_token + sum(
+        _biases(config, batch, stack, recompute=recompute) for stack in stacks
+    )
     gradient = _WIDE * config.vocab_size if task == "conditional_generation" else 0
     again = max(blocks) - n * d if recompute else 0
     return Kept(kept, batch.tokens * again, batch.tokens * gradient)
@@ -108,9 +110,10 @@ def _block(
 
 
 def _norm(config: SwitchConfig, batch: Batch) -> int:
-    """float32 keeps the input; half precision a float32 copy and the result before the weight."""
-    d = config.d_model
-    return _WIDE + (_WIDE * d + batch.width * d if batch.width < _WIDE else batch.width * d)
+    """float32 keeps the input; half precision, whose norms stay in float32, a copy in it and the
+    result before the weight.
+    """
+    return _WIDE + config.d_model * (2 * _WIDE if batch.width < _WIDE else batch.width)
 
 
 def _attention(config: SwitchConfig, batch: Batch, *, learned: bool) -> int:
@@ -160,12 +163,14 @@ def _scores(layer: LayerCost) -> int:
     return _WIDE * layer.scores * len(layer.experts)
 
 
-def _biases(config: SwitchConfig, batch: Batch, stack: str) -> int:
+def _biases(config: SwitchConfig, batch: Batch, stack: str, *, recompute: bool) -> int:
     """Position biases of a stack, merged with its mask, and what merging keeps of them."""
     tables = 1
     if config.position_bias_every_layer:
         tables = config.num_layers if stack == "encoder" else config.decoder_layers
-    merged = batch.masked or stack == "decoder"
+    if recompute:  # a block keeps the bias that it was handed, the last one's goes to nobody
+        tables = max(tables - 1, 1)
+    merged = not recompute and (batch.masked or stack == "decoder")
     rows = batch.tokens if batch.masked and stack == "encoder" else batch.length
     return tables * (2 if merged else 1) * batch.width * config.num_heads * rows * batch.length
 

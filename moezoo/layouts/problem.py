@@ -57,14 +57,14 @@ class Problem:
 
     def layout(self, gpus: int, ep: int, dense_over: int) -> Layout:
         """The figures of one layout that is possible."""
-        experts = self.parameters.num_expert_parameters // gpus
+        experts = self.parameters.expert_parameters(gpus, ep, dense_over)
         dense = on_rank(self.parameters.dense, dense_over, 0)
         held, moved = OPTIMIZERS[self.optimizer]
         kept, rows = self.activations, self.rows(ep)
         memory = Memory(
             experts=held * experts,
             dense=held * dense,
-            copies=self.copies(gpus // ep, ep, dense_over),
+            copies=self.copies(gpus, ep, dense_over),
             activations=kept.kept,
             peak=max(kept.logits, kept.block),
             exchange=2 * rows if ep > 1 else 0,
@@ -104,37 +104,39 @@ class Problem:
         pairs = zip(self.parameters.blocks, self.parameters.sparse, strict=True)
         return [(count(shapes), experts * sparse) for shapes, sparse in pairs]
 
-    def copies(self, dp: int, ep: int, dense_over: int) -> int:
+    def copies(self, gpus: int, ep: int, dense_over: int) -> int:
         """Two blocks and the root in half precision, the gradients of a block and of the root,
         and what is reduced of them, in float32.
         """
         root, blocks = count(self.parameters.root), self.blocks(ep)
         sizes = [dense + experts for dense, experts in blocks]
         two = max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)))
-        reduced = [d * (dense_over > 1) + e * (dp > 1) for d, e in [*blocks, (root, 0)]]
+        over = dense_over if ep == 1 else gpus // ep
+        reduced = [d * (dense_over > 1) + e * (over > 1) for d, e in [*blocks, (root, 0)]]
         return _HALF * (two + 2 * root + max(sizes)) + _FULL * max(reduced)
 
     def gathers(self, gpus: int, ep: int, dense_over: int) -> tuple[Wire, float]:
         """Bytes that a rank sends of weights (twice, the root once) and gradients, and seconds."""
-        machine, dp, root = self.machine, gpus // ep, count(self.parameters.root)
+        machine, root = self.machine, count(self.parameters.root)
         wire, seconds = {"dense": 0.0, "experts": 0.0}, 0.0
-        near = min(dense_over, machine.node)
-        # The ranks that share a rank's experts are `ep` apart.
-        dp_near = min(dp, max(machine.node // ep, 1))
+        dense_near = min(dense_over, machine.node)
+        # The ranks that share a rank's experts are `ep` apart; with ep 1 they lie as all else.
+        over = dense_over if ep == 1 else gpus // ep
+        near = dense_near if ep == 1 else min(over, max(machine.node // ep, 1))
         units = [(root, 0, 1), *((d, e, 2) for d, e in self.blocks(ep))]
         for dense, experts, times in units:
-            for name, size, ranks, together in (
-                ("dense", dense, dense_over, near),
-                ("experts", experts, dp, dp_near),
+            for name, size, ranks, together, replicas in (
+                ("dense", dense, dense_over, dense_near, gpus // dense_over),
+                ("experts", experts, over, near, gpus // (over * ep)),
             ):
-                if size == 0 or ranks == 1:
+                if size == 0:
                     continue
                 wire[name] += size * (times * _HALF + _FULL) * (ranks - 1) / ranks
                 seconds += times * machine.gather(_HALF * size, ranks, together)
                 seconds += machine.gather(_FULL * size, ranks, together)
-            if dense_over < gpus:  # the sum over replicas: reduced, and gathered again
-                replicas, part = gpus // dense_over, _FULL * dense / dense_over
-                wire["dense"] += 2 * part * (replicas - 1) / replicas
+                # The sum over replicas: reduced, and gathered again.
+                part = _FULL * size / ranks
+                wire[name] += 2 * part * (replicas - 1) / replicas
                 seconds += 2 * machine.gather(part, replicas, 1)
         return Wire(0, int(wire["dense"]), int(wire["experts"])), seconds
 
@@ -154,14 +156,15 @@ class Problem:
             return f"ep {ep} does not divide {gpus} GPUs"
         if ep > 1 and not experts:
             if not any(self.parameters.sparse):
-                return "there are no experts to spread over ranks"
-            return f"experts of the kind {config.experts!r} do not spread over ranks"
-        if experts and config.num_experts % ep:
-            return f"ep {ep} does not divide {config.num_experts} experts"
-        dp = gpus // ep
-        for shape in experts:
-            if shape[1] % dp:
-                return f"{shape[1]} columns of an expert do not divide over dp {dp}"
+                return "there are no experts to divide among ranks"
+            return f"experts of the kind {config.experts!r} cannot be divided among ranks"
+        if ep == 1:
+            return None
+        number, *widths = experts[0]
+        if number % ep:
+            return f"ep {ep} does not divide {number} experts"
+        if all(width % (gpus // ep) for width in widths):
+            return f"dp {gpus // ep} divides neither width of an expert"
         return None
 
     def fewest(self) -> int | None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from moezoo.config import SwitchConfig
 from moezoo.cost import LayerCost, layer_cost
-from moezoo.registry import Spec
 
 Shape = tuple[int, ...]
 _NO_LAYER = LayerCost(0, 0, 0, (), 0, 0.0)
@@ -22,7 +21,7 @@ class Parameters:
 
     root: of what belongs to no block. blocks: of each block's dense part, routers included.
     sparse: whether each block has experts. experts: of one layer's, (E, ..., ...) stacked, where
-    they can be spread over ranks; those of other containers are dense. layer: the cost of a
+    they can be divided among ranks; those of other containers are dense. layer: the cost of a
     sparse layer.
     """
 
@@ -39,10 +38,13 @@ class Parameters:
         for block in self.blocks:
             yield from block
 
-    @property
-    def num_expert_parameters(self) -> int:
-        """Of all layers' experts."""
-        return sum(self.sparse) * count(self.experts)
+    def expert_parameters(self, gpus: int, ep: int, dense_over: int) -> int:
+        """Of rank 0, all layers: whole experts of each, cut again along a width over dp; with ep 1
+        whole ones as far as they go, like everything else.
+        """
+        if ep == 1:
+            return sum(self.sparse) * on_rank(self.experts, dense_over, 0)
+        return sum(self.sparse) * count(self.experts) // gpus
 
 
 def count(shapes: Iterable[Shape]) -> int:
@@ -68,7 +70,6 @@ def parameters(config: SwitchConfig, *, task: str, length: int) -> Parameters:
     sparse_of = {"encoder": config.encoder_sparse, "decoder": config.decoder_sparse}
     any_sparse = any(sparse_of[stack] for stack in stacks)
     layer = layer_cost(config, length=length) if any_sparse else _NO_LAYER
-    spread = Spec.parse(config.experts).name == "stacked"
     table = (config.vocab_size, config.d_model)
     root: list[Shape] = [table, *((config.d_model,) for _ in stacks)]
     root += [table for stack in stacks if stack in config.own_embeddings]
@@ -80,14 +81,13 @@ def parameters(config: SwitchConfig, *, task: str, length: int) -> Parameters:
         for number in range(config.decoder_layers if decoder else config.num_layers):
             has_experts = number in sparse_of[stack]
             if has_experts:
-                mlp = layer.dense if spread else (*layer.dense, *layer.container)
+                mlp = layer.dense
             else:
                 mlp = _mlp(config)
             biased = number == 0 or config.position_bias_every_layer
             blocks.append((*_attentions(config, decoder=decoder, biased=biased), *mlp))
             sparse.append(has_experts)
-    experts = layer.container if spread else ()
-    return Parameters(tuple(root), tuple(blocks), tuple(sparse), experts, layer)
+    return Parameters(tuple(root), tuple(blocks), tuple(sparse), layer.stacks, layer)
 
 
 def _attentions(config: SwitchConfig, *, decoder: bool, biased: bool) -> Iterable[Shape]:
