@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# By their names of torch 2.13, which calls the older ones deprecated.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _DATA_GROUP: list[dist.ProcessGroup] = []
 
 
@@ -113,7 +117,7 @@ def gathered_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     out = counts.new_empty(ranks * counts.shape[0])
     _count("counts", (ranks - 1) * counts.nbytes)
-    dist.all_gather_into_tensor(out, counts.contiguous(), group=group)
+    _all_gather(out, counts.contiguous(), group=group)
     return out.view(ranks, -1)
 
 
@@ -137,7 +141,7 @@ class _Gather(torch.autograd.Function):
         ctx.group, ranks = group, dist.get_world_size(group)
         out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
         _count("rows", (ranks - 1) * x.nbytes)
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        _all_gather(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
@@ -151,7 +155,7 @@ class _Scatter(torch.autograd.Function):
         ctx.group, ranks = group, dist.get_world_size(group)
         out = x.new_empty(x.shape[0] // ranks, *x.shape[1:])
         _count("rows", (ranks - 1) * out.nbytes)
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+        _reduce_scatter(out, x.contiguous(), group=group)
         return out
 
     @staticmethod

@@ -83,11 +83,7 @@ def started(module: str, folder: Path) -> dict[tuple[int, str], str]:
 def _outcome(folder: Path, world: int, name: str) -> str:
     files = [folder / f"{world}-{name}-{rank}.txt" for rank in range(world)]
     texts = [f.read_text() if f.exists() else f"rank {i}: not reached" for i, f in enumerate(files)]
-    wrong = [text for text in texts if text]
-    # The rank that failed first says why; the others only lost it.
-    return min(
-        wrong, key=lambda text: ("reached" in text or "Connection" in text, text), default=""
-    )
+    return "\n".join(text for text in texts if text)
 
 
 def _rank(module: str, rank: int, worlds: list[int], folder: Path) -> None:
