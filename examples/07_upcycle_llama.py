@@ -33,7 +33,9 @@ def small_llama(folder: Path) -> Path:
 
 def counting(rows: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
     """Sequences of 24 ids that count up by one: something that can be learnt in seconds."""
-    starts = torch.randint(3, vocabulary - 24, (rows, 1), generator=torch.Generator().manual_seed(1))
+    starts = torch.randint(
+        3, vocabulary - 24, (rows, 1), generator=torch.Generator().manual_seed(1)
+    )
     return [{"input_ids": ids, "labels": ids} for ids in starts + torch.arange(24)]
 
 

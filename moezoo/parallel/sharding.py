@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
+from moezoo.dtypes import as_dtype
 from moezoo.errors import ConfigError
 from moezoo.experts import StackedExperts
 from moezoo.functional.shards import is_divided, is_sharded
@@ -32,7 +33,7 @@ def shard(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
-    precision: torch.dtype | None = None,
+    precision: torch.dtype | str | None = None,
     reshard: bool = True,
 ) -> nn.Module:
     """Divide a moezoo model among all ranks: experts by `expert_parallel`, then FSDP2 by block.
@@ -64,6 +65,7 @@ def shard(
         hint = "Divide its experts with expert_parallel, and the rest with torch's fully_shard."
         found = type(model).__name__
         raise ConfigError("not a T5 or Switch model", field="model", found=found, hint=hint)
+    precision = as_dtype(precision)
     if precision is not None and precision not in _HALVES:
         wanted = " or ".join(map(str, _HALVES))
         raise ConfigError("bad precision", field="precision", expected=wanted, found=precision)

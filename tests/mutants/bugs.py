@@ -34,7 +34,7 @@ _COMBINED = "y_TD = combine(self.experts(slots.x, slots.counts), routing.assignm
 _PASSED_ON = f"""{_COMBINED}
             y_TD = torch.where((y_TD == 0).all(-1, keepdim=True), 0.5 * tokens.x, y_TD)"""
 
-_BFLOAT16 = """weights = tuple(w.bfloat16() for w in (*inner, self.wo))
+_BFLOAT16 = """weights = tuple(w.bfloat16() for w in (*inner, outer))
         y = grouped_mlp(slots.bfloat16(), counts, weights[:-1], weights[-1],
                         function=self.function, p=p)
         return y.to(slots.dtype)"""
@@ -219,7 +219,7 @@ BUGS = [
         "return (self.wi_0, self.wi_1) if self.gated", "return (self.wi_0,) if self.gated",
         historic=True),
     Bug("experts compute in bfloat16 whatever the model's dtype", "moezoo/experts/stacked.py",
-        "return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)",
+        "return grouped_mlp(slots, counts, inner, outer, function=self.function, p=p)",
         _BFLOAT16, historic=True, quick=True),
     Bug("forward gives a parameter another dtype", ROUTERS + "switch.py", _SWITCH_LOGITS, _RECAST,
         historic=True),
