@@ -12,8 +12,9 @@ import sys
 import time
 
 NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training")
-# When asked for: gigabytes on the disk; operators one by one; an environment of its own.
-APART = ("conversion", "floor", "stacks")
+# When asked for: gigabytes on the disk; operators one by one; an environment of its own; several
+# processes.
+APART = ("conversion", "floor", "stacks", "parallel")
 
 
 def main() -> int:

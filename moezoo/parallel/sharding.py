@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def shard(
     if precision is not None and precision not in _HALVES:
         wanted = " or ".join(map(str, _HALVES))
         raise ConfigError("bad precision", field="precision", expected=wanted, found=precision)
+    if mesh["ep"].size() > 1:
+        _check_widths(model, mesh["dp"].size())
     if not is_sharded(model) and any(block.sparse for block in blocks):
         expert_parallel(model, mesh)
     if mesh.size() == 1 and precision is None:
@@ -106,24 +109,28 @@ def _shard_experts(
             module,
             mesh=mesh["dp"],
             # Not along the experts again: a dimension that is divided twice is no slice.
-            shard_placement_fn=_slices(mesh["dp"].size()),
+            shard_placement_fn=partial(_slice, mesh["dp"].size()),
             mp_policy=_policy(precision),
             reshard_after_forward=reshard,
         )
     return aside
 
 
-def _slices(ranks: int) -> Any:
-    def placement(stack: nn.Parameter) -> Shard:
-        dim = next((d for d in (1, 2) if stack.shape[d] % ranks == 0), None)
-        if dim is None:
-            wanted = f"a multiple of {ranks}"
-            found = tuple(stack.shape[1:])
-            reason = "the ranks along dp divide neither width of an expert"
-            raise ConfigError(reason, field="d_ff", expected=wanted, found=found)
-        return Shard(dim)
+def _check_widths(model: nn.Module, ranks: int) -> None:
+    for module in model.modules():
+        if isinstance(module, StackedExperts):
+            for stack in module.parameters(recurse=False):
+                _slice(ranks, stack)
 
-    return placement
+
+def _slice(ranks: int, stack: nn.Parameter) -> Shard:
+    """The width along which a stack is cut. Raises ConfigError where the ranks divide neither."""
+    dim = next((d for d in (1, 2) if stack.shape[d] % ranks == 0), None)
+    if dim is None:
+        wanted, found = f"a multiple of {ranks}", tuple(stack.shape[1:])
+        reason = "the ranks along dp divide neither width of an expert"
+        raise ConfigError(reason, field="d_ff", expected=wanted, found=found)
+    return Shard(dim)
 
 
 def _policy(precision: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -108,9 +108,9 @@ def routers_and_norms_compute_in_float32_under_a_policy_of_bfloat16(ranks: Ranks
         seen = {"wide": set(), "linear": set()}
         for module in model.modules():
             if isinstance(module, (RMSNorm, Router)):
-                module.register_forward_hook(partial(_note, seen["wide"]))
+                module.register_forward_hook(partial(_note, seen["wide"]), prepend=True)
             elif type(module) is Linear:
-                module.register_forward_hook(partial(_note, seen["linear"]))
+                module.register_forward_hook(partial(_note, seen["linear"]), prepend=True)
         for _ in range(2):
             output = model(**given.given())
             output.loss.backward()
