@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moezoo.adapters.checkpoint_source import task_of
 from moezoo.adapters.description import Description, describe
-from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats import open_source
-from moezoo.adapters.formats.base import Source, dtype_name, tensor_bytes
-from moezoo.adapters.generation import NAME, read_generation, written_generation
-from moezoo.adapters.names import HEAD, SHARED, disk_names
-from moezoo.adapters.plug import plugs_of
-from moezoo.adapters.plugged import load_plugged, read_plugged, save_plugged
-from moezoo.adapters.tensor_files import TensorPlan, write_tensors
-from moezoo.adapters.writer import replacing_directory
+from moezoo.adapters.formats.base import Source
+from moezoo.adapters.generation import read_generation
+from moezoo.adapters.names import HEAD, disk_names
+from moezoo.adapters.plugged import load_plugged, read_plugged
+from moezoo.adapters.saving import refuse_beside_plugged
+from moezoo.adapters.saving import save as save
 from moezoo.building import TASKS, build, usable_device
 from moezoo.config import SwitchConfig
 from moezoo.dtypes import as_dtype
 from moezoo.errors import ConfigError, NonFiniteWeights, TensorMismatch, did_you_mean
+from moezoo.functional.shards import (
+    Part,
+    divided_like,
+    part_of,
+)
 from moezoo.models import SwitchForConditionalGeneration
 from moezoo.ops.memory import large_empty
-from moezoo.quantization import is_quantized
-from moezoo.tokenizer import BaseTokenizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def load(
@@ -41,6 +43,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     allow_nonfinite: bool = False,
     drop_heads: bool = False,
+    mesh: DeviceMesh | None = None,
+    precision: torch.dtype | str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Load a T5-family or Switch checkpoint, dense or sparse, or a model of transformers that
@@ -58,22 +62,28 @@ def load(
         allow_nonfinite: accept NaN and infinity in weights.
         drop_heads: leave out heads that moezoo's models do not have, such as a classifier's; they
             are refused otherwise.
+        mesh: of `moezoo.parallel.mesh`: the model as `moezoo.parallel.shard` makes it, of which a
+            rank reads and holds its own part alone. Every rank must call it.
+        precision: with a mesh, what products compute in; see `moezoo.parallel.shard`.
         overrides: fields of SwitchConfig that change no shape, such as `capacity="transformers"`.
 
     Raises CheckpointError (CorruptFile, IndexFileError, TensorMismatch, NonFiniteWeights,
     UnsafeCheckpoint) or ConfigError, naming file, tensor or field.
     """
     device = None if device is None else usable_device(device)
-    precision = as_dtype(dtype)
+    kind = as_dtype(dtype)
     if read_plugged(path) is not None:
-        _refuse_beside_plugged(task=task, drop_heads=drop_heads, **overrides)
-        return load_plugged(path, device=device, dtype=precision)
+        others = {"task": task, "drop_heads": drop_heads, "mesh": mesh, "precision": precision}
+        refuse_beside_plugged(**others, **overrides)
+        return load_plugged(path, device=device, dtype=kind)
     with open_source(path) as source:
         description = describe(source, drop_heads=drop_heads)
         config = description.config.replace(**overrides)
         chosen = _task(task, description)
-        model = build(config, task=chosen, device="meta")
-        tensors = _Tensors(source, description, device, precision, allow_nonfinite)
+        model = build(config, task=chosen, device="meta", mesh=mesh, precision=precision)
+        if mesh is not None and device is None:
+            device = usable_device(mesh.device_type)
+        tensors = _Tensors(source, description, device, kind, allow_nonfinite)
         _fill(model, tensors, chosen)
         if isinstance(model, SwitchForConditionalGeneration):
             stored = read_generation(source.directory, description.values)
@@ -89,69 +99,6 @@ def read_config(path: str | Path) -> SwitchConfig:
         return config
 
 
-def save(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    layout: str = "auto",
-    overwrite: bool = False,
-    max_shard_size: int | str | None = "5GB",
-    tokenizer: BaseTokenizer | None = None,
-) -> None:
-    """Save a model of moezoo, or one that `moezoo.plug` has put experts into, as safetensors with
-    its config.json; `path` is replaced in one step or not at all.
-
-    Args:
-        layout: "auto" (Hugging Face's whenever it can express the model), "huggingface", "moezoo".
-        overwrite: replace what is at `path`.
-        max_shard_size: bytes or such as "5GB"; None: one file.
-        tokenizer: whose files go beside the weights; a model knows none by itself.
-
-    Raises ConfigError for a model that is not moezoo's or a layout that cannot hold it, SaveError
-    or TargetExists when writing is refused or fails; what was at `path` is then unchanged.
-    """
-    if plugs_of(model):
-        _refuse_beside_plugged(layout=None if layout == "auto" else layout)
-        save_plugged(model, path, overwrite=overwrite, max_shard_size=max_shard_size)
-        return
-    config = getattr(model, "config", None)
-    task = next((name for name, kind in TASKS.items() if type(model) is kind), None)
-    if not isinstance(config, SwitchConfig) or task is None:
-        hint = "Save other modules with safetensors.torch.save_model."
-        found = type(model).__name__
-        raise ConfigError("only moezoo models can be saved", field="model", found=found, hint=hint)
-    if is_quantized(model):
-        hint = "Save the model before moezoo.quantize; quantise again after loading."
-        raise ConfigError("a quantised model cannot be saved", field="model", hint=hint)
-    dtypes = {dtype_name(parameter.dtype) or "" for parameter in model.parameters()}
-    family = layout_for(config, layout, dtypes=dtypes)
-    tensors = {
-        plan.name: (plan, tensor_bytes(tensor))
-        for plan, tensor in _disk_tensors(model, family.mlp, config.num_experts)
-    }
-    for name in family.copies(config, task):
-        plan, content = tensors[SHARED]
-        tensors[name] = dataclasses.replace(plan, name=name), content
-    total = sum(plan.nbytes for plan, _ in tensors.values())
-    with replacing_directory(path, overwrite=overwrite, bytes_needed=total) as stage:
-        values = {**family.write(config, task), "dtype": _dtype_word(model)}
-        _write_json(stage / "config.json", values)
-        if isinstance(model, SwitchForConditionalGeneration):
-            _write_json(stage / NAME, written_generation(config, model.generation))
-        metadata = {"format": "pt"}
-        write_tensors(stage, tensors, max_shard_size=max_shard_size, metadata=metadata)
-        if tokenizer is not None:
-            tokenizer.save(stage)
-
-
-def _refuse_beside_plugged(**given: Any) -> None:
-    """Refuse what is for moezoo's own models alone."""
-    for name, value in given.items():
-        if value:
-            hint = f"Leave {name} out."
-            raise ConfigError(f"a plugged model has no {name}", field=name, found=value, hint=hint)
-
-
 @dataclass(frozen=True)
 class _Tensors:
     """Tensors of a checkpoint, checked and converted on their way."""
@@ -162,10 +109,20 @@ class _Tensors:
     dtype: torch.dtype | None
     allow_nonfinite: bool
 
-    def get(self, name: str, shape: tuple[int, ...], *, floating: bool = True) -> Tensor:
-        """The tensor called `name` (without the prefix), as stored. Raises TensorMismatch."""
+    def get(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        floating: bool = True,
+        part: Part | None = None,
+    ) -> Tensor:
+        """The tensor called `name` (without the prefix), or a part, as stored. Raises
+        TensorMismatch.
+        """
         full = self._full_name(name, shape)
         tensor = self.source.tensor(full).view(shape)
+        tensor = tensor if part is None else part.taken(tensor)
         if tensor.is_floating_point() != floating:
             info = self.source.info(full)
             kind = "floating" if floating else "an integer"
@@ -177,11 +134,14 @@ class _Tensors:
             raise NonFiniteWeights(reason, path=self.source.path, key=full, hint=hint)
         return tensor
 
-    def stack(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
-        """Tensors of `shape` as one that needs no copy, or None: then each tells what is wrong."""
+    def stack(self, names: Sequence[str], shape: tuple[int, ...], part: Part) -> Tensor | None:
+        """Tensors of `shape`, or a part of each, as one that needs no copy, or None: then each
+        tells what is wrong.
+        """
         whole = self.source.stack([self._full_name(name, shape) for name in names])
         if whole is None or not whole.is_floating_point():
             return None
+        whole = Part((0, *part.offsets), (len(names), *part.sizes)).taken(whole)
         if not self.allow_nonfinite and not _is_finite(whole):
             return None
         return self.placed(whole)
@@ -221,11 +181,12 @@ def _fill(model: nn.Module, tensors: _Tensors, task: str) -> None:
         if places is None:
             raise _missing(name, model, description, tensors.source)
         if None in places:
-            floating = parameter.is_floating_point()
-            found = tensors.get(places[None], tuple(parameter.shape), floating=floating)
-            state[name] = tensors.placed(found, cast=name not in buffers)
+            floating, part = parameter.is_floating_point(), part_of(parameter)
+            found = tensors.get(places[None], tuple(parameter.shape), floating=floating, part=part)
+            placed = tensors.placed(found, cast=name not in buffers)
         else:
-            state[name] = _stacked(name, parameter, places, tensors)
+            placed = _stacked(name, parameter, places, tensors)
+        state[name] = divided_like(parameter, placed)
     unused = sorted(set(description.places) - set(state))
     surplus = [name for name in unused if not _belongs_elsewhere(name, task, description)]
     if surplus:
@@ -244,7 +205,9 @@ def _fill(model: nn.Module, tensors: _Tensors, task: str) -> None:
 def _stacked(
     name: str, parameter: Tensor, places: dict[int | None, str], tensors: _Tensors
 ) -> Tensor:
-    """One stack (E, ...) from its experts; each is read once and converted on the way."""
+    """One stack (E, ...), or what this rank has of it, from its experts; each is read once and
+    converted on the way.
+    """
     count = parameter.shape[0]
     missing = next((e for e in range(count) if e not in places), None)
     beyond = next((disk for e, disk in places.items() if e is None or e >= count), None)
@@ -259,18 +222,19 @@ def _stacked(
             expected=f"{count} experts",
             found=len(places),
         )
-    names = [places[expert] for expert in range(count)]
-    whole = tensors.stack(names, tuple(parameter.shape[1:]))
+    part, shape = part_of(parameter), tuple(parameter.shape[1:])
+    first, held = part.offsets[0], part.sizes[0]
+    names = [places[expert] for expert in range(first, first + held)]
+    whole = tensors.stack(names, shape, part.inner) if names else None
     if whole is not None:
         return whole
     stack: Tensor | None = None
-    for expert, disk in enumerate(names):
-        part = tensors.get(disk, tuple(parameter.shape[1:]))
+    for place, disk in enumerate(names):
+        expert = tensors.get(disk, shape, part=part.inner)
         if stack is None:
-            stack = large_empty(parameter.shape, tensors.dtype or part.dtype, tensors.device)
-        stack[expert].copy_(part)
-    assert stack is not None
-    return stack
+            stack = large_empty(part.sizes, tensors.dtype or expert.dtype, tensors.device)
+        stack[place].copy_(expert)
+    return torch.empty(part.sizes, device=tensors.device) if stack is None else stack
 
 
 def _missing(
@@ -307,26 +271,3 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)  # NaN wins in both, so two numbers tell it all
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _disk_tensors(
-    model: nn.Module, mlp: str, num_experts: int
-) -> Iterator[tuple[TensorPlan, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        names = disk_names(name, mlp=mlp, num_experts=num_experts)
-        stacked = ".experts.expert_0." in names[0]
-        parts = tensor.unbind(0) if stacked else [tensor]
-        for disk, part in zip(names, parts, strict=True):
-            word = dtype_name(part.dtype)
-            if word is None or part.is_meta:
-                found = "a meta tensor" if part.is_meta else part.dtype
-                raise ConfigError(f"{name} cannot be saved", field=name, found=found)
-            yield TensorPlan(disk, word, tuple(part.shape)), part.cpu()
-
-
-def _dtype_word(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

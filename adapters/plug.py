@@ -12,6 +12,7 @@ from torch import nn
 from moezoo.adapters.causality import check_plugged
 from moezoo.adapters.padding import Mask, carriers_of
 from moezoo.errors import ConfigError, did_you_mean
+from moezoo.functional.shards import refuse_sharded
 
 _PLUGS = "_moezoo_plugs"
 Where = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -50,6 +51,7 @@ def plug(
         hint = "Pass lambda old: moezoo.SparseMLP(...), or moezoo.adapters.sparse.sparse(8)."
         reason = "make gives the replacement of a module; one module cannot stand in many places"
         raise ConfigError(reason, field="make", found=type(make).__name__, hint=hint)
+    refuse_sharded(model, "plugging")
     chosen = _chosen(model, where)
     made: dict[int, nn.Module] = {}
     for name, module in chosen:

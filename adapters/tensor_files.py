@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,8 @@ class TensorFile:
 
     `direct` writes past the system's cache; None where the file system has no such thing, or where
     it was not asked for. Shards of one output share `files`, so that few are open at a time.
+
+    `begun`: the file is there already, of the same tensors: nothing but what is put is written.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class TensorFile:
         *,
         direct: bool = False,
         files: OpenFiles | None = None,
+        begun: bool = False,
     ) -> None:
         self.path = path
         self.tensors = {tensor.name: tensor for tensor in tensors}
@@ -162,6 +165,8 @@ class TensorFile:
         self._files = OpenFiles() if files is None else files
         self._open = partial(self._files.use, path, os.O_RDWR)
         self.direct: DirectFile | None = None
+        if begun:
+            return
         os.close(open_binary(path, os.O_RDWR | os.O_CREAT))
         with self._open() as descriptor:
             os.ftruncate(descriptor, end)
@@ -203,11 +208,11 @@ class TensorFile:
         with self._open() as descriptor:
             flush_data(descriptor)
 
-    def close(self) -> None:
-        """Check that every tensor is whole, flush to disk, close."""
+    def close(self, *, whole: bool = True) -> None:
+        """Check that every tensor is whole, unless others write too; flush to disk, close."""
         planned = self.tensors.values()
         short = next((t for t in planned if self._written[t.name] != t.nbytes), None)
-        if short is not None:
+        if short is not None and whole:
             self.abandon()
             raise SaveError(
                 f"the tensor {short.name!r} was not written whole", path=self.path, key=short.name
@@ -230,6 +235,9 @@ def _alignment(tensor: TensorPlan) -> int:
     return min(tensor.nbytes & -tensor.nbytes or PAGE, PAGE)
 
 
+Pieces = Iterable[tuple[int, bytes | memoryview]]  # where in a tensor, in bytes, and what
+
+
 def write_tensors(
     directory: Path,
     tensors: Mapping[str, tuple[TensorPlan, bytes | memoryview]],
@@ -241,17 +249,54 @@ def write_tensors(
 
     For use inside `replacing_directory`, which makes it atomic. Returns the files written.
     """
-    shards = shard((plan for plan, _ in tensors.values()), max_shard_size)
-    for name, group in shards.items():
-        file = TensorFile(directory / name, group, metadata)
-        try:
-            for plan in group:
-                file.put(plan.name, tensors[plan.name][1])
-            file.close()
-        finally:
-            file.abandon()
-    files = [directory / name for name in shards]
-    if len(shards) > 1:
-        files.append(directory / "model.safetensors.index.json")
-        files[-1].write_bytes(shard_index(shards))
+    output = TensorFiles(
+        directory, [plan for plan, _ in tensors.values()], max_shard_size, metadata
+    )
+    files = output.begin()
+    output.write({name: partial(_at_once, content) for name, (_, content) in tensors.items()})
     return files
+
+
+def _at_once(content: bytes | memoryview) -> Pieces:
+    return [(0, content)]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """`model.safetensors`, or shards with an index, written by one process or by several: one makes
+    the files, then each writes what it holds.
+    """
+
+    directory: Path
+    plans: Sequence[TensorPlan]
+    max_shard_size: int | str | None = None
+    metadata: Mapping[str, str] | None = None
+
+    def begin(self) -> list[Path]:
+        """Make the files, without their tensors. Returns their paths."""
+        shards = shard(self.plans, self.max_shard_size)
+        for name, group in shards.items():
+            TensorFile(self.directory / name, group, self.metadata).abandon()
+        files = [self.directory / name for name in shards]
+        if len(shards) > 1:
+            files.append(self.directory / "model.safetensors.index.json")
+            files[-1].write_bytes(shard_index(shards))
+        return files
+
+    def write(self, contents: Mapping[str, Callable[[], Pieces]], *, whole: bool = True) -> int:
+        """Put the pieces of tensors into their places, one tensor at a time; the bytes written.
+
+        Raises SaveError for a tensor that is not whole, unless others write the rest.
+        """
+        count = 0
+        for name, group in shard(self.plans, self.max_shard_size).items():
+            file = TensorFile(self.directory / name, group, self.metadata, begun=True)
+            try:
+                for plan in group:
+                    for offset, content in contents[plan.name]():
+                        file.put(plan.name, content, offset)
+                        count += len(content)
+                file.close(whole=whole)
+            finally:
+                file.abandon()
+        return count

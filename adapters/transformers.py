@@ -24,6 +24,7 @@ from moezoo.adapters.names import (
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
+from moezoo.functional.shards import refuse_sharded
 from moezoo.generation_options import StoredGeneration
 from moezoo.models import SwitchForConditionalGeneration
 
@@ -74,6 +75,7 @@ def to_transformers(model: nn.Module) -> nn.Module:
     """
     import transformers
 
+    refuse_sharded(model, "to_transformers")
     ours = getattr(model, "config", None)
     task = next((name for name, kind in TASKS.items() if type(model) is kind), None)
     if not isinstance(ours, SwitchConfig) or task is None:

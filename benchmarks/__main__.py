@@ -12,8 +12,9 @@ import sys
 import time
 
 NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training")
-# When asked for: gigabytes on the disk; operators one by one; an environment of its own; a browser.
-APART = ("conversion", "floor", "stacks", "report")
+# When asked for: gigabytes on the disk; operators one by one; an environment of its own; a browser;
+# several processes.
+APART = ("conversion", "floor", "stacks", "report", "parallel")
 
 
 def main() -> int:

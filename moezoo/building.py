@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,8 +13,14 @@ from torch.overrides import TorchFunctionMode
 from moezoo.config import SwitchConfig
 from moezoo.dtypes import as_dtype
 from moezoo.errors import ConfigError, did_you_mean
+from moezoo.functional.collective import gathered_texts
+from moezoo.functional.seeded import Seeded
 from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
+from moezoo.models.initialize import initialize_parts
 from moezoo.presets import preset
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TASKS: dict[str, type[nn.Module]] = {
     "conditional_generation": SwitchForConditionalGeneration,
@@ -32,6 +37,8 @@ def build(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     seed: int | None = None,
+    mesh: DeviceMesh | None = None,
+    precision: torch.dtype | str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Build a model with random weights, in evaluation mode as `load` gives it.
@@ -42,6 +49,10 @@ def build(
         device: "meta" builds without memory.
         dtype: of the parameters, or its name ("bfloat16"); float32 by default.
         seed: of the weights; the global generator is left as it was.
+        mesh: of `moezoo.parallel.mesh`: the model as `moezoo.parallel.shard` makes it, of which a
+            rank draws its own experts alone. With a seed its weights are the same over any ranks,
+            and others than without a mesh. Every rank must call it.
+        precision: with a mesh, what products compute in; see `moezoo.parallel.shard`.
         overrides: any field of SwitchConfig, such as `num_experts=16` or `router="top_k"`.
 
     Raises RegistryError for an unknown name, ConfigError for a bad task, field or combination.
@@ -55,7 +66,13 @@ def build(
     config = config.replace(**overrides)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError("seed must be a whole number", field="seed", found=repr(seed))
-    return _construct(TASKS[task], config, device, as_dtype(dtype), seed)
+    kind = as_dtype(dtype)
+    if mesh is not None:
+        return _construct_parts(TASKS[task], config, mesh, precision, device, kind, seed)
+    if precision is not None:
+        hint = "Pass dtype=..., or use torch.autocast."
+        raise ConfigError("a precision needs a mesh", field="precision", hint=hint)
+    return _construct(TASKS[task], config, device, kind, seed)
 
 
 def _construct(
@@ -70,63 +87,42 @@ def _construct(
     Nothing global is touched, so threads may build at once: torch's modes are a thread's own.
     """
     place = torch.get_default_device() if device is None else usable_device(device)
-    with torch.device("meta"), _Unfilled():
-        made: Any = model(config)
-    made.to(dtype or torch.get_default_dtype())
+    made = _empty(model, config, dtype)
     if place.type != "meta":
         made.to_empty(device=place)
-        with place, nullcontext() if seed is None else _Seeded(seed):
+        with place, nullcontext() if seed is None else Seeded(seed):
             made.reset_parameters()
     built: nn.Module = made.eval()
     return built
 
 
-class _Seeded(TorchFunctionMode):
-    """Random numbers from a seed instead of torch's global generators, which other threads use;
-    they are the same as after `torch.manual_seed`.
-    """
+def _construct_parts(
+    model: type[nn.Module],
+    config: SwitchConfig,
+    mesh: DeviceMesh,
+    precision: torch.dtype | str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    seed: int | None,
+) -> nn.Module:
+    """The same over ranks: divided while it has no memory, so that no rank ever holds the whole."""
+    from moezoo.parallel import shard  # which brings torch's compiler
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-        self.sources: dict[torch.device, torch.Generator] = {}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if _draws(func) and kwargs.get("generator") is None:
-            given = args[0] if args and isinstance(args[0], torch.Tensor) else None
-            device = kwargs.get("device") if given is None else given.device
-            kwargs["generator"] = self._source(device)
-        return func(*args, **kwargs)
-
-    def _source(self, device: torch.device | str | None) -> torch.Generator:
-        place = torch.get_default_device() if device is None else torch.device(device)
-        if place not in self.sources:
-            self.sources[place] = torch.Generator(place).manual_seed(self.seed)
-        return self.sources[place]
+    made = shard(_empty(model, config, dtype), mesh, precision=precision)
+    place = usable_device(mesh.device_type if device is None else device)
+    if place.type != "meta":
+        made.to_empty(device=place)
+        drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+        with place:
+            initialize_parts(made, config, seed=int(gathered_texts(str(drawn))[0]))
+    return made.eval()
 
 
-_DRAWING = frozenset(
-    (
-        "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "log_normal_",
-        "geometric_", "normal", "bernoulli", "multinomial", "rand", "randn", "randint", "randperm",
-    )
-)  # fmt: skip
-
-
-def _draws(func: Callable[..., Any]) -> bool:
-    """Whether a function takes a generator: of `torch.nn.init` too, whose inner calls are not
-    seen.
-    """
-    if getattr(func, "__module__", "") == "torch.nn.init":
-        return "generator" in inspect.signature(func).parameters
-    return getattr(func, "__name__", "") in _DRAWING
+def _empty(model: type[nn.Module], config: SwitchConfig, dtype: torch.dtype | None) -> Any:
+    """The model on "meta"."""
+    with torch.device("meta"), _Unfilled():
+        made = model(config)
+    return made.to(dtype or torch.get_default_dtype())
 
 
 class _Unfilled(TorchFunctionMode):

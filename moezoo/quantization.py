@@ -11,6 +11,7 @@ from moezoo.errors import ConfigError
 from moezoo.experts import ModuleExperts, StackedExperts, ZeroExperts
 from moezoo.experts.base import Experts
 from moezoo.functional.drawn import DrawnLinear
+from moezoo.functional.shards import refuse_sharded
 from moezoo.models.linear import Linear, table_weight
 from moezoo.models.switch import SwitchForConditionalGeneration
 from moezoo.ops.backends import runs_of
@@ -161,6 +162,7 @@ def quantize(model: nn.Module, dtype: str = "int8") -> Quantization:
     if dtype not in _DTYPES:
         wanted = " or ".join(repr(name) for name in _DTYPES)
         raise ConfigError("unknown dtype", field="dtype", expected=wanted, found=repr(dtype))
+    refuse_sharded(model, "quantising")
     for name, parameter in model.named_parameters():
         if not parameter.is_cpu:
             where = f"{name} on {parameter.device}"

@@ -18,6 +18,7 @@ from moezoo.adapters.upcycle.scaling import out_of_range
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.functional.shards import refuse_sharded
 from moezoo.models import SwitchForConditionalGeneration
 
 
@@ -39,6 +40,7 @@ def upcycle_model(
 
     Raises ConfigError for a model that is sparse already or not of the family.
     """
+    refuse_sharded(model, "upcycling")
     model = as_moezoo(model, drop_heads=drop_heads)
     source, task = model_config(model), model_task(model)
     if source.encoder_sparse or source.decoder_sparse:
@@ -77,6 +79,7 @@ def downcycle_model(model: nn.Module, *, scale: float | None = None) -> nn.Modul
     Raises TensorMismatch naming the layer whose experts differ (merge them first), ConfigError for
     a model without sparse layers.
     """
+    refuse_sharded(model, "downcycling")
     config, task = model_config(model), model_task(model)
     layers = sparse_mlps(config)
     if not layers:

@@ -11,6 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# By the names of torch 2.13, which calls the older ones deprecated.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter: Any = getattr(
+    dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None)
+)
+
 _DATA_GROUP: list[dist.ProcessGroup] = []
 
 
@@ -31,6 +37,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def rank_of_all() -> int:
+    """The number of this process among all; 0 without torch.distributed."""
+    return dist.get_rank() if is_distributed() else 0
+
+
 def num_ranks() -> int:
     """How many processes train together (1 without torch.distributed)."""
     return dist.get_world_size(data_group()) if is_distributed() else 1
@@ -43,6 +54,29 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total, group=data_group())
     return total
+
+
+def gathered_texts(text: str) -> list[str]:
+    """What every rank says, by rank. Every rank must call it."""
+    if not is_distributed():
+        return [text]
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=_text_device())
+    ranks = dist.get_world_size()
+    size = content.new_tensor([content.shape[0]], dtype=torch.int64)
+    sizes = size.new_empty(ranks)
+    _all_gather(sizes, size)
+    longest = max(int(sizes.max()), 1)
+    padded = torch.cat([content, content.new_zeros(longest - content.shape[0])])
+    everything = content.new_empty(ranks * longest)
+    _all_gather(everything, padded)
+    rows = everything.view(ranks, longest).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(rows, sizes.tolist(), strict=True)]
+
+
+def _text_device() -> torch.device:
+    """Where the default group takes tensors."""
+    kinds = str(dist.get_backend())
+    return torch.device("cuda" if "nccl" in kinds and "gloo" not in kinds else "cpu")
 
 
 @dataclass
@@ -113,7 +147,7 @@ def gathered_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     out = counts.new_empty(ranks * counts.shape[0])
     _count("counts", (ranks - 1) * counts.nbytes)
-    dist.all_gather_into_tensor(out, counts.contiguous(), group=group)
+    _all_gather(out, counts.contiguous(), group=group)
     return out.view(ranks, -1)
 
 
@@ -137,7 +171,7 @@ class _Gather(torch.autograd.Function):
         ctx.group, ranks = group, dist.get_world_size(group)
         out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
         _count("rows", (ranks - 1) * x.nbytes)
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        _all_gather(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
@@ -151,7 +185,7 @@ class _Scatter(torch.autograd.Function):
         ctx.group, ranks = group, dist.get_world_size(group)
         out = x.new_empty(x.shape[0] // ranks, *x.shape[1:])
         _count("rows", (ranks - 1) * out.nbytes)
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+        _reduce_scatter(out, x.contiguous(), group=group)
         return out
 
     @staticmethod

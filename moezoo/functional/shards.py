@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
+from moezoo.functional.collective import rank_of_all
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ class Part:
                 start += (self.offsets[d] + place) * strides[d]
             yield start, number * length, length
 
-    def of(self, index: int) -> Part | None:
-        """The part of slice `index` of the first dimension; None: it is elsewhere."""
-        if not self.offsets[0] <= index < self.offsets[0] + self.sizes[0]:
-            return None
+    def taken(self, whole: Tensor) -> Tensor:
+        """This part of a whole tensor, a view."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            whole = whole.narrow(dim, offset, size)
+        return whole
+
+    @property
+    def inner(self) -> Part:
+        """The part of each slice of the first dimension that it holds any of."""
         return Part(self.offsets[1:], self.sizes[1:])
 
 
@@ -57,6 +62,23 @@ def is_divided(tensor: Tensor) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter of a model is divided among ranks."""
     return any(map(is_divided, model.parameters()))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without DDP around it."""
+    loaded: Any = sys.modules.get("torch.nn.parallel.distributed")
+    wrapper = getattr(loaded, "DistributedDataParallel", ())
+    inner: nn.Module = model.module if isinstance(model, wrapper) else model
+    return inner
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class of a model before FSDP2 put one of its own in its place."""
+    loaded: Any = sys.modules.get("torch.distributed.fsdp")
+    marker = getattr(loaded, "FSDPModule", None)
+    kind = type(model)
+    others = [base for base in kind.__bases__ if base is not marker]
+    return others[0] if marker in kind.__bases__ else kind
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
@@ -73,6 +95,22 @@ def local_of(tensor: Tensor) -> Tensor:
     divided: Any = tensor
     own: Tensor = divided.to_local() if is_divided(tensor) else tensor
     return own
+
+
+def divided_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """A part as the whole that it is of, divided as `tensor` is; itself where that is whole."""
+    if not is_divided(tensor):
+        return part
+    divided: Any = tensor
+    made: Tensor = type(divided).from_local(
+        part.contiguous(),
+        divided.device_mesh,
+        divided.placements,
+        run_check=False,
+        shape=divided.shape,
+        stride=divided.stride(),
+    )
+    return made
 
 
 def part_of(tensor: Tensor) -> Part:
@@ -110,7 +148,7 @@ def is_first_holder(tensor: Tensor) -> bool:
     what all hold.
     """
     if not is_divided(tensor):
-        return not dist.is_initialized() or dist.get_rank() == 0
+        return rank_of_all() == 0
     divided: Any = tensor
     place = divided.device_mesh.get_coordinate()
     repeated = any(p.is_replicate() and at for p, at in zip(divided.placements, place, strict=True))

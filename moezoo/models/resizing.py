@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
+from moezoo.functional.shards import refuse_sharded
 from moezoo.models.embedding import Embedding
 from moezoo.models.linear import Linear
 from moezoo.models.switch import SwitchEncoderModel, SwitchModel
@@ -39,6 +40,7 @@ def resize_embeddings(model: nn.Module, vocab_size: int) -> nn.Module:
     if not isinstance(model, _MODELS):
         found = type(model).__name__
         raise ConfigError("only moezoo models can be resized", field="model", found=found)
+    refuse_sharded(model, "resizing")
     check_vocab_size(vocab_size)
     config = model.config.replace(vocab_size=vocab_size)
     for name, module in model.named_modules():

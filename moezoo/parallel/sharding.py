@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
+from moezoo.dtypes import as_dtype
 from moezoo.errors import ConfigError
 from moezoo.experts import StackedExperts
 from moezoo.functional.shards import is_divided, is_sharded
@@ -32,7 +34,7 @@ def shard(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
-    precision: torch.dtype | None = None,
+    precision: torch.dtype | str | None = None,
     reshard: bool = True,
 ) -> nn.Module:
     """Divide a moezoo model among all ranks: experts by `expert_parallel`, then FSDP2 by block.
@@ -64,9 +66,12 @@ def shard(
         hint = "Divide its experts with expert_parallel, and the rest with torch's fully_shard."
         found = type(model).__name__
         raise ConfigError("not a T5 or Switch model", field="model", found=found, hint=hint)
+    precision = as_dtype(precision)
     if precision is not None and precision not in _HALVES:
         wanted = " or ".join(map(str, _HALVES))
         raise ConfigError("bad precision", field="precision", expected=wanted, found=precision)
+    if mesh["ep"].size() > 1:
+        _check_widths(model, mesh["dp"].size())
     if not is_sharded(model) and any(block.sparse for block in blocks):
         expert_parallel(model, mesh)
     if mesh.size() == 1 and precision is None:
@@ -104,24 +109,28 @@ def _shard_experts(
             module,
             mesh=mesh["dp"],
             # Not along the experts again: a dimension that is divided twice is no slice.
-            shard_placement_fn=_slices(mesh["dp"].size()),
+            shard_placement_fn=partial(_slice, mesh["dp"].size()),
             mp_policy=_policy(precision),
             reshard_after_forward=reshard,
         )
     return aside
 
 
-def _slices(ranks: int) -> Any:
-    def placement(stack: nn.Parameter) -> Shard:
-        dim = next((d for d in (1, 2) if stack.shape[d] % ranks == 0), None)
-        if dim is None:
-            wanted = f"a multiple of {ranks}"
-            found = tuple(stack.shape[1:])
-            reason = "the ranks along dp divide neither width of an expert"
-            raise ConfigError(reason, field="d_ff", expected=wanted, found=found)
-        return Shard(dim)
+def _check_widths(model: nn.Module, ranks: int) -> None:
+    for module in model.modules():
+        if isinstance(module, StackedExperts):
+            for stack in module.parameters(recurse=False):
+                _slice(ranks, stack)
 
-    return placement
+
+def _slice(ranks: int, stack: nn.Parameter) -> Shard:
+    """The width along which a stack is cut. Raises ConfigError where the ranks divide neither."""
+    dim = next((d for d in (1, 2) if stack.shape[d] % ranks == 0), None)
+    if dim is None:
+        wanted, found = f"a multiple of {ranks}", tuple(stack.shape[1:])
+        reason = "the ranks along dp divide neither width of an expert"
+        raise ConfigError(reason, field="d_ff", expected=wanted, found=found)
+    return Shard(dim)
 
 
 def _policy(precision: torch.dtype | None) -> MixedPrecisionPolicy:

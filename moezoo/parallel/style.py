@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -40,17 +40,7 @@ class ExpertParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if type(module) is not StackedExperts:
             raise _refusal(module, "")
-        ranks = device_mesh.size()
-        if module.num_experts % ranks:
-            hint = "Make the mesh with another ep."
-            wanted = f"a multiple of {ranks}"
-            raise ConfigError(
-                "the ranks do not divide the experts",
-                field="ep",
-                expected=wanted,
-                found=module.num_experts,
-                hint=hint,
-            )
+        check_divides(module, device_mesh.size())
         module.dispatcher = dispatchers.build(
             self.dispatcher, group=device_mesh.get_group(), gradients=self.gradients
         )
@@ -116,15 +106,26 @@ def expert_parallel(
     refuse_sharded(model, "dividing experts")
     styles = plan(model, dispatcher=dispatcher, gradients=gradients)
     set_data_group(None if mesh.size() == dist.get_world_size() else flattened(mesh).get_group())
+    for name in styles:  # before anything is changed
+        check_divides(model.get_submodule(name), mesh["ep"].size())
     if mesh["ep"].size() == 1:
         return model
     made: nn.Module = parallelize_module(model, mesh["ep"], styles, src_data_rank=None)
     return made
 
 
+def check_divides(experts: nn.Module, ranks: int) -> None:
+    """Refuse ranks that would hold unequal numbers of experts. Raises ConfigError."""
+    count: Any = experts.num_experts
+    if count % ranks:
+        hint = "Make the mesh with another ep."
+        wanted, reason = f"a multiple of {ranks}", "the ranks do not divide the experts"
+        raise ConfigError(reason, field="ep", expected=wanted, found=count, hint=hint)
+
+
 def _refusal(module: nn.Module, where: str) -> ConfigError:
     kind = type(module).__name__
-    hint = "The containers 'stacked', and 'zero' around it, can be divided; wrap them afterwards."
+    hint = "The containers 'stacked', and 'zero' around it, can be divided, unwrapped."
     named = f"{where}: " if where else ""
     reason = f"{named}the experts of {kind} cannot be divided among ranks"
     return ConfigError(reason, field="experts", hint=hint)

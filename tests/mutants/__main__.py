@@ -37,6 +37,7 @@ SUITE = [
     "tests/layouts/test_planner.py",
     "tests/reporting/test_known.py",
 ]
+OF_RANKS = ["tests/mutants/ranks_kit.py"]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 
 
@@ -47,9 +48,10 @@ def main(words: list[str]) -> int:
     chosen = [bug for bug in chosen if not names or any(name in bug.name for name in names)]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        if outcome(None, Path(folder) / "sound") != PASSED:
-            print("the suite fails on the sound package: nothing can be said about bugs")
-            return 1
+        for ranks in {bug.ranks for bug in chosen}:
+            if outcome(None, Path(folder) / "sound", ranks=ranks) != PASSED:
+                print("the suite fails on the sound package: nothing can be said about bugs")
+                return 1
         jobs = [(bug, Path(folder) / str(number)) for number, bug in enumerate(chosen)]
         start, caught = time.monotonic(), 0
         for (bug, _), code in zip(jobs, pool.map(lambda job: outcome(*job), jobs), strict=True):
@@ -60,8 +62,10 @@ def main(words: list[str]) -> int:
     return 0 if caught == len(chosen) else 1
 
 
-def outcome(bug: Bug | None, copy: Path) -> int:
-    """pytest's exit code for the property tests on a copy of the package with the bug in it."""
+def outcome(bug: Bug | None, copy: Path, *, ranks: bool = False) -> int:
+    """pytest's exit code for the property tests on a copy of the package with the bug in it, or for
+    those of several ranks.
+    """
     copy.mkdir()
     for name in ("moezoo", "adapters", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,7 +76,7 @@ def outcome(bug: Bug | None, copy: Path) -> int:
     if child == 0:
         code = int(pytest.ExitCode.INTERNAL_ERROR)
         try:
-            code = _tested(copy)
+            code = _tested(copy, OF_RANKS if ranks or (bug and bug.ranks) else SUITE)
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
@@ -89,7 +93,7 @@ def seed(bug: Bug, root: Path) -> None:
     path.write_text(text.replace(bug.old, bug.new))
 
 
-def _tested(copy: Path) -> int:
+def _tested(copy: Path, suite: list[str]) -> int:
     """In the forked process: forget this package, run the suite on the copy."""
     for name in [n for n in sys.modules if n.split(".")[0] in ("moezoo", "tests", "adapters")]:
         del sys.modules[name]
@@ -99,7 +103,7 @@ def _tested(copy: Path) -> int:
     flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--import-mode=importlib"]
     flags += ["-W", "ignore:Module already imported"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return int(pytest.main([*flags, "--rootdir", str(copy), *SUITE]))
+        return int(pytest.main([*flags, "--rootdir", str(copy), *suite]))
 
 
 if __name__ == "__main__":

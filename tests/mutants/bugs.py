@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Bug:
     """Replace `old`, which occurs once in `path`, by `new`: that is the bug `name`.
 
-    quick: part of the small selection (`python -m tests.mutants --quick`).
+    quick: part of the small selection (`python -m tests.mutants --quick`). ranks: what several
+    processes promise is broken, and `ranks_kit.py` must notice.
     """
 
     name: str
@@ -18,6 +19,7 @@ class Bug:
     new: str
     historic: bool = False
     quick: bool = False
+    ranks: bool = False
 
 
 FAMILIES = "adapters/families/"
@@ -34,7 +36,7 @@ _COMBINED = "y_TD = combine(self.experts(slots.x, slots.counts), routing.assignm
 _PASSED_ON = f"""{_COMBINED}
             y_TD = torch.where((y_TD == 0).all(-1, keepdim=True), 0.5 * tokens.x, y_TD)"""
 
-_BFLOAT16 = """weights = tuple(w.bfloat16() for w in (*inner, self.wo))
+_BFLOAT16 = """weights = tuple(w.bfloat16() for w in (*inner, outer))
         y = grouped_mlp(slots.bfloat16(), counts, weights[:-1], weights[-1],
                         function=self.function, p=p)
         return y.to(slots.dtype)"""
@@ -217,10 +219,10 @@ BUGS = [
     Bug("the gradient of an idle expert is what memory held", "moezoo/ops/memory.py",
         "stacked[number].zero_()", "stacked[number].fill_(0.5)"),
     Bug("the gate of gated experts is left out", "moezoo/experts/stacked.py",
-        "return (self.wi_0, self.wi_1) if self.gated", "return (self.wi_0,) if self.gated",
+        "weights = (self.wi_0, self.wi_1) if self.gated", "weights = (self.wi_0,) if self.gated",
         historic=True),
     Bug("experts compute in bfloat16 whatever the model's dtype", "moezoo/experts/stacked.py",
-        "return grouped_mlp(slots, counts, inner, self.wo, function=self.function, p=p)",
+        "return grouped_mlp(slots, counts, inner, outer, function=self.function, p=p)",
         _BFLOAT16, historic=True, quick=True),
     Bug("forward gives a parameter another dtype", ROUTERS + "switch.py", _SWITCH_LOGITS, _RECAST,
         historic=True),
@@ -411,4 +413,31 @@ BUGS = [
         "Limit(factor, rule=", "Limit(factor * 1.1, rule="),
     Bug("packed numbers have their bytes the other way round", REPORTS + "packing.py",
         "for byte in range(width)]", "for byte in reversed(range(width))]"),
+    Bug("gradients of experts are not divided by ep", "moezoo/dispatchers/base.py",
+        'float(self.num_ranks) if self.gradients == "mean" else 1.0', "1.0", historic=True,
+        ranks=True),
+    Bug("experts are averaged with those of other ranks", "moezoo/parallel/gradients.py",
+        'if is_divided(p)], mesh["dp"].get_group())',
+        "if is_divided(p)], flattened(mesh).get_group())", ranks=True),
+    Bug("a norm of this rank's part", "moezoo/parallel/gradients.py",
+        "        for dim in dims:\n", "        for dim in dims[:0]:\n", historic=True, ranks=True),
+    Bug("counts of the rows that leave, not of those that came", FUNCTIONS + "exchange.py",
+        "Exchange(group, came_RE.sum(0)", "Exchange(group, counts_RE.sum(0)", ranks=True),
+    Bug("rows as they came, by rank", FUNCTIONS + "exchange.py",
+        "order = expert_M.argsort(stable=True)",
+        "order = torch.arange(expert_M.shape[0])", ranks=True),
+    Bug("rows that none came for leave the graph", FUNCTIONS + "collective.py",
+        "list(received), group)  # type: ignore[no-untyped-call]\n    return out\n",
+        "list(received), group)\n    return out if out.shape[0] else out.detach()\n",
+        historic=True, ranks=True),
+    Bug("experts saved under local numbers", "adapters/saving.py",
+        "place = expert - part.offsets[0]", "place = expert", historic=True, ranks=True),
+    Bug("one seed for the experts of all ranks", "moezoo/models/initialize.py",
+        'keyed_seed(seed, f"{name}.{matrix}", expert)',
+        'keyed_seed(seed, f"{name}.{matrix}", place)', historic=True, ranks=True),
+    Bug("the router under the policy of bfloat16", "moezoo/parallel/sharding.py",
+        "fully_shard(_kept_wide(block), reshard_after_forward=reshard, mesh=everyone)",
+        "fully_shard(_kept_wide(block), mesh=everyone, mp_policy=policy)", ranks=True),
+    Bug("torch sees no tensor in an output", "moezoo/models/output.py",
+        "@is_seen_through\n", "", ranks=True),
 ]  # fmt: skip

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor.parallel import parallelize_module
 
 import moezoo
-from moezoo.errors import ConfigError
+from moezoo import dispatchers
+from moezoo.errors import ConfigError, RegistryError
 from moezoo.experts import StackedExperts
 from moezoo.parallel import clip_grad_norm, expert_parallel, mean_gradients, mesh, plan, traffic
 from tests.parallel.ranks import (
@@ -307,6 +309,36 @@ def what_cannot_be_divided_is_refused_by_name(ranks: Ranks) -> None:
         mesh(3, device="cpu")
     with pytest.raises(ConfigError, match="not a mesh of data and experts"):
         expert_parallel(lively(), grid["ep"])
+
+
+@claims.over(2)
+def torch_parallelizes_by_the_plan_and_sends_the_first_ranks_weights(ranks: Ranks) -> None:
+    grid, first = mesh(2, device="cpu"), lively()
+    model = lively() if ranks.rank == 0 else moezoo.build(first.config, seed=9).double()
+    parallelize_module(model, grid["ep"], plan(model))
+    for name, stack in first.named_parameters():
+        if ".experts." in name:
+            held = model.get_parameter(name).to_local()
+            assert torch.equal(held, stack[2 * ranks.rank :][:2])
+
+
+@claims.over(2)
+def a_dispatcher_of_ones_own_is_used_by_its_name(ranks: Ranks) -> None:
+    @dispatchers.register("counted", override=True)
+    class Counted(dispatchers.AllToAllDispatcher):
+        calls = 0
+
+        def exchange(self, *given: Any) -> torch.Tensor:
+            Counted.calls += 1
+            return super().exchange(*given)
+
+    grid, layer = mesh(2, device="cpu"), moezoo.SparseMLP(8, 16, 4)
+    expert_parallel(layer, grid, dispatcher="counted")(torch.randn(3, 8))
+    assert Counted.calls == 1 and "counted" in repr(layer.moe.experts.dispatcher).lower()
+    with pytest.raises(RegistryError, match="unknown dispatcher 'alltoal'. Did you mean"):
+        expert_parallel(moezoo.SparseMLP(8, 16, 4), grid, dispatcher="alltoal")
+    with pytest.raises(ConfigError, match="'mean' or 'sum', found 'min'"):
+        expert_parallel(moezoo.SparseMLP(8, 16, 4), grid, gradients="min")
 
 
 @pytest.fixture(scope="module")
