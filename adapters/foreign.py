@@ -10,7 +10,7 @@ from moezoo.errors import CheckpointError, ConfigError, nearest
 
 _FAMILIES = "moezoo reads T5, mT5, ByT5, UMT5, Switch and its own models"
 _PLUG = f"{_FAMILIES}; moezoo.plug puts experts into any live model."
-_STACKS = f"{_PLUG[:-1]}; `moezoo upcycle` takes it with its config.json (docs/stacks.md)."
+_STACKS = "`moezoo upcycle` takes it with its config.json; moezoo.plug takes the live model."
 _MERGE = "Merge it into its model first: merge_and_unload() of peft, then save_pretrained."
 _FLOATING = "Use the model's weights in float32, bfloat16 or float16."
 # Classes of transformers by how their names begin, for configs without a model_type.

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
     parser.add_argument("--worker", nargs="+", metavar="WORD", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -56,13 +57,19 @@ def main() -> None:
         return
     python = environment(options.environment)
     results: dict[str, dict[str, Any]] = {}
-    for name in CASES:
+    for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
             child("dense", name, str(path / "dense"), str(options.width), str(options.layers))
             results[name] = {tool: measured(tool, path, options.experts, python) for tool in TOOLS}
             print(name, json.dumps(results[name]), flush=True)
-    # Only now, because a child's peak counts what its parent held when it started.
+    write(options, python, results)
+
+
+def write(options: argparse.Namespace, python: Path, results: dict[str, Any]) -> None:
+    """The samples and the page. Only at the end, because a child's peak counts what its parent held
+    when it started, and this needs torch.
+    """
     from benchmarks.tables import machine, save
 
     record = {"machine": machine(), "mergekit": package(python, "mergekit"),

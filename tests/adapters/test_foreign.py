@@ -45,7 +45,7 @@ def refusal(path: Path) -> str:
     ("values", "said"),
     [
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "'bert', BertForMaskedLM"),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "'llama'"),
+        ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "'gpt_neox'"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"model_type": "t5x"}, "Did you mean 't5'"),
         ({"model_type": ["t5"]}, "model_type"),

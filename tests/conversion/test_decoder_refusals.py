@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import moezoo
 from moezoo.adapters.checkpoint_source import open_checkpoint
@@ -92,6 +97,23 @@ def test_the_way_out_works(family: str, options: dict[str, Any], tmp_path: Path)
     with torch.no_grad():
         expected = model(ids()).logits
         moezoo.plug(model, "model.layers.*.mlp", sparse(4))
+        assert relative(model(ids()).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "where"),
+    [("exaone4", "mlp"), ("glm4", "mlp"), ("phi3", "mlp"), ("lfm2", "feed_forward"),
+     ("gemma3_text", "mlp")],
+)  # fmt: skip
+def test_models_without_a_sibling_are_plugged(model_type: str, where: str) -> None:
+    """As docs/stacks.md says."""
+    options = {"full_attn_idxs": [1]} if model_type == "lfm2" else {}
+    config = AutoConfig.for_model(model_type, **SIZES, head_dim=8, **options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        expected = model(ids()).logits
+        moezoo.plug(model, f"model.layers.*.{where}", sparse(4))
         assert relative(model(ids()).logits, expected) < 1e-5
 
 

@@ -97,6 +97,16 @@ def test_an_export_keeps_every_tensor_and_gives_one_expert(tmp_path: Path) -> No
     assert torch.equal(wide.model.embed_tokens.weight[:61], table)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "granite"])
+def test_what_was_exported_is_verified_against_the_dense_model(family: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    export(tmp_path / "moe", tmp_path / "half", dtype="bfloat16")
+    assert verify(tmp_path / "half", source).passed
+    export(tmp_path / "half", tmp_path / "wide", vocab_size=70)
+    assert verify(tmp_path / "wide", source).passed
+
+
 def test_one_expert_of_a_published_sparse_model_is_a_dense_one(tmp_path: Path) -> None:
     """Without provenance: the dense class that the sparse one comes from."""
     upcycle(dense_decoder(tmp_path / "dense"), tmp_path / "moe", num_experts=2)

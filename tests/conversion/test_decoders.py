@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moezoo.adapters.checkpoint_source import open_checkpoint
+from moezoo.adapters.fused import part_name
 from moezoo.adapters.plan import make_plan
+from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.adapters.upcycle import downcycle, upcycle
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.verify import verify
@@ -180,6 +182,24 @@ def test_a_fused_tensor_is_written_whole_whatever_the_shards(family: str, tmp_pa
     fused = [tensor for tensor in one.values() if tensor.dim() == 3]
     assert {tuple(tensor.shape) for tensor in fused} == {(3, 48, 16), (3, 16, 24)}
     assert verify(tmp_path / "many", source).passed
+
+
+def test_parts_of_a_fused_tensor_are_found_again_after_a_kill(tmp_path: Path) -> None:
+    plans = [TensorPlan(part_name("whole", e, p, 2), "F32", (3, 4)) for e in (0, 1) for p in (0, 1)]
+    first = TensorFile(tmp_path / "file", plans)
+    content = {plan.name: bytes([number]) * 48 for number, plan in enumerate(plans)}
+    first.put(plans[2].name, content[plans[2].name])
+    first.abandon()
+    again = TensorFile(tmp_path / "file", plans)
+    for plan in plans:
+        held = again.holds(plan.name, content[plan.name])
+        assert held == (plan.name in (plans[0].name, plans[2].name))  # the first is zeros
+        if not held:
+            again.put(plan.name, content[plan.name])
+    again.close()
+    (whole,) = load_file(tmp_path / "file").values()
+    assert whole.shape == (2, 6, 4)
+    assert whole.view(torch.uint8).view(-1)[::48].tolist() == [0, 1, 2, 3]
 
 
 def test_memory_does_not_grow_with_the_model_and_no_torch_is_needed(tmp_path: Path) -> None:
