@@ -89,7 +89,7 @@ def _report(arguments: argparse.Namespace) -> Report:
     return report(
         model, _batches(arguments, model, tokenizer), tokenizer=tokenizer, run=arguments.run,
         against=other, against_name=arguments.against or "", tokens=arguments.tokens,
-        title=f"Routing of {Path(arguments.source).name}",
+        title=f"Routing of {arguments.source}",
     )  # fmt: skip
 
 

@@ -59,6 +59,16 @@ def test_the_demo_goes_from_facts_and_text_to_a_picture(
     assert "moezoo upcycle" in page
     assert 'src="data:image/png' in page
     assert "http" not in page
+    text_of_page = (out / "routing.html").read_text()
+    mark = '<script type="application/json" id="moezoo-report">'
+    routing = json.loads(text_of_page.partition(mark)[2].partition("</script>")[0])
+    assert routing["run"]["steps"] == 4 and len(routing["layers"]) == 2
+    assert routing["pair"]["dense"] and routing["pair"]["layers"][0]["siblings"]
+    again = tmp_path / "again.html"  # the run directory is one that the verb takes
+    words = ["report", str(out / "run/model"), "--run", str(out / "run"), "--text", str(text)]
+    words += ["--against", str(out / "dense"), "--batches", "1", "--length", "32"]
+    assert cli.main([*words, "--out", str(again)]) == 0
+    assert again.read_text().count("</script>") == 2
     # A folder that a demo made takes another one.
     assert cli.main(["demo", "--out", str(out), "--text", str(text), *SMALL]) == 0
 

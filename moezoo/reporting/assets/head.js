@@ -14,7 +14,10 @@ function headOf(report) {
   const parts = [h("h1", {}, h("bdi", {}, report.title)), h("p", { class: "facts" }, facts)];
   if (report.live) parts.push(h("p", { id: "live", class: "live" }, "live"));
   if (report.notes.length) {
-    parts.push(h("ul", { class: "notes" }, report.notes.map((note) => h("li", {}, note))));
+    const list = h("ul", { class: "notes" }, report.notes.map((note) => h("li", {}, note)));
+    const title = `What stands out: ${plural(report.notes.length, "finding")}`;
+    parts.push(report.notes.length < 4 ? list
+      : h("details", { class: "found" }, h("summary", {}, title), list));
   }
   return parts;
 }
