@@ -20,7 +20,7 @@ from moezoo.adapters.verification import LevelResult
 from moezoo.adapters.verify_function import disturb, fill, judged, random_ids, relative
 from moezoo.assemble import make_moe
 from moezoo.config import SwitchConfig
-from moezoo.errors import ConfigError
+from moezoo.errors import ConfigError, how_to_install
 from moezoo.layer import MoE
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.records import Assignment
@@ -49,12 +49,13 @@ def logits_agree(plan: Plan, source: CheckpointSource, made: CheckpointSource) -
     tensor that it misses or does not expect is a failure.
     """
     ids = random_ids(plan)
-    dense, _ = load_transformers(source)
+    words = {"purpose": "the fourth level of a decoder", "without": "--levels 1,2,3,5"}
+    dense, _ = load_transformers(source, **words)
     expected = dense(ids).logits
     disturb(dense, plan, made, _down)
     sensitivity = relative(dense(ids).logits, expected)
     del dense
-    model, strange = load_transformers(made)
+    model, strange = load_transformers(made, **words)
     error = relative(model(ids).logits[..., : expected.shape[-1]], expected)
     if strange:
         facts = {"error": error, "details": {"strange": strange[:20]}}
@@ -92,18 +93,21 @@ CHECKS: dict[int, Check] = {3: layers_agree, 4: logits_agree, 5: routers_are_hea
 
 
 def load_transformers(
-    checkpoint: CheckpointSource, *, device: str = "cpu"
+    checkpoint: CheckpointSource, *, purpose: str, without: str, device: str = "cpu"
 ) -> tuple[nn.Module, list[str]]:
     """The model as transformers loads it, in float32, and the names of tensors that it missed, did
-    not expect or found in another shape. Raises ConfigError where transformers is not installed.
+    not expect or found in another shape.
+
+    Args:
+        purpose, without: what it is for, and what does without it; for the ConfigError that is
+            raised where transformers is not installed.
     """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise ConfigError(
-            "running a decoder needs transformers", field="transformers",
-            hint="pip install 'moezoo[hf]'; verification without it: --levels 1,2,3,5; routers "
-            "without it: --inputs embeddings.",
+            f"{purpose} needs transformers, which is missing", field="transformers",
+            hint=f"{how_to_install('hf')}. Without it: {without}.",
         ) from None  # fmt: skip
     # Its kernels for groups of rows refuse some sizes; the weights are what is looked at.
     plain = {"experts_implementation": "eager"} if checkpoint.config.decoder_sparse else {}

@@ -170,8 +170,11 @@ def measured(tool: str, folder: Path, experts: int, python: Path) -> dict[str, A
         cost = run(command)
     except RuntimeError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return {"refused": lines[-1][:300]}
-    return {**cost.to_dict(), **child("compare", str(folder / "dense"), str(target))}
+        return {"refused": f"refused: {lines[-1][:300]}"}
+    try:
+        return {**cost.to_dict(), **child("compare", str(folder / "dense"), str(target))}
+    except subprocess.CalledProcessError as error:
+        return {"refused": f"transformers cannot run it: {error.stderr.splitlines()[-1][:300]}"}
 
 
 def their_recipe(dense: Path, experts: int) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def _row(found: dict[str, Any]) -> list[str]:
 
 
 def _refused(found: dict[str, Any]) -> list[str]:
-    return ["refused: " + found["refused"].replace("|", "/"), *["-"] * 6]
+    return [found["refused"].replace("|", "/"), *["-"] * 6]
 
 
 if __name__ == "__main__":

@@ -142,7 +142,10 @@ def layer_inputs(
         from moezoo.adapters.verify_decoder import load_transformers
 
         family = DecoderFamily(checkpoint.config.model_type)
-        decoder, _ = load_transformers(checkpoint, device=calibration.device)
+        decoder, _ = load_transformers(
+            checkpoint, purpose="what the layers of a decoder read", device=calibration.device,
+            without="--inputs embeddings",
+        )  # fmt: skip
         modules = {layer: family.module(layer) for layer in layers}
         found = collected_inputs(decoder, calibration, list(modules.values()))
         return {layer: found[module] for layer, module in modules.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import moezoo
 from moezoo.adapters.checkpoint_source import open_checkpoint
 from moezoo.adapters.sparse import sparse
 from moezoo.adapters.upcycle import upcycle
+from moezoo.adapters.upcycle.calibration import Calibration
 from moezoo.adapters.verify import verify
 from moezoo.errors import MoezooError
 from tests.conversion.decoders import SIZES, dense_decoder, edit_config, ids, logits, relative
@@ -265,6 +267,13 @@ def test_the_fourth_level_alone_asks_for_transformers(
     assert verify(tmp_path / "moe", source, levels=(1, 2, 3, 5)).passed
     with pytest.raises(MoezooError, match=r"needs transformers.*--levels 1,2,3,5"):
         verify(tmp_path / "moe", source, levels=(4,))
+    sample = Calibration([[5, 9], [33]], experts=[0, 1])
+    line = refused(source, tmp_path / "aimed", num_experts=2, router_init="prompts",
+                   calibration=sample)  # fmt: skip
+    assert "needs transformers" in line
+    assert "--inputs embeddings" in line
+    sample = dataclasses.replace(sample, inputs="embeddings")
+    upcycle(source, tmp_path / "aimed", num_experts=2, router_init="prompts", calibration=sample)
 
 
 @pytest.mark.parametrize(("level", "name"), [(1, "w3"), (2, "w1"), (3, "w2"), (4, "gate_proj")])
