@@ -36,7 +36,7 @@ SUITE = [
     "tests/training/test_adafactor.py",
     "tests/layouts/test_planner.py",
 ]
-OF_RANKS = ["tests/mutants/ranks_kit.py"]
+OF_RANKS = ["tests/mutants/ranks_kit.py", "tests/mutants/training_kit.py"]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 
 

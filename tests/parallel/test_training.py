@@ -259,9 +259,8 @@ def state_of_experts() -> nn.Module:
     return state("experts", RECIPES["adamw"], ep=2).model
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def prepare(folder: Path) -> None:
+    """What one process finds, for the ranks to compare with."""
     write_references(folder)
     saved = state("alone", RECIPES["adamw"])
     trained(saved, RECIPES["adamw"], until=3)
@@ -269,6 +268,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Pa
     whole = model().eval()
     for name, options in GENERATIONS.items():
         torch.save([generated(whole, rank, options) for rank in range(2)], folder / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    prepare(folder)
     yield started(__name__, folder), folder
     shutil.rmtree(folder, ignore_errors=True)
 
