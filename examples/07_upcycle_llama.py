@@ -1,6 +1,6 @@
 """Turn a dense Llama into a Mixtral that computes the same, and train it with transformers.
 
-Run: python examples/07_upcycle_llama.py [DIRECTORY OF A LLAMA]      (without one, a small one is made)
+Run: python examples/07_upcycle_llama.py [DIRECTORY OF A LLAMA]     (without, a small one is made)
 Needs the extra: pip install 'moezoo[hf]'
 """
 
@@ -33,9 +33,8 @@ def small_llama(folder: Path) -> Path:
 
 def counting(rows: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
     """Sequences of 24 ids that count up by one: something that can be learnt in seconds."""
-    starts = torch.randint(
-        3, vocabulary - 24, (rows, 1), generator=torch.Generator().manual_seed(1)
-    )
+    torch.manual_seed(1)
+    starts = torch.randint(3, vocabulary - 24, (rows, 1))
     return [{"input_ids": ids, "labels": ids} for ids in starts + torch.arange(24)]
 
 
