@@ -164,6 +164,16 @@ class ResumeMismatch(TrainingError):
     """A run is resumed with other settings than it was saved with."""
 
 
+class RankLost(TrainingError):
+    """A process of a distributed run was killed, stopped, cut off, or left with an error."""
+
+    exit_code = 5
+
+
+class RanksDiffer(TrainingError):
+    """The processes of a distributed run were started with different settings, data or weights."""
+
+
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or None when nothing is close."""
     matches = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)

@@ -41,8 +41,10 @@ def test_the_first_block_of_the_readme_is_python() -> None:
 def test_python_on_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks(page, "python")))
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    by_torchrun = page.parent == ROOT / "docs" / "parallel"
     done = subprocess.run(
-        [sys.executable, str(program)],
+        [sys.executable, *(ranks if by_torchrun else []), str(program)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True,

@@ -13,11 +13,23 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def started_as(example: Path) -> list[str]:
+    """What stands before an example's name where it says how it is run."""
+    return TORCHRUN if "Run: torchrun --nproc-per-node 2 " in example.read_text() else []
+
+
+def test_one_example_is_for_torchrun() -> None:
+    assert [path.stem for path in EXAMPLES if started_as(path)] == ["08_more_than_one_device"]
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(example)],
+        [sys.executable, "-W", "error", *started_as(example), str(example)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from moezoo.adapters.hf.base import MoezooPreTrainedModel
 from moezoo.adapters.hf.cache import GenerationCache
 from moezoo.errors import ConfigError
+from moezoo.functional.collective import ranks_of_loss, summed_over_ranks
 from moezoo.models.inputs import IGNORED, shifted_right
 from moezoo.models.output import SwitchOutput
 
@@ -112,8 +113,9 @@ class MoezooForConditionalGeneration(MoezooPreTrainedModel, GenerationMixin):  #
 
         Args:
             labels: (B, L). The decoder's input, when it is these shifted, may come along or not.
-            num_items_in_batch: labels of the whole step, when this is one of several batches that
-                are accumulated: the loss is this batch's share of the step's.
+            num_items_in_batch: labels of the whole step, of all its batches and ranks: the loss is
+                this batch's share of the step's, by its labels, that of the router losses by the
+                labels of all ranks, among which they are averaged.
             use_cache: return a cache; the config's choice while generating without labels.
 
         Raises ConfigError where attentions or hidden states of every layer are asked for.
@@ -136,17 +138,18 @@ class MoezooForConditionalGeneration(MoezooPreTrainedModel, GenerationMixin):  #
             encoder_last_hidden_state=None if encoder_outputs is None else encoder_outputs[0],
             past_key_values=None if past_key_values is None else past_key_values.inner,
         )
+        routers = self.model.router_losses.weighted(
+            {name: loss for name, loss in found.losses.items() if name != "cross_entropy"}
+        )
         loss = found.loss
         if loss is not None and labels is not None and num_items_in_batch is not None:
-            loss = loss * (labels != IGNORED).sum() / num_items_in_batch
+            loss = _share_of_step(loss, routers, labels, num_items_in_batch)
         output = MoezooOutput(
             loss=loss,
             logits=found.logits,
             past_key_values=past_key_values,
             encoder_last_hidden_state=found.encoder_last_hidden_state,
-            aux_loss=self.model.router_losses.weighted(
-                {name: loss for name, loss in found.losses.items() if name != "cross_entropy"}
-            ),
+            aux_loss=routers,
         )
         return _returned(output, return_dict)
 
@@ -197,6 +200,21 @@ class EncoderOf(nn.Module):
         _refuse(output_attentions, output_hidden_states)
         hidden, _, _ = self._owner[0]._encode(input_ids, attention_mask, inputs_embeds)
         return BaseModelOutput(last_hidden_state=hidden)
+
+
+def _share_of_step(
+    loss: Tensor, routers: Tensor | None, labels: Tensor, num_items: Tensor | int
+) -> Tensor:
+    """The loss of a batch as its part of a step of `num_items` labels, which Trainer sums over
+    batches and ranks. Ranks share the router losses of a batch equally, however many labels each
+    has.
+    """
+    own = (labels != IGNORED).sum()
+    share = loss * own / num_items
+    ranks = ranks_of_loss()
+    if ranks == 1 or routers is None:
+        return share
+    return share + routers * (summed_over_ranks(own) / ranks - own) / num_items
 
 
 def _refuse(output_attentions: bool | None, output_hidden_states: bool | None) -> None:

@@ -7,8 +7,9 @@ A verb is a module `moezoo/cli/<verb>.py` (dashes become underscores) with two f
 
 and one line in `VERBS` below, so that `--help` reads no other module. Raise MoezooError for what
 the user can mend: it is printed as one line, and its class decides the exit code (2 user error, 3
-bad input, 4 write failed). Results go to standard output, progress and errors to standard error.
-SIGINT and SIGTERM unwind the verb, so that its `with` blocks tidy up, and give 130 and 143.
+bad input, 4 write failed, 5 another rank is lost). Results go to standard output, progress and
+errors to standard error. SIGINT and SIGTERM unwind the verb, so that its `with` blocks tidy up, and
+give 130 and 143.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moezoo.cli.parser import Parser
+from moezoo.cli.ranks import refusal, world
 from moezoo.cli.signals import orderly_termination
 from moezoo.cli.terminal import complain
 from moezoo.errors import MoezooError
@@ -101,6 +103,11 @@ def _answered(arguments: Sequence[str] | None) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         complain(f"moezoo: unknown verb {verb!r}.{hint} See `moezoo --help`.")
         return 2
+    refused = refusal(verb)
+    if refused is not None:
+        if world()[0] == 0:
+            complain(f"moezoo: {refused}.")
+        return 2
     words.remove(verb)
     atexit.register(_leave_garbage)
     module = importlib.import_module(f"moezoo.cli.{verb}")
@@ -165,7 +172,8 @@ def _guarded(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespac
     except Exception as error:
         if parsed.debug:
             raise
-        complain(f"moezoo: {_line(error)}")
+        rank, ranks = world()
+        complain(f"moezoo: rank {rank}: {_line(error)}" if ranks > 1 else f"moezoo: {_line(error)}")
         return _exit_code(error)
 
 

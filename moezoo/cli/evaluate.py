@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from moezoo.cli.ranks import add_rank_arguments, joined
 from moezoo.cli.samples import add_tokenizer_argument, named_tokenizer
 
 
@@ -19,11 +20,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     add_task_arguments(parser)
     parser.add_argument("--examples", type=int, help="score so many pairs, the first ones (all)")
+    add_rank_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the metrics on the pairs that are given, or on those that a toy task holds out."""
-    from moezoo.adapters.checkpoint import load
+    with joined(arguments):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from moezoo.cli.terminal import complain
     from moezoo.errors import ConfigError
     from moezoo.training.evaluation import (
@@ -33,16 +39,23 @@ def run(arguments: argparse.Namespace) -> int:
         report,
         scored_pairs,
     )
+    from moezoo.training.sharding import load_over_ranks
 
     task = chosen_task(arguments)
     if arguments.examples is not None and arguments.examples < 1:
         raise ConfigError("--examples is at least 1", field="examples", found=arguments.examples)
     chosen = scored_pairs(arguments, task)[: arguments.examples]
     task = measurable(task, complain)
-    model: Any = load(arguments.source, task="conditional_generation", device=arguments.device)
+    model: Any = load_over_ranks(
+        arguments.source,
+        device=arguments.device,
+        ep=arguments.ep,
+        precision=arguments.precision,
+    )
     tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     if arguments.json:
-        print(json.dumps(measured(model, tokenizer, chosen, task)[0], indent=2))
+        found, _ = measured(model, tokenizer, chosen, task)
+        print(json.dumps(found, indent=2))
     else:
         report(model, tokenizer, chosen, task)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from moezoo.cli.parser import add_output
+from moezoo.cli.ranks import joined
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.terminal import complain
 from moezoo.cli.train import add_dataset_argument, add_run_arguments, watched
@@ -45,6 +46,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, then generate for held-out sources and print the metrics."""
+    with joined(arguments):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from moezoo.training.batches import pair_batches, unknown_targets
     from moezoo.training.corpus import fingerprint
     from moezoo.training.evaluation import chosen_task, measurable, report, task_pairs

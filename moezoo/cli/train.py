@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.cli.parser import add_output
+from moezoo.cli.ranks import add_rank_arguments, joined
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.settings import FromFile
 
@@ -100,10 +101,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument(
         "--allow-changes", action="store_true", help="go on with other settings than before"
     )
+    add_rank_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print where the model is."""
+    with joined(arguments):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from moezoo.training.batches import packed_ids, span_corruption_batches
     from moezoo.training.corpus import fingerprint, split
     from moezoo.training.session import execute, prepared

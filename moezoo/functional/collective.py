@@ -47,6 +47,18 @@ def num_ranks() -> int:
     return dist.get_world_size(data_group()) if is_distributed() else 1
 
 
+def rank() -> int:
+    """Which of them this process is, from 0."""
+    return dist.get_rank(data_group()) if is_distributed() else 0
+
+
+def ranks_of_loss() -> int:
+    """Over how many ranks a loss is taken: all while gradients are recorded, which all ranks do
+    equally often, and otherwise this one, so that a rank may evaluate alone.
+    """
+    return num_ranks() if torch.is_grad_enabled() else 1
+
+
 def summed_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, without gradient. Every rank must call it."""
     if num_ranks() == 1:

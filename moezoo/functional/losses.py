@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moezoo.functional.collective import num_ranks, summed_over_ranks
+from moezoo.functional.collective import ranks_of_loss, summed_over_ranks
 from moezoo.records import Assignment
 
 
@@ -31,6 +31,18 @@ def z_loss(logits_TE: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean over real tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
     logits_TE = _wide(logits_TE)
     return masked_mean(logits_TE.logsumexp(dim=-1).square(), real)
+
+
+def mean_over_ranks(mean: Tensor, real: Tensor | None, num_tokens: int) -> Tensor:
+    """A mean over this rank's real tokens as its part of the mean over the tokens of all ranks:
+    times its share of them and the number of ranks, so that the mean over ranks, of values and of
+    gradients, is that of all tokens together. As `global_load_balance`, who must call it included.
+    """
+    ranks = ranks_of_loss()
+    if ranks == 1:
+        return mean
+    own = mean.new_tensor(num_tokens) if real is None else real.sum().to(mean.dtype)
+    return mean * (own * ranks / summed_over_ranks(own).clamp(min=1))
 
 
 def squared_variation(value_E: Tensor) -> Tensor:
@@ -125,15 +137,18 @@ def global_load_balance(
     """E * sum_e f_e P_e with f over the tokens of all ranks (arXiv 2501.11873, eq. 4).
 
     A rank's value is its part times the number of ranks, so that the mean over ranks, of values and
-    of gradients, is the loss of all tokens together. Every rank must call it.
+    of gradients, is the loss of all tokens together. Every rank must call it while gradients are
+    recorded; without them it is the loss of the rank's own tokens.
     """
     probs_TE = _wide(probs_TE)
     counted = torch.where(assignment.kept, 1.0, 0.0).to(probs_TE.dtype)
     load_E = counted.new_zeros(assignment.num_experts)
     load_E = load_E.index_add(0, assignment.expert, counted)
     num_real = load_E.new_tensor(probs_TE.shape[0]) if real is None else real.sum().to(load_E.dtype)
-    everywhere = summed_over_ranks(torch.cat([load_E, num_real[None]]))
+    ranks, everywhere = ranks_of_loss(), torch.cat([load_E, num_real[None]])
+    if ranks > 1:
+        everywhere = summed_over_ranks(everywhere)
     total = everywhere[-1].clamp(min=1)
     p_TE = probs_TE if real is None else torch.where(real[:, None], probs_TE, 0.0)
-    share_E = p_TE.sum(0) * num_ranks() / total
+    share_E = p_TE.sum(0) * ranks / total
     return assignment.num_experts * (everywhere[:-1] / total * share_E).sum()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
@@ -154,3 +156,48 @@ def is_first_holder(tensor: Tensor) -> bool:
     repeated = any(p.is_replicate() and at for p, at in zip(divided.placements, place, strict=True))
     # Of the meshes of experts alone, one per replica, the first one holds rank 0.
     return not repeated and bool((divided.device_mesh.mesh == 0).any())
+
+
+def summed_over_shards(value: Tensor, of: Tensor, dims: Sequence[int]) -> Tensor:
+    """What every rank summed up over dimensions of its part, summed over the parts: over every
+    dimension of the mesh that divides one of these. In place; without gradient.
+    """
+    for mesh_dim, placement in enumerate(getattr(of, "placements", ())):
+        if any(placement.is_shard(dim % of.dim()) for dim in dims):
+            mesh: Any = of.device_mesh  # type: ignore[attr-defined]
+            dist.all_reduce(value, group=mesh.get_group(mesh_dim))
+    return value
+
+
+def placed_like(of: Tensor, own: Tensor, *, reduced: int | None = None) -> Tensor:
+    """A rank's part of a tensor that is sharded as `of`, as a sharded tensor; a plain tensor where
+    `of` is one.
+
+    Args:
+        reduced: a dimension over which `of` was reduced to size 1, which every rank holds.
+    """
+    if not is_divided(of):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    shape, placements = reduced_layout(of, reduced)
+    return DTensor.from_local(
+        own,
+        of.device_mesh,  # type: ignore[attr-defined]
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def reduced_layout(of: Tensor, reduced: int | None) -> tuple[list[int], list[Any]]:
+    """Shape and placements of a sharded tensor that is reduced over a dimension, if over one."""
+    from torch.distributed.tensor import Replicate
+
+    shape, placements = list(of.shape), list(of.placements)  # type: ignore[attr-defined]
+    if reduced is None:
+        return shape, placements
+    reduced %= of.dim()
+    shape[reduced] = 1
+    return shape, [Replicate() if place.is_shard(reduced) else place for place in placements]

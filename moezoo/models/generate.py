@@ -65,6 +65,8 @@ def generate(
 ) -> Tensor | Generated:
     """Generate target ids for a batch of sources, as transformers' `generate` does.
 
+    Ranks that hold parts of one model must all call it, each with sources of its own or none.
+
     Args:
         input_ids: (B, Ls), or inputs_embeds (B, Ls, D). attention_mask: (B, Ls), 1 for real tokens.
         decoder_input_ids: (B, L) what every target begins with; the start token is put before it
@@ -95,8 +97,6 @@ def generate(
     rules = rules_of(
         chosen, prompt, vocabulary=vocabulary, own=own, allowed=prefix_allowed_tokens_fn
     )
-    if not prompt.ids.shape[0]:
-        return Generated(prompt.ids) if return_scores else prompt.ids
     _, longest = chosen.lengths(prompt.length)
     stepper = Stepper(
         self,
@@ -107,6 +107,9 @@ def generate(
         use_cache=chosen.use_cache,
         tokens=longest - prompt.length,
     )
+    if not prompt.ids.shape[0]:
+        stepper.finish()
+        return Generated(prompt.ids) if return_scores else prompt.ids
     next_token = NextToken(
         stepper,
         [*rules, *warpers_of(chosen)],
@@ -121,6 +124,7 @@ def generate(
         found = beam_search(next_token, prompt.ids, chosen)
     else:
         found = _one_by_one(next_token, prompt.ids, chosen, streamer)
+    stepper.finish()
     return found if return_scores else found.sequences
 
 

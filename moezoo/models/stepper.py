@@ -1,11 +1,19 @@
-"""Scores of the next token, by the fastest way that a model, a device and a prompt allow."""
+"""Scores of the next token, by the fastest way that a model, a device and a prompt allow.
+
+Ranks that hold parts of one model step together: whoever is done steps on, for nothing, until all
+are.
+"""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.functional.collective import num_ranks, summed_over_ranks
+from moezoo.functional.shards import is_sharded
 from moezoo.models.cache import DecoderCache
 from moezoo.models.decoding import Decoding
 from moezoo.models.graph_step import GraphStep, may_be_a_graph
@@ -39,6 +47,7 @@ class Stepper:
         self.prompt_real, self.table = prompt_real, model.decoder.table(model.shared)
         self.cache = DecoderCache() if use_cache else None
         self.step: DecoderStep | GraphStep | None = None
+        self.together = num_ranks() > 1 and is_sharded(cast(nn.Module, model))
         if not use_cache or not rows or prompt_real is not None:
             return
         if steps_apart(model.decoder, memory):
@@ -51,6 +60,8 @@ class Stepper:
 
         They may be overwritten by the next call.
         """
+        if self.together:
+            self._stepping(1)
         newest = ids[:, -1:]
         if self.step is None or self.step.length != ids.shape[1] - 1:
             return self._by_modules(ids)
@@ -64,6 +75,19 @@ class Stepper:
             self.step.reorder(rows)
         elif self.cache is not None:
             self.cache.reorder(rows)
+
+    def finish(self) -> None:
+        """Step on until every rank is done; every rank must call it once."""
+        while self.together and self._stepping(0):
+            source, real = self.memory[:1], None if self.real is None else self.real[:1]
+            first = torch.zeros(source.shape[0], 1, dtype=torch.int64, device=source.device)
+            self.model.decoder(
+                self.table(first), None, token_ids=first, memory=source, memory_mask=real
+            )
+
+    def _stepping(self, own: int) -> int:
+        """How many ranks take a step of their own now."""
+        return int(summed_over_ranks(torch.tensor(own, device=self.memory.device)))
 
     def _by_modules(self, ids: Tensor) -> Tensor:
         """What the decoder's modules say; a step goes on from there."""

@@ -2,6 +2,7 @@
 
 from moezoo.functional.collective import traffic
 from moezoo.parallel.gradients import clip_grad_norm, mean_gradients
+from moezoo.parallel.lost import guard, join, leave
 from moezoo.parallel.meshes import mesh
 from moezoo.parallel.sharding import shard
 from moezoo.parallel.style import ExpertParallel, expert_parallel, plan
@@ -10,6 +11,9 @@ __all__ = [
     "ExpertParallel",
     "clip_grad_norm",
     "expert_parallel",
+    "guard",
+    "join",
+    "leave",
     "mean_gradients",
     "mesh",
     "plan",

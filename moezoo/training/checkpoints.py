@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moezoo.adapters.checkpoint import load, save
-from moezoo.adapters.writer import replacing_directory
 from moezoo.errors import CorruptFile, NonFiniteLoss, ResumeMismatch
+from moezoo.functional.collective import num_ranks, rank
+from moezoo.functional.shards import is_divided, local_of, unwrapped
 from moezoo.training.loop import StepRecord, TrainingState
+from moezoo.training.ranks import first_of_ranks, seed_of_step
+from moezoo.training.sharded import (
+    FOLDER,
+    placed_memory,
+    placed_whole,
+    read_parts,
+    write_parts,
+    written_together,
+)
 
-FORMAT = 1
+FORMAT = 2  # 2: by several ranks; what one process writes is of format 1
 _NAME = "step-{:08d}"
 
 
@@ -28,44 +39,71 @@ def save_checkpoint(
     """Write `directory/step-N`: model, optimizer, schedule, random numbers, settings, thread count.
 
     Written beside its place and renamed, so that a kill leaves the last good one. Of older
-    checkpoints, `keep - 1` stay. Raises SaveError when writing fails, NonFiniteLoss naming a weight
-    that is NaN or infinite; either way the last good one stays.
+    checkpoints, `keep - 1` stay. Where several ranks train, all call it, each writes its own parts,
+    and any number of ranks goes on from it. Raises SaveError when writing fails, NonFiniteLoss
+    naming a weight that is NaN or infinite; either way the last good one stays.
     """
-    for name, parameter in state.model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            reason = f"step {state.step}: weight {name} is not finite, so it is not saved"
-            raise NonFiniteLoss(reason, key=name, hint="Lower the learning rate.")
-    target = Path(directory) / _NAME.format(state.step)
-    with replacing_directory(target, overwrite=True) as stage:
-        save(state.model, stage / "model")
-        rest = {
-            "optimizer": state.optimizer.state_dict(),
-            "schedule": _plain(state.schedule.state_dict()),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "training": state.model.training,
-        }
-        # Given a path, torch writes by itself and calls a full disk a RuntimeError.
-        with (stage / "training.pt").open("wb") as file:
-            torch.save(rest, file)
-        facts = {
-            "format": FORMAT,
-            "step": state.step,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "settings": dict(settings),
-        }
-        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
-        (stage / "training.json").write_text(text, encoding="utf-8")
-    for old in checkpoints(directory)[: -max(keep, 1)]:
+    parameters = state.model.named_parameters()
+    bad = (name for name, p in parameters if not bool(torch.isfinite(local_of(p)).all()))
+    name = first_of_ranks(next(bad, ""))
+    if name:
+        reason = f"step {state.step}: weight {name} is not finite, so it is not saved"
+        raise NonFiniteLoss(reason, key=name, hint="Lower the learning rate.")
+    target = checkpoint_of(directory, state.step)
+
+    def write(stage: Path) -> None:
+        if num_ranks() == 1:
+            save(state.model, stage / "model")
+        else:
+            write_parts(state.model, state.optimizer, stage / FOLDER)
+        if rank() == 0:
+            _write_rest(state, stage, settings)
+
+    written_together(target, write)
+    for old in checkpoints(directory)[: -max(keep, 1)] if rank() == 0 else ():
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _write_rest(state: TrainingState, stage: Path, settings: Mapping[str, Any]) -> None:
+    """What is the same on all ranks: training.json, and training.pt with the optimizer's settings;
+    of one process its memory and the random numbers too.
+    """
+    optimizer = state.optimizer.state_dict()
+    rest = {
+        "optimizer": optimizer,
+        "schedule": _plain(state.schedule.state_dict()),
+        "training": state.model.training,
+    }
+    facts = {
+        "format": 1,
+        "step": state.step,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "settings": dict(settings),
+    }
+    if num_ranks() == 1:
+        rest["random"] = torch.get_rng_state()
+        rest["random_cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    else:
+        rest["optimizer"] = {**optimizer, "state": {}}
+        facts |= {"format": FORMAT, "ranks": num_ranks(), "seed": state.seed}
+    # Given a path, torch writes by itself and calls a full disk a RuntimeError.
+    with (stage / "training.pt").open("wb") as file:
+        torch.save(rest, file)
+    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    (stage / "training.json").write_text(text, encoding="utf-8")
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = Path(directory).glob("step-*")
     return sorted(path for path in found if (path / "training.json").is_file())
+
+
+def checkpoint_of(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(directory) / _NAME.format(step)
 
 
 def restore(
@@ -88,9 +126,37 @@ def restore(
     """
     path = Path(path)
     facts = read_facts(path)
+    if strict:
+        _check_settings(facts, settings, path, free)
+    try:
+        rest = torch.load(path / "training.pt", weights_only=True)
+    except Exception as error:  # a corrupt file fails in any part of the reader
+        reason = f"cannot be read: {type(error).__name__}"
+        raise CorruptFile(reason, path=path / "training.pt") from None
+    if facts["format"] > 1:
+        rest["optimizer"]["state"] = read_parts(state.model, state.optimizer, path / FOLDER)
+        state.seed = int(facts["seed"])
+    else:
+        _copy_whole(state.model, path / "model")
+    _restore_optimizer(state, rest, int(facts["step"]), strict=strict)
+    placed_memory(state.optimizer)
+    state.model.train(rest["training"])
+    state.step = int(facts["step"])
+    if num_ranks() == 1:
+        _restore_random(state, rest)
+
+
+def _check_settings(
+    facts: Mapping[str, Any], settings: Mapping[str, Any], path: Path, free: Collection[str]
+) -> None:
+    """Raises ResumeMismatch naming a setting that is another one now. Other ranks than before are
+    none, and have their own number of threads.
+    """
     found = {**facts["settings"], "threads": facts["threads"], "torch": facts["torch"]}
     now = {**settings, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name in sorted((found.keys() | now.keys()) - set(free)) if strict else []:
+    if facts.get("ranks", 1) != num_ranks():
+        now["threads"] = found["threads"]
+    for name in sorted((found.keys() | now.keys()) - set(free)):
         old, new = found.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
             hint = "Continue with the same setting, or pass --allow-changes."
@@ -102,19 +168,24 @@ def restore(
                 found=new,
                 hint=hint,
             )
-    model = load(path / "model", allow_nonfinite=True)
-    state.model.load_state_dict(model.state_dict())
-    try:
-        rest = torch.load(path / "training.pt", weights_only=True)
-    except Exception as error:  # a corrupt file fails in any part of the reader
-        reason = f"cannot be read: {type(error).__name__}"
-        raise CorruptFile(reason, path=path / "training.pt") from None
-    _restore_optimizer(state, rest, int(facts["step"]), strict=strict)
+
+
+def _copy_whole(model: nn.Module, path: Path) -> None:
+    """The weights that one process saved; a sharded model takes its parts of them."""
+    own = unwrapped(model)
+    sharded = {name: t for name, t in own.state_dict().items() if is_divided(t)}
+    saved = load(path, allow_nonfinite=True).state_dict()
+    own.load_state_dict({**saved, **{n: placed_whole(saved[n], t) for n, t in sharded.items()}})
+
+
+def _restore_random(state: TrainingState, rest: Mapping[str, Any]) -> None:
+    """The random numbers of one process; after several ranks, as of their next step."""
+    if "random" not in rest:
+        torch.manual_seed(seed_of_step(state.seed, state.step))
+        return
     torch.set_rng_state(rest["random"])
     if rest.get("random_cuda") and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(rest["random_cuda"])
-    state.model.train(rest["training"])
-    state.step = int(facts["step"])
 
 
 def _restore_optimizer(

@@ -8,27 +8,52 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moezoo.functional.collective import num_ranks
+from moezoo.functional.shards import local_of
+from moezoo.training.ranks import first_of_ranks
+
 
 def culprit(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> str:
     """A weight that is not finite, else the first module whose output is not, else the gradient
-    that backward met first.
+    that backward met first; where several ranks train, on the first of them that has such a one.
 
     Args:
         forwards: forward passes to run again, with gradients still in place; random numbers are
             drawn from a copy of the generator.
     """
+    searches: tuple[Callable[[], str], ...] = (
+        lambda: _first_weight(model),
+        lambda: _first_module(model, forwards),
+        lambda: _first_gradient(model),
+    )
+    for search in searches:
+        found = first_of_ranks(search())  # every rank runs what another one has to run
+        if found:
+            return found
+    return "the loss alone"
+
+
+def _first_weight(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(local_of(parameter)).all()):
             return f"weight {name}"
+    return ""
+
+
+def _first_module(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> str:
     with torch.no_grad(), torch.random.fork_rng(), _first_output(model) as found:
         for forward in forwards:
             forward()
-            if found:
-                return f"output of {found[0]}"
+            if found and num_ranks() == 1:
+                break
+    return f"output of {found[0]}" if found else ""
+
+
+def _first_gradient(model: nn.Module) -> str:
     for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(local_of(parameter.grad)).all()):
             return f"gradient of {name}"
-    return "the loss alone"
+    return ""
 
 
 @contextmanager

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from moezoo.errors import ConfigError, MissingExtra
+from moezoo.functional.collective import num_ranks, rank
 from moezoo.tokenizer import BaseTokenizer
 from moezoo.training.batches import pair_batches
 from moezoo.training.datasets import dataset_rows
 from moezoo.training.loop import evaluate
+from moezoo.training.ranks import gathered, of_rank
 from moezoo.training.tasks import (
     METRICS,
     Pair,
@@ -114,7 +116,8 @@ def measured(
         max_source=chosen.max_source,
         max_target=chosen.max_target,
     )
-    loss = evaluate(model, batches.of_all, count=batches.batches_of_all)["cross_entropy"]
+    every = of_rank(batches.of_all)
+    loss = evaluate(model, every, count=batches.batches_of_all)["cross_entropy"]
     answers = answered(model, tokenizer, [source for source, _ in pairs], chosen)
     wanted = [target for _, target in pairs]
     metrics = {name: METRICS[name](answers, wanted) for name in chosen.metrics}
@@ -125,12 +128,15 @@ def measured(
 def answered(
     model: Any, tokenizer: BaseTokenizer, sources: Sequence[str], chosen: Task
 ) -> list[str]:
-    """A generated answer for each source."""
+    """A generated answer for each source, on every rank; ranks share the work."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    answers: list[str] = []
-    for start in range(0, len(sources), _BATCH):
-        texts = [chosen.prefix + source for source in sources[start : start + _BATCH]]
+    own: list[list[str]] = []
+    for start in range(0, len(sources), _BATCH * num_ranks()):
+        part = sources[start : start + _BATCH * num_ranks()]
+        first, last = (len(part) * (rank() + i) // num_ranks() for i in (0, 1))
+        # Who has no source takes part all the same: the others may wait for it.
+        texts = [chosen.prefix + source for source in part[first:last] or part[:1]]
         batch = tokenizer.batch(texts, max_length=chosen.max_source)
         ids = model.generate(
             batch.input_ids.to(device),
@@ -138,9 +144,10 @@ def answered(
             max_new_tokens=chosen.max_target,
             num_beams=chosen.num_beams,
         )
-        answers += [tokenizer.decode(row[1:]) for row in ids]
+        own.append([tokenizer.decode(row[1:]) for row in ids][: last - first])
     model.train(was_training)
-    return answers
+    parts = zip(*gathered(own), strict=True)
+    return [answer for part in parts for answers in part for answer in answers]
 
 
 def report(

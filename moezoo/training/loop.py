@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moezoo.errors import NonFiniteLoss, TrainingError
-from moezoo.functional.statistics import LayerStats, read_stats, sum_of
-from moezoo.layer import MoE
+from moezoo.functional.collective import num_ranks
+from moezoo.functional.shards import unwrapped
+from moezoo.functional.statistics import LayerStats, read_stats
 from moezoo.models.output import SwitchOutput
-from moezoo.records import Assignment, Routing
-from moezoo.routers.base import Router
 from moezoo.training.batches import IGNORED, Batches
 from moezoo.training.culprits import culprit
+from moezoo.training.ranks import (
+    average_gradients,
+    clipped_norm,
+    gathered,
+    guarded,
+    mean_losses,
+    mesh_of_gradients,
+    reducing,
+    seed_of_step,
+    shares,
+    summed,
+)
 from moezoo.training.recipes import TrainingRecipe, make_optimizer, make_schedule
+from moezoo.training.seen import Seen, summary
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Batch = dict[str, Tensor]
 Objective = Callable[[nn.Module, Batch], SwitchOutput]
@@ -70,19 +85,33 @@ class StepRecord:
 
 @dataclass
 class TrainingState:
-    """All that a run needs to go on: what a checkpoint stores."""
+    """All that a run needs to go on: what a checkpoint stores.
+
+    seed: of the random numbers of steps that several ranks take together; one process draws on from
+    where it is. mesh: that gradients are averaged over after backward (see `start`).
+    """
 
     model: nn.Module
     optimizer: Optimizer
     schedule: LambdaLR
     step: int = 0
     history: list[StepRecord] = field(default_factory=list)
+    seed: int = 0
+    mesh: DeviceMesh | None = None
 
 
-def start(model: nn.Module, settings: TrainingRecipe, *, steps: int) -> TrainingState:
-    """A fresh state: new optimizer, step 0."""
+def start(
+    model: nn.Module, settings: TrainingRecipe, *, steps: int, mesh: DeviceMesh | None = None
+) -> TrainingState:
+    """A fresh state: new optimizer, step 0.
+
+    Args:
+        mesh: of a model after `moezoo.parallel.expert_parallel`; others need none.
+    """
     optimizer = make_optimizer(model, settings)
-    return TrainingState(model, optimizer, make_schedule(optimizer, settings, steps))
+    schedule = make_schedule(optimizer, settings, steps)
+    seed, mesh = gathered(torch.initial_seed())[0], mesh_of_gradients(model, mesh)
+    return TrainingState(model, optimizer, schedule, seed=seed, mesh=mesh)
 
 
 def fit(
@@ -97,8 +126,11 @@ def fit(
 ) -> list[StepRecord]:
     """Train from `state.step` to `steps`.
 
+    With torch.distributed every rank calls it, with rows of its own; the records are those of all
+    ranks together. Gradients are averaged unless the model does so itself (DDP, FSDP2).
+
     Args:
-        batches: step -> batch; with accumulation, step * accumulate + i.
+        batches: step -> batch; with accumulation, step * accumulate + i. See `ranks.of_rank`.
         objective: (model, batch) -> output whose loss is minimised; see also `Distillation`.
         on_step: called after each step (progress, evaluation, checkpoints); True ends the run.
         nonfinite: "stop" or "skip" a step whose loss or gradient is NaN or infinite; a hundred
@@ -107,15 +139,17 @@ def fit(
     Returns:
         The records of these steps. Raises NonFiniteLoss naming the step and the first layer whose
         numbers are not finite; the weights are then those of the step before. TrainingError where
-        memory does not suffice.
+        memory does not suffice. RankLost where another rank is gone (see `moezoo.parallel.guard`).
     """
     state.model.train()
-    first = len(state.history)
-    while state.step < steps:
-        record = training_step(state, batches, settings, objective=objective, nonfinite=nonfinite)
-        state.history.append(record)
-        if on_step is not None and on_step(state, record):
-            break
+    first, ended = len(state.history), False
+    while state.step < steps and not ended:
+        with guarded(state.step + 1):
+            record = training_step(
+                state, batches, settings, objective=objective, nonfinite=nonfinite
+            )
+            state.history.append(record)
+            ended = on_step is not None and bool(on_step(state, record))
     return state.history[first:]
 
 
@@ -131,13 +165,16 @@ def training_step(
     started = time.perf_counter()
     device = next(state.model.parameters()).device
     first = state.step * settings.accumulate
+    if num_ranks() > 1:
+        torch.manual_seed(seed_of_step(state.seed, state.step))
     parts = [
         {name: tensor.to(device) for name, tensor in batches(first + i).items()}
         for i in range(settings.accumulate)
     ]
     with _typed_memory_errors(state.step + 1):
         losses, seen = _gradients(state.model, parts, settings, objective)
-    norm = _clipped_norm(state.model, settings)
+        average_gradients(state.model, state.mesh)
+    norm = clipped_norm(state.model, settings.clip or math.inf)
     finite = math.isfinite(norm) and math.isfinite(losses["total"])
     origin = "" if finite else _explained(state, parts, settings, objective, norm, nonfinite)
     if finite:
@@ -157,114 +194,74 @@ def training_step(
         losses=losses,
         gradient_norm=norm,
         learning_rate=rate,
-        tokens=sum(int(p["attention_mask"].sum()) + _targets(p) for p in parts),
+        tokens=summed(sum(int(p["attention_mask"].sum()) + _targets(p) for p in parts), device),
         seconds=time.perf_counter() - started,
         skipped=not finite,
         culprit=origin,
-        **_summary(seen),
+        **summary(seen.of_all_ranks()),
     )
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, *, count: int) -> dict[str, float]:
-    """Cross entropy in nats per target token over `count` batches, and the share of drops.
+    """Cross entropy in nats per target token over `count` batches, and the share of drops; of all
+    ranks' batches together, where there are several.
 
     The model is left in the mode that it was in.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    total, targets, routings = 0.0, 0, _Seen()
+    total, targets, seen = 0.0, 0, Seen()
     for step in range(count):
         batch = {name: tensor.to(device) for name, tensor in batches(step).items()}
         output = model(**batch)
-        seen = int((batch["labels"] != IGNORED).sum())
-        total += float(output.losses["cross_entropy"]) * seen
-        targets += seen
-        routings.add(output.routing)
+        found = _targets(batch)
+        total += float(output.losses["cross_entropy"]) * found
+        targets += found
+        seen.add(output.routing)
     model.train(was_training)
-    summary = _summary(routings)
-    summary.pop("idle", None)
-    return {"cross_entropy": total / max(targets, 1), "targets": targets, **summary}
+    total = mean_losses({"": total}, device)[""] * num_ranks()
+    targets = summed(targets, device)
+    stats = summary(seen.of_all_ranks())
+    stats.pop("idle", None)
+    return {"cross_entropy": total / max(targets, 1), "targets": targets, **stats}
 
 
 @torch.no_grad()
 def expert_loads(model: nn.Module, batches: Batches, *, count: int) -> list[LayerStats]:
-    """Statistics of every sparse layer over `count` batches, encoder first."""
+    """Statistics of every sparse layer over `count` batches of every rank, encoder first."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    seen = _Seen()
+    seen = Seen()
     for step in range(count):
         batch = {name: tensor.to(device) for name, tensor in batches(step).items()}
         seen.add(model(**batch).routing)
     model.train(was_training)
-    return read_stats(seen.sums)
-
-
-class _Seen:
-    """What routings add up to, layer by layer. The routings themselves, of the size of all tokens,
-    are kept for the routers that adapt to them and for no others.
-
-    Args:
-        to_adapt: the model whose routers will adapt to what is seen; None: none will.
-    """
-
-    def __init__(self, to_adapt: nn.Module | None = None) -> None:
-        modules = () if to_adapt is None else to_adapt.modules()
-        routers = [module.router for module in modules if isinstance(module, MoE)]
-        self._adaptive = {i: router for i, router in enumerate(routers) if _adapts(router)}
-        self._kept: dict[int, list[Routing]] = {index: [] for index in self._adaptive}
-        self.sums: list[Tensor] = []
-        self.soft: list[bool] = []
-
-    def add(self, routings: Sequence[Routing]) -> None:
-        """The routings of all sparse layers of one batch."""
-        sums = [sum_of([routing]) for routing in routings]
-        before = self.sums or [torch.zeros_like(each) for each in sums]
-        self.sums = [a + b for a, b in zip(before, sums, strict=True)]
-        self.soft = [not isinstance(routing.assignment, Assignment) for routing in routings]
-        for index, kept in self._kept.items():
-            kept.append(routings[index])
-
-    def adapt(self) -> None:
-        """Let routers adapt what no gradient trains (balancing biases, thresholds, sparsity) to
-        their layer's routings.
-        """
-        for index, router in self._adaptive.items():
-            router.adapt(self._kept[index])
-
-
-def _adapts(router: Router) -> bool:
-    return type(router).adapt is not Router.adapt or "adapt" in vars(router)
+    return read_stats(seen.of_all_ranks().sums)
 
 
 def _gradients(
     model: nn.Module, parts: Sequence[Batch], settings: TrainingRecipe, objective: Objective
-) -> tuple[dict[str, float], _Seen]:
+) -> tuple[dict[str, float], Seen]:
     """Backward over all parts; their losses by name, "total" among them, and what routers did."""
-    everything = max(sum(map(_targets, parts)), 1)
+    device = parts[0]["labels"].device
     losses = {"total": 0.0}
-    seen = _Seen(to_adapt=model)
-    for part in parts:
-        # Weighing by target tokens makes accumulation equal to one large batch.
-        share = _targets(part) / everything
-        with _precision(settings, part["labels"].device):
-            output = objective(model, part)
-        assert output.loss is not None
-        loss: Tensor = output.loss * share
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name, value in (("total", output.loss), *output.losses.items()):
-            losses[name] = losses.get(name, 0.0) + float(value.detach()) * share
+    seen = Seen(to_adapt=unwrapped(model))
+    # Weighing by target tokens makes accumulation, and many ranks, equal to one large batch.
+    weighed = list(zip(parts, shares([_targets(part) for part in parts], device), strict=True))
+    for index, (part, share) in enumerate(weighed):
+        with reducing(model, last=index == len(parts) - 1):
+            with _precision(settings, device):
+                output = objective(model, part)
+            share.of(output, model).backward()  # type: ignore[no-untyped-call]
+        for name, value in share.parts(output, model).items():
+            losses[name] = losses.get(name, 0.0) + value
         seen.add(output.routing)
-    return losses, seen
+    return mean_losses(losses, device), seen
 
 
 def _targets(part: Batch) -> int:
     return int((part["labels"] != IGNORED).sum())
-
-
-def _clipped_norm(model: nn.Module, settings: TrainingRecipe) -> float:
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    return float(nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf))
 
 
 def _explained(
@@ -317,24 +314,6 @@ def _precision(settings: TrainingRecipe, device: torch.device) -> AbstractContex
     if settings.autocast is None:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _summary(seen: _Seen) -> dict[str, Any]:
-    """Drops, balance and entropy over sparse layers that choose; empty without them."""
-    layers = zip(read_stats(seen.sums), seen.soft, strict=True)
-    stats = {index: layer for index, (layer, soft) in enumerate(layers) if not soft}
-    if not stats:
-        return {}
-    offered = sum(s.offered for s in stats.values())
-    entropies = [s.entropy for s in stats.values() if not math.isnan(s.entropy)]
-    idle = tuple((index, expert) for index, s in stats.items() for expert in s.dead)
-    return {
-        "dropped": sum(s.dropped * s.offered for s in stats.values()) / max(offered, 1),
-        "max_violation": max(s.max_violation for s in stats.values()),
-        "entropy": sum(entropies) / len(entropies) if entropies else math.nan,
-        "dead": len(idle),
-        "idle": idle,
-    }
 
 
 def mean_of(records: Sequence[StepRecord], name: str) -> float:

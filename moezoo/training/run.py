@@ -10,14 +10,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from moezoo.adapters.writer import replacing_file, typed_errors
 from moezoo.errors import CheckpointError, ConfigError, ResumeMismatch, TrainingError
+from moezoo.functional.collective import num_ranks, rank
+from moezoo.functional.shards import unwrapped
 from moezoo.training.batches import Batches
-from moezoo.training.checkpoints import checkpoints, json_row, restore, save_checkpoint
+from moezoo.training.checkpoints import (
+    checkpoint_of,
+    checkpoints,
+    json_row,
+    restore,
+    save_checkpoint,
+)
 from moezoo.training.loop import (
     Objective,
     StepRecord,
@@ -27,9 +35,20 @@ from moezoo.training.loop import (
     likelihood,
     start,
 )
+from moezoo.training.ranks import (
+    batch_of_all_ranks,
+    check_agreement,
+    digest,
+    gathered,
+    of_rank,
+    on_any_rank,
+)
 from moezoo.training.recipes import TrainingRecipe
 from moezoo.training.tensorboard import Board
 from moezoo.training.watch import Watch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -60,12 +79,17 @@ def run_training(
     strict: bool = True,
     tensorboard: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> RunResult:
     """Train in `directory`, from its newest checkpoint if it has one.
 
     Writes config.json (settings), metrics.jsonl (a line per step and evaluation) and
     checkpoints/step-N. SIGTERM and SIGINT save and leave. A run that is killed continues bit for
     bit: same settings, same thread count.
+
+    Where several ranks train, all call it, with the same batches: each takes its own rows, and rank
+    0 alone writes what is not a checkpoint. A router loss whose config says no scope is over the
+    batch of all ranks. Any number of ranks may go on.
 
     Args:
         facts: what else decides the numbers (data, seed, model); checked when the run goes on.
@@ -74,44 +98,47 @@ def run_training(
         strict: refuse to go on with other settings; more steps than before are none, unless the
             rate falls linearly to the last one.
         tensorboard: write scalars into OUT/tensorboard too.
+        mesh: of a model after `moezoo.parallel.expert_parallel`; others need none.
 
     Raises ResumeMismatch, CheckpointError for a corrupt checkpoint, NonFiniteLoss, TrainingError
-    where memory does not suffice, or SaveError; the last good checkpoint stays.
+    where memory does not suffice, or SaveError, RanksDiffer where ranks were not started alike,
+    RankLost where one is gone; the last good checkpoint stays.
     """
     root = Path(directory)
     everything = {**(facts or {}), "recipe": asdict(settings), "steps": steps}
-    state = start(model, settings, steps=steps)
+    state = start(model, settings, steps=steps, mesh=mesh)
+    if num_ranks() > 1:
+        weights = digest(dict(unwrapped(model).named_parameters()))
+        check_agreement({**everything, "a batch": digest(batches(0)), "first weights": weights})
     # Only a rate that falls to zero at the last step depends on how many there are.
     free = () if settings.schedule == "linear" else ("steps",)
     _go_on(state, root / "checkpoints", everything, resume_from, strict=strict, free=free)
     if state.step > steps:
         reason = "the run is past the number of steps that is asked for"
         raise TrainingError(reason, expected=f"at least {state.step}", found=steps)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "config.json").write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n")
-    board = Board(root / "tensorboard", state.step) if tensorboard else None
-    metrics = Metrics(root / "metrics.jsonl", state.step, board)
-    sparse = getattr(getattr(model, "config", None), "num_experts", 0)
-    watch = Watch(steps=steps, every=table_every, num_experts=sparse)
+    batches, held_out = of_rank(batches), None if held_out is None else of_rank(held_out)
+    log = _Log(root, state, everything, steps=steps, every=table_every, tensorboard=tensorboard)
     losses: dict[int, float] = {}
+    device = next(model.parameters()).device
 
     def measure(state: TrainingState) -> None:
         due = state.step == steps or state.step % evaluate_every == 0
         if held_out is not None and due:
             found = evaluate(model, held_out, count=held_out_batches)
             losses[state.step] = found["cross_entropy"]
-            metrics.write({"step": state.step, "held_out": found["cross_entropy"]})
+            log.write({"step": state.step, "held_out": found["cross_entropy"]})
 
-    with stopping() as stop:
+    with stopping() as stopped, batch_of_all_ranks(model):
 
         def after(state: TrainingState, record: StepRecord) -> bool:
-            _report(record, metrics, watch)
+            log.step(record)
             if on_step is not None:
                 on_step(record)
             measure(state)
-            if state.step == steps or stop() or state.step % save_every == 0:
+            ends = on_any_rank(stopped(), device)
+            if state.step == steps or ends or state.step % save_every == 0:
                 save_checkpoint(state, root / "checkpoints", everything)
-            return stop()
+            return ends
 
         try:
             fit(
@@ -124,15 +151,49 @@ def run_training(
                 nonfinite=nonfinite,
             )
         finally:
-            metrics.close()
-        return RunResult(state, losses, stop())
+            log.close()
+        return RunResult(state, losses, on_any_rank(stopped(), device))
 
 
-def _report(record: StepRecord, metrics: Metrics, watch: Watch) -> None:
-    metrics.write(json_row(record))
-    warnings = watch(record)
-    if warnings:
-        metrics.write({"step": record.step, "warnings": warnings})
+class _Log:
+    """config.json, the lines of metrics.jsonl and the table of a run; on rank 0 alone."""
+
+    def __init__(
+        self,
+        root: Path,
+        state: TrainingState,
+        settings: Mapping[str, Any],
+        *,
+        steps: int,
+        every: int,
+        tensorboard: bool,
+    ) -> None:
+        self.metrics: Metrics | None = None
+        if rank():
+            return
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        board = Board(root / "tensorboard", state.step) if tensorboard else None
+        self.metrics = Metrics(root / "metrics.jsonl", state.step, board)
+        sparse = getattr(getattr(unwrapped(state.model), "config", None), "num_experts", 0)
+        self.watch = Watch(steps=steps, every=every, num_experts=sparse)
+
+    def step(self, record: StepRecord) -> None:
+        """A line and perhaps a row for a step, with the warnings that it caused."""
+        if self.metrics is None:
+            return
+        self.metrics.write(json_row(record))
+        warnings = self.watch(record)
+        if warnings:
+            self.metrics.write({"step": record.step, "warnings": warnings})
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(row)
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 def _go_on(
@@ -145,26 +206,27 @@ def _go_on(
     free: Collection[str],
 ) -> None:
     """Restore the newest checkpoint, or the one that is asked for; nothing where none is there."""
-    existing = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
-    if resume_from is not None and resume_from not in existing:
+    found = gathered(sorted(int(p.name.removeprefix("step-")) for p in checkpoints(folder)))[0]
+    if resume_from is not None and resume_from not in found:
         raise ResumeMismatch(
             f"there is no checkpoint of step {resume_from}",
             path=folder,
             key="resume_from",
-            expected=" or ".join(map(str, existing)) or None,
+            expected=" or ".join(map(str, found)) or None,
         )
-    if not existing:
+    if not found:
         return
-    step = max(existing) if resume_from is None else resume_from
+    step = max(found) if resume_from is None else resume_from
     try:
-        restore(state, existing[step], settings, strict=strict, free=free)
+        restore(state, checkpoint_of(folder, step), settings, strict=strict, free=free)
     except CheckpointError as error:
-        earlier = [str(other) for other in existing if other < step]
+        earlier = [str(other) for other in found if other < step]
         if earlier:
             error.hint = f"The one before is whole, perhaps: --resume-from {earlier[-1]}."
         raise
-    for later in [path for other, path in existing.items() if other > step]:
-        shutil.rmtree(later)
+    gathered(None)  # every rank has read it
+    for later in [other for other in found if other > step] if rank() == 0 else ():
+        shutil.rmtree(checkpoint_of(folder, later))
 
 
 class Metrics:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from moezoo.adapters.checkpoint import load, read_config, save
-from moezoo.adapters.writer import replacing_directory
 from moezoo.building import build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, CorruptFile
+from moezoo.functional.collective import rank
 from moezoo.models.block import Block
 from moezoo.presets import preset
 from moezoo.registry import Spec
@@ -29,8 +29,11 @@ from moezoo.training.batches import Batches
 from moezoo.training.distillation import Distillation, check_student, student_of
 from moezoo.training.loop import StepRecord, likelihood
 from moezoo.training.model_card import run_card
+from moezoo.training.ranks import gathered
 from moezoo.training.recipes import TrainingRecipe, recipe
 from moezoo.training.run import check_output, run_training
+from moezoo.training.sharded import written_together
+from moezoo.training.sharding import load_over_ranks, over_ranks
 
 _SETTINGS = (
     "optimizer",
@@ -85,9 +88,11 @@ def prepared(
         model.gradient_checkpointing()  # type: ignore[operator]
     if arguments.compile:
         compile_blocks(model)
+    if teacher is not None:
+        check_student(model, teacher)
+    model = over_ranks(model, ep=arguments.ep, precision=arguments.precision)
     if teacher is None:
         return Session(model, tokenizer, settings)
-    check_student(model, teacher)
     return Session(model, tokenizer, settings, Distillation(teacher, settings.teacher_weight))
 
 
@@ -134,6 +139,7 @@ def execute(
             "teacher": _files_digest(arguments.teacher),
             "compiled": arguments.compile,
             "device": arguments.device,
+            "precision": arguments.precision,
         },
     )
     if result.interrupted:
@@ -157,15 +163,19 @@ def save_with_tokenizer(
     card: Callable[[Path], str] | None = None,
 ) -> None:
     """A checkpoint directory that `moezoo generate` and transformers can use; `card` writes the
-    text of its README.md.
+    text of its README.md. Every rank of a sharded model calls it.
     """
-    with replacing_directory(path, overwrite=overwrite) as stage:
+
+    def write(stage: Path) -> None:
         save(model, stage / "model", tokenizer=tokenizer)
-        for file in (stage / "model").iterdir():
-            file.rename(stage / file.name)
-        (stage / "model").rmdir()
-        if card is not None:
-            (stage / "README.md").write_text(card(stage), encoding="utf-8")
+        if rank() == 0:
+            for file in (stage / "model").iterdir():
+                file.rename(stage / file.name)
+            (stage / "model").rmdir()
+            if card is not None:
+                (stage / "README.md").write_text(card(stage), encoding="utf-8")
+
+    written_together(path, write, overwrite=overwrite)
 
 
 def _teacher(arguments: argparse.Namespace) -> nn.Module | None:
@@ -189,8 +199,13 @@ def _model(
     if sources == ["source"]:
         own = read_config(arguments.source)
         overrides = _overrides(arguments, settings, own.num_experts, own.experts)
-        return load(
-            arguments.source, task="conditional_generation", device=arguments.device, **overrides
+        return load_over_ranks(
+            arguments.source,
+            device=arguments.device,
+            ep=arguments.ep,
+            precision=arguments.precision,
+            whole=arguments.compile,
+            **overrides,
         )
     config = _scratch_config(arguments)
     overrides = _overrides(arguments, settings, config.num_experts, config.experts)
@@ -276,8 +291,15 @@ def _learned(arguments: argparse.Namespace, texts: Sequence[str]) -> Tokenizer:
     goes on.
     """
     target = Path(arguments.out) / "spiece.model"
-    if target.is_file() and (arguments.resume or arguments.resume_from is not None):
-        return Tokenizer(target)
+    resumed = arguments.resume or arguments.resume_from is not None
+    if rank() == 0 and not (resumed and target.is_file()):
+        _learn(target, arguments, texts)
+    gathered(None)  # the others read what rank 0 has learnt
+    return Tokenizer(target)
+
+
+def _learn(target: Path, arguments: argparse.Namespace, texts: Sequence[str]) -> None:
+    """Write a vocabulary, and say what it is."""
     config = _scratch_config(arguments)
     config = config.replace(**_set_fields(arguments))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,4 +316,3 @@ def _learned(arguments: argparse.Namespace, texts: Sequence[str]) -> Tokenizer:
     pieces = tokenizer.vocab_size - tokenizer.num_sentinels
     said = f"{pieces:,} pieces and {tokenizer.num_sentinels} sentinels, learned from the text"
     print(f"vocabulary: {said}; the embedding has {rows:,} rows", file=sys.stderr)
-    return tokenizer

@@ -68,6 +68,8 @@ def test_an_unknown_sequence_length_is_refused() -> None:
 def test_an_unknown_scope_is_refused() -> None:
     with pytest.raises(ConfigError, match="'sequence' or 'group' or 'batch' or 'global'"):
         losses.build({"name": "load_balance", "scope": "world"})
+    with pytest.raises(ConfigError, match="'batch' or 'global', found 'sequence'"):
+        losses.build({"name": "z", "scope": "sequence"})
 
 
 def _probs(rank: int) -> Tensor:

@@ -37,7 +37,7 @@ SUITE = [
     "tests/layouts/test_planner.py",
     "tests/reporting/test_known.py",
 ]
-OF_RANKS = ["tests/mutants/ranks_kit.py"]
+OF_RANKS = ["tests/mutants/ranks_kit.py", "tests/mutants/training_kit.py"]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 
 

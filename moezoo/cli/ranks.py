@@ -1,0 +1,93 @@
+"""A verb under torchrun: every rank runs it, rank 0 speaks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+OVER_RANKS = ("train", "finetune", "evaluate")
+_FLAGS = ("ep", "precision", "timeout", "heartbeat")
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun tells them; (0, 1) without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name, "") for name in names]
+    if not all(value.isdecimal() for value in values):
+        return 0, 1
+    return int(values[0]), int(values[1])
+
+
+def refusal(verb: str) -> str | None:
+    """Why a verb does not run under torchrun, if so."""
+    _, ranks = world()
+    if ranks == 1 or verb in OVER_RANKS:
+        return None
+    able = ", ".join(OVER_RANKS)
+    return (
+        f"{verb} runs in one process, not in {ranks}. Start it without torchrun; {able} use ranks"
+    )
+
+
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says how ranks share the work, under torchrun."""
+    group = parser.add_argument_group("under torchrun")
+    group.add_argument(
+        "--ep", type=int, help="ranks that share the experts (as many as fit a node)"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("bfloat16",),
+        help="of products; routers, norms and the weights that are trained stay in float32",
+    )
+    group.add_argument("--timeout", type=float, help="seconds that ranks wait for each other (600)")
+    group.add_argument(
+        "--heartbeat", type=float, help="seconds without a sign of life: a rank is lost (5)"
+    )
+
+
+@contextlib.contextmanager
+def joined(arguments: argparse.Namespace) -> Iterator[None]:
+    """Within the block this process is one of torchrun's ranks; results come from rank 0 alone, and
+    a lost rank is RankLost. Without torchrun nothing happens.
+
+    Raises ConfigError for a flag of ranks where there are none.
+    """
+    rank, ranks = world()
+    if ranks == 1:
+        _refuse_flags(arguments)
+        yield
+        return
+    from moezoo.errors import RankLost
+    from moezoo.parallel import guard, join, leave
+
+    given = {name: getattr(arguments, name) for name in ("timeout", "heartbeat")}
+    join(**{name: value for name, value in given.items() if value is not None})
+    try:
+        with guard(), _silent() if rank else contextlib.nullcontext():
+            yield
+    except RankLost:
+        raise  # a group that lost one is left by leaving the process
+    except BaseException:
+        leave()
+        raise
+    leave()
+
+
+def _refuse_flags(arguments: argparse.Namespace) -> None:
+    from moezoo.errors import ConfigError
+
+    for name in _FLAGS:
+        if getattr(arguments, name) is not None:
+            hint = "Start with `torchrun --nproc-per-node N -m moezoo`; see docs/parallel.md."
+            raise ConfigError(f"--{name} is for several ranks", field=name, hint=hint)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        yield
+        sys.stdout.flush()

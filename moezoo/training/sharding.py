@@ -1,0 +1,76 @@
+"""A run's model over its ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moezoo.adapters.checkpoint import load, read_config
+from moezoo.config import SwitchConfig
+from moezoo.functional.collective import num_ranks
+from moezoo.functional.shards import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_PRECISIONS = {None: None, "bfloat16": torch.bfloat16}
+
+
+def over_ranks(
+    model: nn.Module, *, ep: int | None = None, precision: str | None = None
+) -> nn.Module:
+    """A model divided among all ranks, experts along `ep` of them; in one process, or where it is
+    divided already, as it is.
+
+    Args:
+        ep: ranks that share one set of experts; None: the most of a node that divide the experts.
+        precision: None or "bfloat16"; see `moezoo.parallel.shard`.
+
+    Raises ConfigError for an `ep` that divides neither ranks nor experts, and for experts that
+    cannot be divided.
+    """
+    if num_ranks() == 1 or is_sharded(model):
+        return model
+    from moezoo.parallel import shard
+
+    config: Any = model.config
+    mesh = _mesh(config, ep, next(model.parameters()).device)
+    return shard(model, mesh, precision=_PRECISIONS[precision])
+
+
+def load_over_ranks(
+    path: str,
+    *,
+    device: str,
+    ep: int | None = None,
+    precision: str | None = None,
+    whole: bool = False,
+    **overrides: Any,
+) -> nn.Module:
+    """A checkpoint's model, of which every rank reads its own part; see `over_ranks`.
+
+    Args:
+        whole: leave it to `over_ranks`, for what has to be done to it before.
+    """
+    options: dict[str, Any] = {"task": "conditional_generation", "device": device}
+    if num_ranks() > 1 and not whole:
+        config = read_config(path).replace(**overrides)
+        options["mesh"] = _mesh(config, ep, torch.device(device))
+        options["precision"] = _PRECISIONS[precision]
+    return load(path, **options, **overrides)
+
+
+def _mesh(config: SwitchConfig, ep: int | None, device: torch.device) -> DeviceMesh:
+    from moezoo.parallel import mesh
+
+    # Nobody here changes in place what a block returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if ep is None:
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+        ep = math.gcd(config.num_experts or 1, node)
+    return mesh(ep, device=device)

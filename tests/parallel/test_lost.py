@@ -1,0 +1,101 @@
+"""A rank that is killed, stopped or leaves is a typed error of the others, never a hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from moezoo.errors import ConfigError, MoezooError, RankLost, TrainingError
+from moezoo.parallel import guard, join
+from tests.parallel.lone import work
+from tests.parallel.ranks import PRELOADED
+
+pytestmark = pytest.mark.dist
+PATIENCE = 120.0  # seconds after which a hang is a failure
+
+
+def ranks_after(how: str, folder: Path, number: int | None = None, *, ranks: int = 2) -> list[int]:
+    """Start ranks, send a signal to rank 1 once all have begun; the exit codes of the others."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [
+        context.Process(target=work, args=(rank, ranks, str(folder), how)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    victim = processes[1]
+    try:
+        if number is not None:
+            _wait_for([folder / f"{rank}.begun" for rank in range(ranks)])
+            assert victim.pid is not None
+            os.kill(victim.pid, number)
+        others = [process for process in processes if process is not victim or number is None]
+        for process in others:
+            process.join(PATIENCE)
+        return [-999 if process.exitcode is None else process.exitcode for process in others]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _wait_for(files: list[Path]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < until, "the ranks did not begin"
+        time.sleep(0.01)
+
+
+def test_a_killed_rank_is_lost_for_both_others(tmp_path: Path) -> None:
+    assert ranks_after("work", tmp_path, signal.SIGKILL, ranks=3) == [5, 5]
+    for rank in (0, 2):
+        said = (tmp_path / f"{rank}.log").read_text()
+        assert said.startswith("RankLost step "), said
+        assert "lost" in said
+        assert "--resume" in said
+
+
+def test_a_stopped_rank_is_lost_and_named(tmp_path: Path) -> None:
+    assert ranks_after("work", tmp_path, signal.SIGSTOP) == [5]
+    said = (tmp_path / "0.log").read_text()
+    assert "rank 1 is lost: no sign of life for 1 s" in said
+
+
+def test_an_error_of_one_rank_is_told_to_the_others(tmp_path: Path) -> None:
+    assert ranks_after("error", tmp_path) == [5, 3]
+    assert "rank 1 left with NonFiniteLoss: not finite at all" in (tmp_path / "0.log").read_text()
+    assert (tmp_path / "1.log").read_text().startswith("NonFiniteLoss not finite at all")
+
+
+def test_ranks_that_end_are_not_missed(tmp_path: Path) -> None:
+    assert ranks_after("end", tmp_path) == [0, 0]
+    assert not (tmp_path / "0.log").read_text()
+
+
+def test_a_guard_alone_changes_no_error() -> None:
+    with pytest.raises(ValueError, match="own"), guard(1):
+        raise ValueError("own")
+    with pytest.raises(RuntimeError, match="connection closed by peer"), guard(1):
+        raise RuntimeError("connection closed by peer")  # of whatever: there is no group
+
+
+def test_who_is_lost_ends_with_5_and_is_a_training_error() -> None:
+    assert RankLost.exit_code == 5
+    assert issubclass(RankLost, TrainingError)
+    assert issubclass(RankLost, MoezooError)
+
+
+def test_joining_without_torchrun_says_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="no RANK in the environment.*torchrun"):
+        join()
+    with pytest.raises(ConfigError, match="timeout"):
+        join(timeout=0.0)
+    with pytest.raises(ConfigError, match="heartbeat"):
+        join(heartbeat=-1.0)
