@@ -189,14 +189,16 @@ def _model(
     if sources == ["source"]:
         own = read_config(arguments.source)
         overrides = _overrides(arguments, settings, own.num_experts, own.experts)
-        return load(
+        found: nn.Module = load(
             arguments.source, task="conditional_generation", device=arguments.device, **overrides
         )
+        return found
     config = _scratch_config(arguments)
     overrides = _overrides(arguments, settings, config.num_experts, config.experts)
     if learned is not None and not _says_size(arguments):
         overrides["vocab_size"] = learned.vocab_size
-    return build(config, seed=arguments.seed, device=arguments.device, **overrides)
+    built: nn.Module = build(config, seed=arguments.seed, device=arguments.device, **overrides)
+    return built
 
 
 def _scratch_config(arguments: argparse.Namespace) -> SwitchConfig:

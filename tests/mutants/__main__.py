@@ -68,7 +68,9 @@ def outcome(bug: Bug | None, copy: Path, *, ranks: bool = False) -> int:
     """
     copy.mkdir()
     for name in ("moezoo", "adapters", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "pyproject.toml", copy)
     if bug is not None:
         seed(bug, copy)
