@@ -36,6 +36,8 @@ SUITE = [
     "tests/training/test_adafactor.py",
     "tests/layouts/test_planner.py",
     "tests/reporting/test_known.py",
+    "tests/cli/test_grammar.py",
+    "tests/test_first_mistakes.py",
 ]
 OF_RANKS = ["tests/mutants/ranks_kit.py"]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)

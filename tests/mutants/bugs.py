@@ -440,4 +440,16 @@ BUGS = [
         "fully_shard(_kept_wide(block), mesh=everyone, mp_policy=policy)", ranks=True),
     Bug("torch sees no tensor in an output", "moezoo/models/output.py",
         "@is_seen_through\n", "", ranks=True),
+    Bug("a list of options swallows OUT", "moezoo/cli/parser.py",
+        "missing = self._needed(words) - loose - len(words[position + 1 :])", "missing = 0"),
+    Bug("one of two outputs is dropped in silence", "moezoo/cli/parser.py",
+        "        if before is not None:\n", "        if before is not None and False:\n"),
+    Bug("the configured losses without their weights", "moezoo/recording.py",
+        "extend(weight * loss(r) for r in routings)", "extend(loss(r) for r in routings)"),
+    Bug("half is the other half", "moezoo/dtypes.py",
+        '"half": "float16"', '"half": "bfloat16"'),
+    Bug("a number for a component is meant as an option of none", "moezoo/registry.py",
+        "found=type(value).__name__ if meant(kind, value) is None else value,\n"
+        "            hint=meant(kind, value),",
+        "found=type(value).__name__,"),
 ]  # fmt: skip
