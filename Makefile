@@ -41,11 +41,9 @@ lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# adapters/ is moezoo.adapters only once installed: mypy sees both as one package through links.
-types: $(STAMP)  ## mypy, strict
-	@rm -rf build/types && mkdir -p build/types/moezoo
-	@ln -s $(CURDIR)/moezoo/* $(CURDIR)/adapters build/types/moezoo/
-	cd build/types && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --package moezoo
+types: $(STAMP)  ## mypy, strict, of the package and of a program that uses it
+	$(BIN)/mypy --package moezoo
+	$(BIN)/mypy tests/typed_program.py
 
 docs: $(STAMP)  ## the documentation as a site in build/site; `make test` runs what stands on its pages
 	$(BIN)/python docs/build_site.py build/site

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,71 @@ from moezoo.functional.shards import (
     divided_like,
     part_of,
 )
-from moezoo.models import SwitchForConditionalGeneration
+from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
 from moezoo.ops.memory import large_empty
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    task: Literal["conditional_generation"],
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> SwitchForConditionalGeneration: ...
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    task: Literal["model"],
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> SwitchModel: ...
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    task: Literal["encoder"],
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> SwitchEncoderModel: ...
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    task: str | None = ...,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> Any: ...
 
 
 def load(
@@ -46,7 +106,7 @@ def load(
     mesh: DeviceMesh | None = None,
     precision: torch.dtype | str | None = None,
     **overrides: Any,
-) -> nn.Module:
+) -> Any:
     """Load a T5-family or Switch checkpoint, dense or sparse, or a model of transformers that
     `moezoo.plug` has put experts into and `save` wrote; in evaluation mode.
 

@@ -8,8 +8,10 @@ them hold and nothing is written beside them. Warnings are errors.
 
 from __future__ import annotations
 
+import importlib
 import json
 import pydoc_data.topics
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -32,8 +34,10 @@ REFERENCE = {
     "transformers": ("transformers", "adapters.hf adapters.transformers"),
     "training": ("Training", "training.run training.recipes training.batches training.tasks"
                  " training.evaluation training.distillation"),
+    "parallel": ("Many GPUs", "parallel dispatchers"),
     "errors": ("Errors", "errors"),
 }  # fmt: skip
+LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)")
 GALLERY, INDEX = "docs/gallery.md", "docs/index.md"
 
 
@@ -68,6 +72,13 @@ def lay_out(source: Path) -> None:
             shutil.copy(file, source / "benchmarks")
     for name in PAGES:
         shutil.copy(ROOT / name, source)
+    for page in list(source.rglob("*.md")):
+        for target in LINK.findall(page.read_text()):
+            original = (ROOT / page.relative_to(source).parent / target).resolve()
+            wanted = source / original.relative_to(ROOT) if original.is_relative_to(ROOT) else None
+            if wanted is not None and original.is_file() and not wanted.exists():
+                wanted.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(original, wanted)
 
 
 def reference_page(title: str, modules: list[str]) -> str:
@@ -75,17 +86,15 @@ def reference_page(title: str, modules: list[str]) -> str:
     parts = [f"# {title}\n"]
     for module in modules:
         name = f"moezoo.{module}"
-        options = ":imported-members:" if is_face(module) else ""
+        options = ":imported-members:" if shows_others(name) else ""
         body = f".. automodule:: {name}\n   {options}".rstrip()
         parts.append(f"## {name}\n\n```{{eval-rst}}\n{body}\n```\n")
     return "\n".join(parts)
 
 
-def is_face(module: str) -> bool:
-    """Whether a module shows the names of others: a package with `__all__`."""
-    parts = module.split(".")
-    root = ROOT if parts[0] == "adapters" else ROOT / "moezoo"
-    return (root.joinpath(*parts) / "__init__.py").is_file()
+def shows_others(module: str) -> bool:
+    """Whether a module's public names are those of others, as its `__all__` says."""
+    return hasattr(importlib.import_module(module), "__all__")
 
 
 def gallery() -> str:

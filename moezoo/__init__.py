@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Installed, `adapters` lies inside this package; in a bare checkout it lies beside it. Without
-# this, standing in a checkout's root hides the installed moezoo.adapters.
+# `adapters` lies inside this package: installed as a folder, in a checkout as a link, which type
+# checkers follow too. Where a system checks no links out, it is found beside the package.
 _HERE = Path(__file__).resolve().parent
-if not (_HERE / "adapters").exists() and (_HERE.parent / "adapters" / "__init__.py").is_file():
+if not (_HERE / "adapters").is_dir() and (_HERE.parent / "adapters" / "__init__.py").is_file():
     __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:

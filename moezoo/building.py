@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
@@ -27,6 +27,66 @@ TASKS: dict[str, type[nn.Module]] = {
     "model": SwitchModel,
     "encoder": SwitchEncoderModel,
 }
+
+
+@overload
+def build(
+    name_or_config: str | SwitchConfig,
+    /,
+    *,
+    task: Literal["conditional_generation"] = ...,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    seed: int | None = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> SwitchForConditionalGeneration: ...
+
+
+@overload
+def build(
+    name_or_config: str | SwitchConfig,
+    /,
+    *,
+    task: Literal["model"],
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    seed: int | None = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> SwitchModel: ...
+
+
+@overload
+def build(
+    name_or_config: str | SwitchConfig,
+    /,
+    *,
+    task: Literal["encoder"],
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    seed: int | None = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> SwitchEncoderModel: ...
+
+
+@overload
+def build(
+    name_or_config: str | SwitchConfig,
+    /,
+    *,
+    task: str,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | str | None = ...,
+    seed: int | None = ...,
+    mesh: DeviceMesh | None = ...,
+    precision: torch.dtype | str | None = ...,
+    **overrides: Any,
+) -> nn.Module: ...
 
 
 def build(

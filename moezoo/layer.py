@@ -6,6 +6,7 @@ y[t] = sum over slots s of  combine[t, s] * f_e(s)( sum over t' of dispatch[t', 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,9 @@ class MoE(Component):
         if y_TD.shape[0] != num_tokens:  # a slice of everything would still be copied by backward
             y_TD = y_TD[:num_tokens]
         return y_TD.reshape(x.shape).to(x.dtype), routing
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def route(self, tokens: Tokens) -> Routing:
         """The router's proposal, admitted by the capacity policy: the seam for replaying a

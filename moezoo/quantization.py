@@ -188,7 +188,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:
-    """|found - expected| / |expected|, Euclidean: of logits, hidden states or weights."""
+    """`|found - expected| / |expected|`, Euclidean: of logits, hidden states or weights."""
     expected, found = expected.double(), found.double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 

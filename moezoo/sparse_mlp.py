@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -86,7 +86,10 @@ class SparseMLP(Component):
         """
         turned = not self.batch_first and x.dim() == 3
         y, _ = self.moe(x.transpose(0, 1) if turned else x, mask=mask, token_ids=token_ids)
-        return cast(Tensor, y.transpose(0, 1) if turned else y)
+        return y.transpose(0, 1) if turned else y
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _refuse_beside(experts: Experts, given: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a function that was not called": (
         lambda: plug(encoder(), "layers.*", sparse),  # type: ignore[arg-type]
-        r"found function. Such as .*sparse\(8\), with its number of experts",
+        r"found Sparse. Such as .*sparse\(8\), with its number of experts",
     ),
 }
 

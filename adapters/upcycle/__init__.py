@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from moezoo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from moezoo.adapters.upcycle.calibration import Calibration
     from moezoo.adapters.upcycle.convert import ConversionReport
+    from moezoo.models import SwitchEncoderModel, SwitchForConditionalGeneration, SwitchModel
+
+    M = TypeVar("M", SwitchForConditionalGeneration, SwitchModel, SwitchEncoderModel)
+
+
+@overload
+def upcycle(
+    model_or_path: M,
+    out: None = None,
+    *,
+    num_experts: int,
+    layers: Any = ...,
+    init: Any = ...,
+    preserve: str = ...,
+    router: Any = ...,
+    router_init: Any = ...,
+    capacity: Any = ...,
+    seed: int = ...,
+    dtype: str | None = ...,
+    max_shard_size: int | str = ...,
+    layout: str = ...,
+    overwrite: bool = ...,
+    allow_nonfinite: bool = ...,
+    drop_heads: bool = ...,
+    calibration: Calibration | None = ...,
+) -> M: ...
 
 
 @overload
@@ -34,7 +60,7 @@ def upcycle(
     allow_nonfinite: bool = ...,
     drop_heads: bool = ...,
     calibration: Calibration | None = ...,
-) -> nn.Module: ...
+) -> Any: ...
 
 
 @overload
@@ -134,6 +160,24 @@ def upcycle(
     from moezoo.adapters.upcycle.live import upcycle_model
 
     return upcycle_model(model_or_path, recipe, calibration=calibration, drop_heads=drop_heads)
+
+
+@overload
+def downcycle(model_or_path: M, out: None = None, *, overwrite: bool = ...) -> M: ...
+
+
+@overload
+def downcycle(model_or_path: nn.Module, out: None = None, *, overwrite: bool = ...) -> Any: ...
+
+
+@overload
+def downcycle(
+    model_or_path: str | Path, out: None = None, *, overwrite: bool = ...
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def downcycle(model_or_path: str | Path, out: str | Path, *, overwrite: bool = ...) -> Path: ...
 
 
 def downcycle(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ class SwitchEncoderModel(nn.Module):
             routing=routing,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class SwitchModel(nn.Module):
     """Encoder and decoder without a head."""
@@ -140,6 +144,9 @@ class SwitchModel(nn.Module):
             encoder_last_hidden_state=encoder_last_hidden_state,
             cache=DecoderCache() if use_cache and past_key_values is None else past_key_values,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _run(
         self,
@@ -264,6 +271,9 @@ class SwitchForConditionalGeneration(SwitchModel):
         return replace(output, logits=logits, loss=total, losses=losses)
 
     generate = generate
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""

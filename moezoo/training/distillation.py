@@ -77,7 +77,7 @@ def student_of(teacher: nn.Module, *, seed: int | None = None, **overrides: Any)
     if not config.num_experts:
         hint = "Pass a Switch checkpoint; a dense one can be trained on as it is."
         raise ConfigError("the teacher has no experts", field="teacher", hint=hint)
-    student = build(dense(config), seed=seed, **overrides)
+    student: nn.Module = build(dense(config), seed=seed, **overrides)
     own, theirs = student.state_dict(), teacher.state_dict()
     shared = {n: t for n, t in theirs.items() if n in own and own[n].shape == t.shape}
     student.load_state_dict(shared, strict=False)

@@ -211,7 +211,8 @@ def _model(
     overrides = _overrides(arguments, settings, config.num_experts, config.experts)
     if learned is not None and not _says_size(arguments):
         overrides["vocab_size"] = learned.vocab_size
-    return build(config, seed=arguments.seed, device=arguments.device, **overrides)
+    built: nn.Module = build(config, seed=arguments.seed, device=arguments.device, **overrides)
+    return built
 
 
 def _scratch_config(arguments: argparse.Namespace) -> SwitchConfig:

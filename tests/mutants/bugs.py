@@ -459,4 +459,16 @@ BUGS = [
         "while self.together and self._stepping(0):", "while False:", historic=True, ranks=True),
     Bug("a checkpoint's optimizer is forgotten", "moezoo/training/sharded.py",
         'if f"optimizer.{name}.{key}" in found', "if False", ranks=True),
+    Bug("a list of options swallows OUT", "moezoo/cli/parser.py",
+        "missing = self._needed(words) - loose - len(words[position + 1 :])", "missing = 0"),
+    Bug("one of two outputs is dropped in silence", "moezoo/cli/parser.py",
+        "        if before is not None:\n", "        if before is not None and False:\n"),
+    Bug("the configured losses without their weights", "moezoo/recording.py",
+        "extend(weight * loss(r) for r in routings)", "extend(loss(r) for r in routings)"),
+    Bug("half is the other half", "moezoo/dtypes.py",
+        '"half": "float16"', '"half": "bfloat16"'),
+    Bug("a number for a component is meant as an option of none", "moezoo/registry.py",
+        "found=type(value).__name__ if meant(kind, value) is None else value,\n"
+        "            hint=meant(kind, value),",
+        "found=type(value).__name__,"),
 ]  # fmt: skip
