@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,8 @@ def main() -> None:
                 found = together(width, world, ep)
                 results.setdefault(f"{width}/{world}/{ep}", []).append(found)
                 print(number + 1, width, world, ep, found, flush=True)
-    record = {"machine": machine(), "results": results}
+    load = round(os.getloadavg()[1])
+    record = {"machine": machine(), "load": load, "results": results}
     save(options.out, record, page(record))
 
 
@@ -147,8 +149,9 @@ def page(record: dict[str, Any]) -> list[str]:
     return [
         "# Experts on several ranks",
         f"`python -m benchmarks.parallel`, {record['machine']}. {intro}",
-        f"{ROWS} x {LENGTH} source and as many target tokens a step, {rounds} rounds of {STEPS} "
-        "steps. Times are medians; ratios of medians (of minima).",
+        f"{ROWS} x {LENGTH} source and as many target tokens a step, rounds of {STEPS} steps: "
+        f"{rounds}. Times are medians; ratios of medians (of minima). The machine had other work, a "
+        f"load average of {record['load']}, which makes more processes dearer.",
         table(head, lines),
     ]
 

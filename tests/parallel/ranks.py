@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,17 @@ class Claims:
         return list(self.found)
 
 
-def started(module: str, folder: Path, *, timeout: float = 60.0) -> dict[tuple[int, str], str]:
+def started(module: str, folder: Path, *, timeout: float = 120.0) -> dict[tuple[int, str], str]:
     """Check all claims of a module; by claim: "", or what went wrong on the rank that noticed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     claims: Claims = importlib.import_module(module).claims
     worlds = sorted({world for world, _ in claims.names()})
+    gate = context.Barrier(max(worlds))  # a larger world begins when the smaller one has ended
     processes: list[BaseProcess] = [
-        context.Process(target=_rank, args=(module, rank, worlds, folder, timeout), daemon=True)
+        context.Process(
+            target=_rank, args=(module, rank, worlds, folder, timeout, gate), daemon=True
+        )
         for rank in range(max(worlds))
     ]
     for process in processes:
@@ -86,10 +90,13 @@ def _outcome(folder: Path, world: int, name: str) -> str:
     return "\n".join(text for text in texts if text)
 
 
-def _rank(module: str, rank: int, worlds: list[int], folder: Path, timeout: float) -> None:
+def _rank(
+    module: str, rank: int, worlds: list[int], folder: Path, timeout: float, gate: Barrier
+) -> None:
     torch.set_num_threads(1)
     claims: Claims = importlib.import_module(module).claims
     for world in worlds:
+        gate.wait()
         if rank < world and not _world(claims, Ranks(rank, world, folder), timeout):
             os._exit(1)
 
