@@ -62,7 +62,8 @@ def load_over_ranks(
         config = read_config(path).replace(**overrides)
         options["mesh"] = _mesh(config, ep, torch.device(device))
         options["precision"] = _PRECISIONS[precision]
-    return load(path, **options, **overrides)
+    model: nn.Module = load(path, **options, **overrides)
+    return model
 
 
 def _mesh(config: SwitchConfig, ep: int | None, device: torch.device) -> DeviceMesh:
