@@ -28,7 +28,7 @@ function drawDistances(width) {
   const found = pairLayer();
   const strips = [["parent", found?.parent], ["siblings", found?.siblings]].filter(([, list]) => list);
   if (!strips.length) return h("p", { class: "note" }, "This layer's experts have no distances.");
-  const most = Math.max(...strips.flatMap(([, list]) => list)) || 1;
+  const most = Math.max(...strips.flatMap(([, list]) => list), 1e-6); // less is rounding
   const [left, right, high] = [70, 20, 92];
   const x = (value) => left + ((width - left - right) * value) / most;
   const rows = strips.map(([name, list], row) => {
