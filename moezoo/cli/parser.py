@@ -61,10 +61,20 @@ class Parser(argparse.ArgumentParser):
         _, begin, end = max(
             found for found in lists if found[2] - found[1] > missing or not found[2]
         )
+        if not missing and end - begin > 1 and self._may_be_named(words[end - 1]):
+            missing = 1
         if missing < 1 or not end:
             return words
         cut = [] if "--" in words else ["--"]  # else they would be in the list again
         return words[: end - missing] + words[end:] + cut + words[end - missing : end]
+
+    def _may_be_named(self, word: str) -> bool:
+        """Whether a word is meant for a place that may be empty: a checkpoint is a directory, and
+        no list holds directories.
+        """
+        places = [action for action in self._actions if not action.option_strings]
+        free = any(a.nargs == "?" and a.dest in _CHECKPOINTS for a in places)
+        return free and os.path.isdir(word)
 
     def _needed(self, words: Sequence[str]) -> int:
         """How many words stand for themselves at least."""

@@ -30,18 +30,30 @@ def test_options_and_texts_come_in_any_order() -> None:
         assert (found.num_beams, found.scores) == (2, True)
 
 
-@pytest.mark.parametrize("verb", ["train", "finetune", "report", "quantize"])
+@pytest.mark.parametrize("verb", ["train", "finetune", "trace", "quantize"])
 def test_a_list_leaves_the_words_that_a_verb_needs(verb: str) -> None:
     parser = parser_of(verb)
     rest = {"train": ["--steps", "3"], "finetune": ["--steps", "3"]}.get(verb, [])
     flag = "--set" if verb == "finetune" else "--text"
     wanted = ["a=1", "b=2"] if verb == "finetune" else ["a.txt", "b.txt"]
-    places = {"train": ["out"], "finetune": ["source", "out"]}.get(verb, ["source"])
+    places = {
+        "train": ["out"],
+        "finetune": ["source", "out"],
+        "trace": ["source", "target"],
+    }.get(verb, ["source"])
     words = [f"the-{place}" for place in places]
     for order in ([flag, *wanted, *words, *rest], [*words, flag, *wanted, *rest]):
         found = parser.parsed(order)
         assert getattr(found, flag.strip("-")) == wanted
         assert [getattr(found, place) for place in places] == words
+
+
+def test_a_list_leaves_a_directory_to_the_verb_that_may_do_without(tmp_path: Path) -> None:
+    for texts in (["a.txt"], ["a.txt", "b.txt"]):
+        for words in (["--text", *texts, str(tmp_path)], [str(tmp_path), "--text", *texts]):
+            found = parser_of("report").parsed(words)
+            assert (found.source, found.text) == (str(tmp_path), texts)
+    assert parser_of("report").parsed(["--text", "a.txt", "b.txt"]).text == ["a.txt", "b.txt"]
 
 
 def test_the_word_that_is_no_setting_is_the_one_given_back() -> None:
