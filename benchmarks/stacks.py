@@ -169,8 +169,10 @@ def measured(tool: str, folder: Path, experts: int, python: Path) -> dict[str, A
     try:
         cost = run(command)
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return {"refused": f"refused: {lines[-1][:300]}"}
+        words = str(error).partition(" failed: ")[2]
+        lines = [line for line in words.splitlines() if line.strip()]
+        told = next((line for line in lines if "ERROR" in line or "Error" in line), lines[-1])
+        return {"refused": f"refused: {told[:300]}"}
     try:
         return {**cost.to_dict(), **child("compare", str(folder / "dense"), str(target))}
     except subprocess.CalledProcessError as error:
