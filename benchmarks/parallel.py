@@ -150,8 +150,8 @@ def page(record: dict[str, Any]) -> list[str]:
         "# Experts on several ranks",
         f"`python -m benchmarks.parallel`, {record['machine']}. {intro}",
         f"{ROWS} x {LENGTH} source and as many target tokens a step, rounds of {STEPS} steps: "
-        f"{rounds}. Times are medians; ratios of medians (of minima). The machine had other work, a "
-        f"load average of {record['load']}, which makes more processes dearer.",
+        f"{rounds}. Times are medians; ratios of medians (of minima). The machine had other work, "
+        f"a load average of {record['load']}, which makes more processes dearer.",
         table(head, lines),
     ]
 

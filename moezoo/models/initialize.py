@@ -64,7 +64,7 @@ def _draw_experts(module: StackedExperts, seed: int, name: str) -> None:
             expert = part.offsets[0] + place
             whole = torch.empty((1, *stack.shape[1:]), dtype=held.dtype, device=held.device)
             with Seeded(keyed_seed(seed, f"{name}.{matrix}", expert)):
-                module.initial(whole)
+                whole.zero_() if matrix.endswith("_bias") else module.initial(whole)
             held[place].copy_(part.inner.taken(whole[0]))
 
 

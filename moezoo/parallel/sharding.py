@@ -125,7 +125,7 @@ def _check_widths(model: nn.Module, ranks: int) -> None:
 
 def _slice(ranks: int, stack: nn.Parameter) -> Shard:
     """The width along which a stack is cut. Raises ConfigError where the ranks divide neither."""
-    dim = next((d for d in (1, 2) if stack.shape[d] % ranks == 0), None)
+    dim = next((d for d in range(1, stack.dim()) if stack.shape[d] % ranks == 0), None)
     if dim is None:
         wanted, found = f"a multiple of {ranks}", tuple(stack.shape[1:])
         reason = "the ranks along dp divide neither width of an expert"

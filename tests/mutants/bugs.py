@@ -222,7 +222,8 @@ BUGS = [
         "weights = (self.wi_0, self.wi_1) if self.gated", "weights = (self.wi_0,) if self.gated",
         historic=True),
     Bug("experts compute in bfloat16 whatever the model's dtype", "moezoo/experts/stacked.py",
-        "return grouped_mlp(slots, counts, inner, outer, function=self.function, p=p)",
+        "return grouped_mlp(\n            slots, counts, inner, outer, function=self.function, p=p,"
+        " biases=self.biases()\n        )",
         _BFLOAT16, historic=True, quick=True),
     Bug("forward gives a parameter another dtype", ROUTERS + "switch.py", _SWITCH_LOGITS, _RECAST,
         historic=True),
