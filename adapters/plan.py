@@ -21,13 +21,12 @@ from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.decoders import sparse_sibling
 from moezoo.adapters.upcycle.inits import ExpertInit, RouterInit, expert_inits, router_inits
-from moezoo.adapters.upcycle.placement import placed
-from moezoo.adapters.upcycle.preservation import preserving_scale, router_for
+from moezoo.adapters.upcycle.preservation import router_for
 from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
+from moezoo.adapters.upcycle.target import choice_words, settled, target_config
 from moezoo.config import SwitchConfig
 from moezoo.cost import layer_cost
 from moezoo.errors import ConfigError
-from moezoo.registry import Spec
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,12 @@ class Plan:
             yield from move.written
 
     @property
+    def router_choice(self) -> str:
+        """Which router the layers have, what that gives up, and the flag for the other."""
+        config = self.config
+        return choice_words(self.recipe, config) if isinstance(config, SwitchConfig) else ""
+
+    @property
     def bytes_read(self) -> int:
         return sum(move.source.nbytes for move in self.moves)
 
@@ -164,10 +169,11 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
             hint="Use `moezoo grow` for more experts.",
         )
     init = expert_inits.build(recipe.init)
-    router_init = router_inits.build(recipe.router_init)
     init.check(source_config.d_ff, recipe.num_experts)
-    config, shared_scale = _target(checkpoint, recipe, init)
     dtypes = {DTYPES[recipe.dtype]} if recipe.dtype else checkpoint.dtypes
+    recipe = settled(recipe, source_config, checkpoint.task, dtypes=dtypes, layout=layout)
+    assert recipe.router_init is not None
+    config, shared_scale = _target(checkpoint, recipe, init)
     family = layout_for(config, layout, dtypes=dtypes)
     moves = tuple(_moves(checkpoint, config, family, recipe, shared_scale))
     routers = dict(_routers(moves, config, family))
@@ -179,7 +185,7 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
         family=family,
         layout_reason=expressible(config, dtypes)[1],
         init=init,
-        router_init=router_init,
+        router_init=router_inits.build(recipe.router_init),
         moves=moves,
         routers=routers,
         zeros=dict(_zeros(routers, config, family)),
@@ -202,34 +208,10 @@ def _target(
                 error.args = (str(error),)
             raise
     assert isinstance(source, SwitchConfig)
-    router = router_for(init, recipe.router or "switch", recipe.num_experts)
+    router = router_for(init, recipe.router, recipe.num_experts)
     config = target_config(source, recipe, init, router, checkpoint.task)
     check_buildable(config, checkpoint.task)
     return config, 1.0
-
-
-def target_config(
-    source: SwitchConfig, recipe: Recipe, init: ExpertInit, router: Spec, task: str
-) -> SwitchConfig:
-    """The config of the upcycled model.
-
-    Raises ConfigError where no factor on `wo` keeps the function, as `preserving_scale`.
-    """
-    decoder_layers = 0 if task == "encoder" else source.decoder_layers
-    encoder, decoder = placed(
-        recipe.layers or "odd", encoder_layers=source.num_layers, decoder_layers=decoder_layers
-    )
-    width = init.expert_width(source.d_ff, recipe.num_experts)
-    experts: dict[str, Any] = {"name": "stacked", "d_ff": width}
-    return source.replace(
-        num_experts=recipe.num_experts,
-        encoder_sparse_layers=encoder,
-        decoder_sparse_layers=decoder,
-        router=router.to_json(),
-        capacity=recipe.capacity,
-        experts="stacked" if width == source.d_ff else experts,
-        wo_scale=preserving_scale(init, router, recipe.num_experts, recipe.preserve),
-    )
 
 
 def layout_words(family: Family, reason: str) -> str:

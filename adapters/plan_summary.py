@@ -41,6 +41,8 @@ def summary(plan: Plan, checkpoint: CheckpointSource) -> dict[str, Any]:
         "expressible": plan.expressible,
         "layout": plan.family.model_types[0],
         "layout_reason": plan.layout_reason,
+        "router": plan.config.router,
+        "router_choice": plan.router_choice,
         "wo_scale": plan.scale,
         "encoder_sparse_layers": list(plan.config.encoder_sparse),
         "decoder_sparse_layers": list(plan.config.decoder_sparse),
@@ -122,9 +124,9 @@ def _init(plan: Plan, move: Move) -> str:
     return "-" if move.layer is None else _name(plan.recipe.init)
 
 
-def _name(spec: str | dict[str, Any]) -> str:
-    if isinstance(spec, str):
-        return spec
+def _name(spec: str | dict[str, Any] | None) -> str:
+    if spec is None or isinstance(spec, str):
+        return spec or "-"
     options = ",".join(f"{key}={value}" for key, value in spec.items() if key != "name")
     return f"{spec['name']}:{options}" if options else str(spec["name"])
 

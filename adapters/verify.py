@@ -23,9 +23,12 @@ from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
 from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, same_table
 from moezoo.adapters.upcycle.watch import source_hashes
 from moezoo.adapters.verification import LEVELS, LevelResult, Verification
+from moezoo.config import SwitchConfig
 from moezoo.errors import CheckpointError, ConfigError
 
 _CHUNK = 1 << 18
+# What recipes meant that say nothing, before the source decided it (0.1.0 of November 2026).
+_OPEN = {"router": "switch", "router_init": "normal"}
 
 
 def verify(
@@ -62,7 +65,8 @@ def recipe_of(made: CheckpointSource) -> Recipe:
     Raises ConfigError when there is none.
     """
     provenance, exports = _upcycling(made)
-    recipe = Recipe.from_dict(provenance["recipe"])
+    opened = _OPEN if isinstance(made.config, SwitchConfig) else {}
+    recipe = Recipe.from_dict({**opened, **provenance["recipe"]})
     exported = next((export["dtype"] for export in exports if export.get("dtype")), None)
     return recipe if exported is None else replace(recipe, dtype=exported)
 

@@ -1,9 +1,10 @@
 """What experts are for, over seeds, with each side's rate tuned: facts learned by heart.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.evidence [TABLE ...]    # 40 minutes of one core
+    OMP_NUM_THREADS=1 python -m benchmarks.evidence [TABLE ...]    # 80 minutes of one core
 
-Every trial is first run at each rate of RATES on seed 0; the best rate is then run on the other
-seeds. Finished trials are lines of --out and are not run again: a run that was stopped goes on.
+Every trial is first run at each rate of RATES on seed 0, and on beyond them while the best is at
+an end; the best rate is then run on the other seeds. Finished trials are lines of --out and are
+not run again: a run that was stopped goes on.
 evidence.md is written from what is there (`--page` writes it and runs nothing).
 """
 
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -24,6 +25,8 @@ from torch import nn
 import moezoo
 from benchmarks.reproductions import read, widen
 from benchmarks.tables import machine, table
+from moezoo.adapters.upcycle.folding import fold_factor, folded_config
+from moezoo.config import SwitchConfig
 from moezoo.demonstration.closed_book import Learner, Moment, learn, small_t5, spread
 from moezoo.training.facts import Facts
 from moezoo.training.recipes import TrainingRecipe
@@ -50,10 +53,10 @@ class Trial:
     widen: float = 1.0
 
 
-def sparse(experts: int, steps: int, *, widen: float = 10.0) -> Trial:
+def sparse(experts: int, steps: int, *, widen: float = 10.0, **more: Any) -> Trial:
     """A Switch from scratch, every layer sparse; 10 undoes the 0.1x of its initialisation."""
     layers = {"encoder_sparse_layers": "all", "decoder_sparse_layers": "all"}
-    fields = {"num_experts": experts, "capacity": "dropless", **layers}
+    fields = {"num_experts": experts, "capacity": "dropless", **layers, **more}
     return Trial(scratch=fields, steps=steps, widen=widen)
 
 
@@ -62,22 +65,20 @@ def upcycled(slow: bool = False, **recipe: Any) -> Trial:
     return Trial(upcycle={"num_experts": 8, "layers": "all", **recipe}, training=training)
 
 
+def relative(trial: Trial) -> Trial:
+    """The same with Adafactor, whose rate is relative to a parameter's size."""
+    return replace(trial, training={"optimizer": "adafactor", **trial.training})
+
+
 _UNIT = {"router": {"name": "switch", "weight": "unit"}}
 _WIDE = {"router_init": "normal:0.02"}
+_ENCODER = {"decoder_sparse_layers": ()}
+_DEEP = {"num_layers": 2, "num_decoder_layers": 2}
 TABLES: dict[str, dict[str, Trial]] = {
-    "scratch": {
-        "dense, 800 steps": Trial(scratch={}),
-        "dense, 1,600 steps": Trial(scratch={}, steps=1600),
-        "dense, 3,200 steps": Trial(scratch={}, steps=3200),
-        "8 experts, 800 steps": sparse(8, 800),
-        "8 experts, 800 steps, 0.1x initialisation": sparse(8, 800, widen=1.0),
-        "8 experts, 1,600 steps": sparse(8, 1600),
-        "32 experts, 800 steps": sparse(32, 800),
-    },
     "upcycling": {
         "dense goes on": Trial(),
-        "exact (the default)": upcycled(),
-        "exact, slow router": upcycled(slow=True),
+        "exact, as Switch has it": upcycled(),
+        "the same, slow router": upcycled(slow=True),
         "unit weight, router 0.02": upcycled(**_UNIT, **_WIDE),
         "unit weight, router 0.02, slow": upcycled(slow=True, **_UNIT, **_WIDE),
         "top 2, router 0.02, slow": upcycled(slow=True, router={"name": "top_k", "k": 2}, **_WIDE),
@@ -88,7 +89,32 @@ TABLES: dict[str, dict[str, Trial]] = {
             slow=True, init="drop:0.5", **_UNIT, **_WIDE
         ),
     },
+    "scratch": {
+        "dense, 800 steps": Trial(scratch={}),
+        "dense, 1,600 steps": Trial(scratch={}, steps=1600),
+        "dense, 3,200 steps": Trial(scratch={}, steps=3200),
+        "8 experts, 800 steps": sparse(8, 800),
+        "8 experts, 800 steps, 0.1x initialisation": sparse(8, 800, widen=1.0),
+        "8 experts, 1,600 steps": sparse(8, 1600),
+        "32 experts, 800 steps": sparse(32, 800),
+        "64 experts, 800 steps": sparse(64, 800),
+        "8 experts in the encoder alone, 800 steps": sparse(8, 800, **_ENCODER),
+        "the same, Expert Choice": sparse(
+            8, 800, **_ENCODER, router="expert_choice", capacity=None
+        ),
+        "2 + 2 layers, dense, 800 steps": Trial(scratch=_DEEP),
+        "2 + 2 layers, 8 experts, 800 steps": sparse(8, 800, **_DEEP),
+    },
+    "adafactor": {
+        "dense goes on": relative(Trial()),
+        "exact, as Switch has it": relative(upcycled()),
+        "the same, slow router": relative(upcycled(slow=True)),
+        "unit weight, router 0.02": relative(upcycled(**_UNIT, **_WIDE)),
+        "unit weight, router 0.02, slow": relative(upcycled(slow=True, **_UNIT, **_WIDE)),
+    },
 }
+# Adafactor's rates are relative to the size of a parameter, which is about a quarter here.
+SCALE = {"adamw": 1.0, "adafactor": 2.5}
 
 
 def main() -> None:
@@ -110,8 +136,11 @@ def main() -> None:
 
 def run(trial: Trial, out: Path) -> Iterator[dict[str, Any]]:
     """The trials that are not there yet: all rates on the first seed, the best on the others."""
-    for rate in RATES:
-        yield from _one(trial, rate, SEEDS[0], out)
+    rates = list(rates_of(trial))
+    while rates:
+        for rate in rates:
+            yield from _one(trial, rate, SEEDS[0], out)
+        rates = beyond(trial, read(out))
     for seed in SEEDS[1:]:
         yield from _one(trial, best_rate(trial, read(out)), seed, out)
 
@@ -123,18 +152,19 @@ def _one(trial: Trial, rate: float, seed: int, out: Path) -> Iterator[dict[str, 
     facts = Facts(COUNT, seed=seed)
     model = _model(trial, seed)
     skip = 0 if trial.scratch is not None else PARENT_STEPS
-    before = _choices(model, facts)
+    before = [] if trial.upcycle is None else _choices(model, facts)
     changes = {"learning_rate": rate, **trial.training}
     settings = _settings().with_changes(**changes)
     stayed: list[float] = []
 
     def after(record: Any) -> None:
-        if record.step == STAY_AFTER:
+        if before and record.step == STAY_AFTER:
             stayed.append(_stayed(before, _choices(model, facts)))
 
     learner = learn(model, facts, "", steps=trial.steps, skip=skip, settings=settings,
                     on_step=after)  # fmt: skip
-    row = {"key": key, "rate": rate, "stayed": stayed[0] if before else None, **learner.to_dict()}
+    row = {"key": key, "rate": rate, "stayed": stayed[0] if before else None,
+           "folded": _folded(model, facts), **learner.to_dict()}  # fmt: skip
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     yield row
@@ -145,10 +175,30 @@ def key_of(trial: Trial, rate: float, seed: int) -> str:
     return json.dumps({"rate": rate, "seed": seed, "facts": COUNT, **asdict(trial)}, sort_keys=True)
 
 
+def rates_of(trial: Trial) -> tuple[float, ...]:
+    """The rates that a trial begins with."""
+    scale = SCALE[trial.training.get("optimizer", "adamw")]
+    return tuple(scale * rate for rate in RATES)
+
+
+def tried(trial: Trial, rows: list[dict[str, Any]]) -> dict[float, float]:
+    """Recall at the end by rate, on the first seed."""
+    ends = {row["key"]: (row["rate"], row["curve"][-1]["recall"]) for row in rows}
+    wanted = {key_of(trial, rate, SEEDS[0]) for rate, _ in ends.values()}
+    return dict(ends[key] for key in wanted & ends.keys())
+
+
+def beyond(trial: Trial, rows: list[dict[str, Any]]) -> list[float]:
+    """The next rate, where the best of those tried is the least or the largest."""
+    recall = tried(trial, rows)
+    best = max(recall, key=recall.__getitem__)
+    return [2 * best] * (best == max(recall)) + [best / 2] * (best == min(recall))
+
+
 def best_rate(trial: Trial, rows: list[dict[str, Any]]) -> float:
     """The rate with the highest recall at the end, on the first seed."""
-    ends = {row["key"]: row["curve"][-1]["recall"] for row in rows}
-    return max(RATES, key=lambda rate: ends.get(key_of(trial, rate, SEEDS[0]), -1.0))
+    recall = tried(trial, rows) or {rates_of(trial)[0]: 0.0}
+    return max(recall, key=recall.__getitem__)
 
 
 def _settings() -> TrainingRecipe:
@@ -190,6 +240,19 @@ def _stayed(before: list[torch.Tensor], now: list[torch.Tensor]) -> float:
     return min((float((a == b).float().mean()) for a, b in pairs), default=1.0)
 
 
+def _folded(model: nn.Module, facts: Facts) -> float | None:
+    """Recall of a model of unit weight in the layout of transformers' Switch (`export --fold`)."""
+    config = model.config
+    assert isinstance(config, SwitchConfig)
+    if not isinstance(config.router, Mapping) or config.router.get("weight") != "unit":
+        return None
+    plain = moezoo.build(folded_config(config))
+    state = model.state_dict()
+    factors = {name: fold_factor(name, config.num_experts) for name in state}
+    plain.load_state_dict({name: factors[name] * tensor for name, tensor in state.items()})
+    return facts.recall(plain)
+
+
 def page(rows: list[dict[str, Any]], path: Path) -> None:
     """Every table that has trials, as Markdown."""
     rates = ", ".join(f"{rate:g}" for rate in RATES)
@@ -201,15 +264,13 @@ def page(rows: list[dict[str, Any]], path: Path) -> None:
         f"of {len(SEEDS)} seeds. Seconds are of the processor.\n\n{machine()}"
     ]
     for name, trials in TABLES.items():
-        goal = _of(next(iter(trials.values())) if name == "upcycling" else
-                   trials["dense, 3,200 steps"], rows)  # fmt: skip
+        goal = _of(trials.get("dense, 3,200 steps", next(iter(trials.values()))), rows)
         head = ["", "best rate", "recall", "steps to dense's end", "seconds to it", "seconds",
                 "parameters", "tokens that stay"]  # fmt: skip
         body = [_row(label, trial, rows, goal) for label, trial in trials.items()]
         if any(body):
-            words = "From scratch" if name == "scratch" else (
-                f"Upcycled after {PARENT_STEPS:,} steps, {STEPS} further"
-            )  # fmt: skip
+            words = f"Upcycled after {PARENT_STEPS:,} steps, {STEPS} further"
+            words = {"scratch": "From scratch", "adafactor": f"{words}, Adafactor"}.get(name, words)
             parts.append(f"## {words}\n\n" + table(head, [line for line in body if line]))
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -67,7 +67,11 @@ def layout_for(
             hint="Use layout='auto', or moezoo.plug on the model that transformers loads.",
         )  # fmt: skip
     if layout == "huggingface" and family is None:
-        hint = "Use layout='moezoo', or bfloat16." if "F16" in dtypes else "Use layout='moezoo'."
+        hint = (
+            "Use layout='moezoo', or bfloat16."
+            if expressible(config)[0]
+            else "Use layout='moezoo'."
+        )
         raise ConfigError(
             f"the Hugging Face layout cannot hold it: {reason}", field="layout", hint=hint
         )

@@ -95,7 +95,7 @@ def upcycle(
     init: Any = "copy",
     preserve: str = "exact",
     router: Any = None,
-    router_init: Any = "normal",
+    router_init: Any = None,
     capacity: Any = "dropless",
     seed: int = 0,
     dtype: str | None = None,

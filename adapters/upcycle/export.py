@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
-from moezoo.adapters.families import DecoderConfig, Family, layout_for
+from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, layout_for
 from moezoo.adapters.formats import TensorInfo, open_source
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.adapters.upcycle.downcycling import dense_config, known_scale, upcycled_scale
 from moezoo.adapters.upcycle.drawing import cast
+from moezoo.adapters.upcycle.folding import FOLD, fold_factor, folded_config
 from moezoo.adapters.upcycle.recipe import DTYPES
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, resized_output, same_table
+from moezoo.config import SwitchConfig
 from moezoo.dtypes import dtype_word
 from moezoo.errors import CheckpointError, ConfigError
 
@@ -29,6 +32,7 @@ def export(
     expert: int | None = None,
     wo_scale: float | None = None,
     vocab_size: int | None = None,
+    fold: bool = False,
     drop_heads: bool = False,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -46,6 +50,8 @@ def export(
         vocab_size: rows of every table of tokens and of the head: the first ones are kept as they
             are, new ones are their mean, and what was written is compared before it is put in
             place.
+        fold: put a model of unit weight into the words of transformers' Switch, which weighs by
+            probability: not exact, see `folding.FOLD`.
         drop_heads: leave out heads that moezoo's models do not have, such as a classifier's.
 
     Raises ConfigError for a layout that cannot hold the model, or an expert that it has not.
@@ -54,6 +60,8 @@ def export(
     _check(wo_scale, vocab_size)
     with open_checkpoint(path, drop_heads=drop_heads) as checkpoint:
         config = checkpoint.config.replace(wo_scale=known_scale(checkpoint))
+        if fold:
+            config = _folded(config, expert)
         if expert is not None:
             _refuse_shared(checkpoint)
             config = dense_config(checkpoint)
@@ -68,12 +76,13 @@ def export(
             config = config.replace(vocab_size=vocab_size)
         wanted = None if dtype is None else DTYPES[dtype]
         family = layout_for(config, layout, dtypes={wanted} if wanted else checkpoint.dtypes)
-        operation = {"operation": "export", "expert": expert, "dtype": dtype}
+        operation: dict[str, Any] = {"operation": "export", "expert": expert, "dtype": dtype}
         operation |= {} if vocab_size is None else {"vocab_size": vocab_size}
+        operation |= {"fold": FOLD} if fold else {}
         return rewrite(
             checkpoint,
             out,
-            list(_outputs(checkpoint, family, wanted, expert, wo_scale, vocab_size)),
+            list(_outputs(checkpoint, family, wanted, expert, wo_scale, vocab_size, fold)),
             config=config,
             family=family,
             operation=operation,
@@ -84,6 +93,15 @@ def export(
             if vocab_size is None
             else partial(_check_tables, checkpoint, (wanted, vocab_size)),
         )
+
+
+def _folded(config: ModelConfig, expert: int | None) -> ModelConfig:
+    if expert is not None:
+        hint = "Leave fold out."
+        raise ConfigError("one expert has no router to fold", field="fold", hint=hint)
+    if not isinstance(config, SwitchConfig):
+        raise ConfigError("only a Switch can be folded", field="fold", hint="Leave fold out.")
+    return folded_config(config)
 
 
 def _refuse_shared(checkpoint: CheckpointSource) -> None:
@@ -113,6 +131,7 @@ def _outputs(
     expert: int | None,
     wo_scale: float | None,
     vocab_size: int | None,
+    fold: bool,
 ) -> Iterator[Output]:
     scale = 1.0 if expert is None else wo_scale or upcycled_scale(checkpoint)
     for name, parts in checkpoint.tensors.items():
@@ -130,8 +149,9 @@ def _outputs(
             made = dtype or parts[0].dtype
             yield resized_output(checkpoint.source, parts[0], targets[0], made, vocab_size)
             continue
+        factor = fold_factor(name, len(parts)) if fold else 1.0
         for target, part in zip(targets, parts, strict=True):
-            yield _output(checkpoint, target, part, dtype, 1.0)
+            yield _output(checkpoint, target, part, dtype, factor)
 
 
 def _check_tables(checkpoint: CheckpointSource, step: Step, stage: Path) -> None:

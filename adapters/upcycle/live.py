@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moezoo.adapters.plan import target_config
 from moezoo.adapters.upcycle.calibration import Calibration, LayerSample, collected_inputs
 from moezoo.adapters.upcycle.downcycling import applied_scale
 from moezoo.adapters.upcycle.drawing import cast
@@ -15,6 +14,7 @@ from moezoo.adapters.upcycle.inits import expert_inits, router_inits
 from moezoo.adapters.upcycle.preservation import router_for
 from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
 from moezoo.adapters.upcycle.scaling import out_of_range
+from moezoo.adapters.upcycle.target import settled, target_config
 from moezoo.building import TASKS, build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, TensorMismatch
@@ -48,7 +48,8 @@ def upcycle_model(
         raise ConfigError("the model is a mixture of experts already", field="model", hint=hint)
     init = expert_inits.build(recipe.init)
     init.check(source.d_ff, recipe.num_experts)
-    router = router_for(init, recipe.router or "switch", recipe.num_experts)
+    recipe = settled(recipe, source, task, dtypes=_dtypes(model, recipe))
+    router = router_for(init, recipe.router, recipe.num_experts)
     config = target_config(source, recipe, init, router, task)
     layers = sparse_mlps(config)
     dense = model.state_dict()
@@ -168,6 +169,14 @@ def _layer(
     ]
     state[f"{layer}.router.classifier.weight"] = rows.to(like.device, like.dtype)
     return state
+
+
+def _dtypes(model: nn.Module, recipe: Recipe) -> set[str]:
+    """What the weights of the upcycled model will be, as checkpoints call it."""
+    if recipe.dtype is not None:
+        return {DTYPES[recipe.dtype]}
+    words = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    return {DTYPES[word] for word in words & DTYPES.keys()}
 
 
 def scaled(stack: Tensor, factor: float) -> Tensor:

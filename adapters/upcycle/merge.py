@@ -58,7 +58,7 @@ def merge(
         ]
         _check_alike(branches)
         plan = make_plan(branches[0], recipe, layout=layout)
-        operation: dict[str, Any] = {"operation": "merge", "recipe": recipe.to_dict()}
+        operation: dict[str, Any] = {"operation": "merge", "recipe": plan.recipe.to_dict()}
         inputs: LayerInputs = {}
         if plan.router_init.needs_inputs:
             inputs = layer_inputs(branches[0], calibration, list(plan.routers))

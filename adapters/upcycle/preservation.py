@@ -21,9 +21,9 @@ def router_for(init: ExpertInit, router: object, num_experts: int) -> Spec:
     """
     spec = Spec.parse(router, kind="router")
     if spec.name == "top_k" and "k" in spec.options:
-        _check_choices(spec.options["k"], num_experts)
+        _checkchoices_of(spec.options["k"], num_experts)
     needed = init.choices(num_experts)
-    if needed is None or needed == _choices(spec):
+    if needed is None or needed == choices_of(spec):
         return spec
     if spec.name == "switch" and not spec.options:
         return Spec("top_k", {"k": needed})
@@ -46,10 +46,10 @@ def preserving_scale(init: ExpertInit, router: Spec, num_experts: int, preserve:
     if preserve == "none":
         return 1.0
     total = _weight_total(router, num_experts)
-    return (_choices(router) / total) if init.sums_slices else 1.0 / total
+    return (choices_of(router) / total) if init.sums_slices else 1.0 / total
 
 
-def _check_choices(choices: object, num_experts: int) -> None:
+def _checkchoices_of(choices: object, num_experts: int) -> None:
     whole = isinstance(choices, int) and not isinstance(choices, bool)
     if not whole or not 1 <= choices <= num_experts:  # type: ignore[operator]
         raise ConfigError(
@@ -60,19 +60,25 @@ def _check_choices(choices: object, num_experts: int) -> None:
         )
 
 
-def _choices(router: Spec) -> int:
+def choices_of(router: Spec) -> int:
+    """How many experts a token goes to."""
     return int(router.options.get("k", 2)) if router.name == "top_k" else 1
+
+
+def weighs_alike(router: Spec) -> bool:
+    """Whether a token's weights add up to the same whatever the logits."""
+    if router.name == "switch":
+        return router.options.get("weight") == "unit"
+    normalized = router.options.get("normalize", "before") != "none" and choices_of(router) > 1
+    return router.name == "top_k" and (router.options.get("softmax") == "after" or normalized)
 
 
 def _weight_total(router: Spec, num_experts: int) -> float:
     """The sum of a token's gate weights when all logits are equal."""
-    if router.name == "switch":
-        return 1.0 if router.options.get("weight") == "unit" else 1.0 / num_experts
-    if router.name == "top_k":
-        choices = _choices(router)
-        softmax_after = router.options.get("softmax") == "after"
-        normalized = router.options.get("normalize", "before") != "none" and choices > 1
-        return 1.0 if softmax_after or normalized else choices / num_experts
+    if weighs_alike(router):
+        return 1.0
+    if router.name in ("switch", "top_k"):
+        return choices_of(router) / num_experts
     near = nearest(router.name, ("switch", "top_k"))
     raise ConfigError(
         f"no factor is known that keeps the dense function under the router {router.name!r}",

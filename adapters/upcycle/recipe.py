@@ -31,12 +31,12 @@ class Recipe:
 
     Args:
         num_experts: experts per sparse layer.
-        layers: see `placement.placed`; None: "odd" of a T5, "all" of a decoder.
+        layers: see `placement.placed`; None: "odd" of a T5 with two layers and more, else "all".
         init, router_init: names of `expert_inits` and `router_inits`, as `"name"`, `"name:value"`
             or `{"name": ..., **options}`.
         preserve: "exact" scales `wo` so that the model computes what the dense one did.
-        router, capacity: components of the sparse layers; no router: "switch" of a T5, "top_k"
-            with k = 2 of a decoder.
+        router, router_init: None: what `target.settled` chooses for the source and the layout.
+        capacity: of the sparse layers.
         seed: of every random number.
         dtype: "float32", "bfloat16", "float16", or None to keep the source's.
         max_shard_size: bytes, or such as "5GB".
@@ -47,7 +47,7 @@ class Recipe:
     init: str | dict[str, Any] = "copy"
     preserve: str = "exact"
     router: str | dict[str, Any] | None = None
-    router_init: str | dict[str, Any] = "normal"
+    router_init: str | dict[str, Any] | None = None
     capacity: str | dict[str, Any] | None = "dropless"
     seed: int = 0
     dtype: str | None = None
@@ -65,9 +65,10 @@ class Recipe:
             object.__setattr__(self, "dtype", dtype_word(self.dtype, tuple(DTYPES)))
         parse_size(self.max_shard_size)
         for name, registry in (("init", expert_inits), ("router_init", router_inits)):
-            spec = component_spec(getattr(self, name), registry)
-            registry.check_options(spec)
-            object.__setattr__(self, name, spec.to_json())
+            if (value := getattr(self, name)) is not None:
+                spec = component_spec(value, registry)
+                registry.check_options(spec)
+                object.__setattr__(self, name, spec.to_json())
         for name in ("router", "capacity"):
             value = getattr(self, name)
             if value is not None:

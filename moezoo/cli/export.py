@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="float32, bfloat16 or float16; default: as it is")
     add("--expert", type=int, help="a dense model with this expert in every sparse layer")
     add("--wo-scale", type=float, help="factor on wo to undo; default: of the upcycling; 1: none")
+    add("--fold", action="store_true", help="unit weight as transformers' Switch, almost exactly")
     add("--max-shard-size", default="5GB", help="such as 5GB (default)")
     add("--allow-nonfinite", action="store_true", help="write NaN and infinity too")
     add("--vocab-size", type=int, metavar="N", help="rows of every table of tokens and of the head")
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             wo_scale=arguments.wo_scale,
             max_shard_size=arguments.max_shard_size,
             vocab_size=arguments.vocab_size,
+            fold=arguments.fold,
             drop_heads=arguments.drop_heads,
             overwrite=arguments.overwrite,
             allow_nonfinite=arguments.allow_nonfinite,

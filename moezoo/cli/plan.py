@@ -49,6 +49,8 @@ def _table(facts: dict[str, Any]) -> str:
         f"files copied          {', '.join(facts['carried']) or 'none: no tokenizer beside it'}",
         f"Hugging Face layout   {held}",
     ]
+    if facts["router_choice"]:
+        totals.append(f"router                {facts['router_choice']}")
     return "\n".join([_groups(facts["groups"]), "", *(_fitted(line) for line in totals)])
 
 

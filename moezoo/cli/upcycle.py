@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moezoo.adapters.plan import make_plan
     from moezoo.adapters.upcycle.convert import carry_out
     from moezoo.cli.signals import orderly_termination
-    from moezoo.cli.terminal import Progress, duration, quantity
+    from moezoo.cli.terminal import Progress, duration, quantity, width
 
     recipe = recipe_from(arguments)
     with open_checkpoint(arguments.source, drop_heads=arguments.drop_heads) as checkpoint:
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{report.target}: {plan.parameters:,} parameters, {quantity(plan.bytes_written)}B, "
           f"{duration(report.seconds)}, layout {plan.layout}")  # fmt: skip
+    if plan.router_choice:
+        print(textwrap.fill(f"router: {plan.router_choice}", width()))
     if report.verification:
         print(report.verification)
     return 0

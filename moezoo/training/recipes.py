@@ -89,8 +89,11 @@ RECIPES: dict[str, TrainingRecipe] = {
     "pretrain": TrainingRecipe("adafactor", 1e-2, "t5", warmup=10_000, dropout=0.0),
     # Section 2.4 and table 4: constant 1e-3, dropout 0.1, and 0.4 within experts.
     "finetune": TrainingRecipe("adafactor", 1e-3, dropout=0.1, expert_dropout=0.4),
-    # Sparse Upcycling (2212.05055): a fresh optimizer, the dense run's last rate goes on.
-    "upcycle": TrainingRecipe("adafactor", 1e-3, "inverse_sqrt", warmup=1_000),
+    # Sparse Upcycling (2212.05055): a fresh optimizer, the dense run's last rate goes on. The
+    # router moves slowly, so that an expert keeps its tokens (benchmarks/evidence.md).
+    "upcycle": TrainingRecipe(
+        "adafactor", 1e-3, "inverse_sqrt", warmup=1_000, router_learning_rate=0.01
+    ),
     # Section 4.2: a dense student of a Switch teacher, 0.25 teacher and 0.75 labels.
     "distill": TrainingRecipe("adafactor", 1e-3, "inverse_sqrt", warmup=1_000, dropout=0.0),
     # Small models on small text.

@@ -223,7 +223,9 @@ def test_metadata_and_card_tell_how_it_was_made(tmp_path: Path) -> None:
     assert made["source_config"] == config_of(source)
     assert made["wo_scale"] == 0.5
     with safe_open(tmp_path / "moe" / "model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["moezoo"])["recipe"] == {"num_experts": 2}
+        wide = {"name": "normal", "std": 0.02}
+        recipe = json.loads(file.metadata()["moezoo"])["recipe"]
+        assert recipe == {"num_experts": 2, "router_init": wide}
     card = (tmp_path / "moe" / "README.md").read_text()
     assert "| shared expert | yes |" in card
     assert "library_name: transformers" in card

@@ -33,6 +33,7 @@ SUITE = [
     "tests/experts/test_biases.py",
     "tests/observed/test_taken.py",
     "tests/test_text_files.py",
+    "tests/conversion/test_settled.py",
     "tests/training/test_adafactor.py",
     "tests/layouts/test_planner.py",
     "tests/reporting/test_known.py",

@@ -472,4 +472,14 @@ BUGS = [
         "found=type(value).__name__ if meant(kind, value) is None else value,\n"
         "            hint=meant(kind, value),",
         "found=type(value).__name__,"),
+    Bug("a gated T5 gets the router of Switch", "adapters/upcycle/target.py",
+        'held is None and layout == "auto"', "False"),
+    Bug("slices with rows of their own get sharp routers", "adapters/upcycle/target.py",
+        "alike == {choices_of(router)}", "alike"),
+    Bug("what is folded keeps its factor", "adapters/upcycle/folding.py",
+        "(config.wo_scale or 1.0) * config.num_experts", "config.wo_scale or 1.0"),
+    Bug("a folded router keeps its rows", "adapters/upcycle/folding.py",
+        "return FOLD", "return 1.0"),
+    Bug("the recipe upcycle moves routers as fast as the rest", "moezoo/training/recipes.py",
+        "warmup=1_000, router_learning_rate=0.01", "warmup=1_000, router_learning_rate=1.0"),
 ]  # fmt: skip
