@@ -77,6 +77,15 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     leave()
 
 
+def refuse_over_ranks(**given: object) -> None:
+    """Raises ConfigError for a flag of one process that is given where there are several."""
+    from moezoo.errors import ConfigError
+
+    for name, value in given.items():
+        if value and world()[1] > 1:
+            raise ConfigError(f"--{name} is for one process", field=name, hint="Leave it out.")
+
+
 def _refuse_flags(arguments: argparse.Namespace) -> None:
     from moezoo.errors import ConfigError
 
