@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 AXE := 4.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint types docs examples bench mutants clean
+.PHONY: help demo test common oldest browser lint types docs examples bench mutants clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -36,6 +36,14 @@ browser:  ## Chromium, its driver and an accessibility checker, for the tests of
 	    --no-install-recommends npm; \
 	    mkdir -p build/browser && cd build/browser && npm pack --silent axe-core@$(AXE) && \
 	    tar xzf axe-core-$(AXE).tgz; }
+
+common: $(STAMP)  ## transformers' common tests on the wrapper, from its source distribution
+	$(BIN)/python -m tests.hf.common
+
+oldest: $(STAMP)  ## tests of the wrapper with the oldest transformers that it serves
+	rm -rf build/oldest
+	$(BIN)/pip install --quiet --no-deps --target build/oldest transformers==5.18.0
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q tests/hf --ignore tests/hf/common
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .

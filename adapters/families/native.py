@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError
 
 FORMAT = 1
+_FIELDS = {field.name for field in dataclasses.fields(SwitchConfig)} - {"other_fields"}
 
 
 @registry.register("moezoo")
@@ -35,7 +37,10 @@ class NativeFamily(Family):
         inner = values.get("moezoo_config")
         if not isinstance(inner, dict):
             raise ConfigError("config.json has no object 'moezoo_config'", field="moezoo_config")
-        return SwitchConfig.from_dict({"other_fields": other_fields(values), **inner})
+        # The wrapper for transformers writes the fields by themselves too; who edits one means it.
+        said = {n: v for n, v in values.items() if n in _FIELDS and v is not None}
+        other = {n: v for n, v in other_fields(values).items() if n not in _FIELDS}
+        return SwitchConfig.from_dict({"other_fields": other, **inner, **said})
 
     def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
         inner = config.to_dict()

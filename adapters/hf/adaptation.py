@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from moezoo.errors import ConfigError
 from moezoo.layer import MoE
 from moezoo.private_torch import is_in_backward
 from moezoo.records import Routing
@@ -26,7 +27,13 @@ class AdaptRouters(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Watch every sparse layer."""
+        """Watch every sparse layer. Raises ConfigError where Trainer would smooth labels by a loss
+        of its own, without the router losses.
+        """
+        if args.label_smoothing_factor:
+            hint = f"Set model.config.label_smoothing = {args.label_smoothing_factor} instead."
+            reason = "Trainer's loss has no router losses"
+            raise ConfigError(reason, field="label_smoothing_factor", hint=hint)
         for layer in [module for module in model.modules() if isinstance(module, MoE)]:
             self._seen[layer] = []
             self._handles.append(layer.register_forward_hook(self._keep))

@@ -1,33 +1,40 @@
-"""What every wrapped model shares: building, loading, saving, gradient checkpointing."""
+"""What every wrapped model shares: building, loading, saving, its parts by T5's names."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from moezoo.adapters.checkpoint import load, save
+from moezoo.adapters.checkpoint import load
 from moezoo.adapters.hf.configuration import MoezooConfig
-from moezoo.adapters.names import MAY_REPEAT, SHARED, is_stray, memory_name
+from moezoo.adapters.hf.drawing import draw
+from moezoo.adapters.hf.naming import INNER, in_memory, register_names
+from moezoo.adapters.hf.stacks import opened, twin
+from moezoo.adapters.hf.targets import register_targets
+from moezoo.adapters.names import HEAD, MAY_REPEAT, SHARED
 from moezoo.building import TASKS, build
-from moezoo.errors import ConfigError, TensorMismatch
+from moezoo.errors import ConfigError
 from moezoo.models import SwitchForConditionalGeneration
-from moezoo.models.resizing import resize_embeddings
+from moezoo.models.resizing import check_routers
 
-_INNER = "model."
+register_names(MoezooConfig.model_type)
+register_targets(MoezooConfig.model_type)
+_PARTS = ("encoder", "decoder", "shared", "lm_head")
 
 
 class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """A moezoo model of one task as `self.model`, saved in moezoo's own layout.
+    """A moezoo model of one task as `self.model`, whose parts are there by T5's names, too.
 
-    Whatever `moezoo.load` reads, `from_pretrained` reads; whatever `save_pretrained` writes,
-    `moezoo.load` reads. Weights are moezoo's: transformers neither draws nor ties them.
+    Files are in moezoo's own layout: `moezoo.load` reads what `save_pretrained` writes, and
+    `from_pretrained` reads directories of moezoo, T5 and Switch.
     """
 
     config_class = MoezooConfig
@@ -38,11 +45,21 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     task = ""
     _no_split_modules = ["Block"]
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(model\.)?(encoder|decoder)\.embed_tokens\.weight$",  # a copy of the shared ones
+        r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
+    ]
 
     def __init__(self, config: MoezooConfig, model: nn.Module | None = None) -> None:
         super().__init__(config)
-        self.model: Any = build(config.switch, task=self.task) if model is None else model
+        inner = build(config.switch, task=self.task) if model is None else twin(model)
+        self.model: Any = opened(inner, self.config)
+        if model is not None:
+            for module in self.modules():
+                module._is_hf_initialized = True
         self.post_init()
+        if not self.shared.weight.is_meta:
+            self.tie_weights()
 
     @classmethod
     def wrap(cls, model: nn.Module) -> Any:
@@ -60,6 +77,7 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             )
         switch: Any = model.config
         made = cls(MoezooConfig.of(switch, task=cls.task), model).train(model.training)
+        made.config.dtype = made.dtype
         if isinstance(model, SwitchForConditionalGeneration):
             made.generation_config.update(allow_custom_entries=True, **model.generation.values)
         return made
@@ -67,84 +85,56 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
-        config: MoezooConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        device_map: Any = None,
+        config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a directory of moezoo, T5 or Switch weights, in evaluation mode; see `moezoo.load`.
+        """Load a directory of moezoo, T5 or Switch weights, in evaluation mode.
 
-        Args:
-            config: fields of its `moezoo_config` that change no shape take effect.
-            dtype: a dtype, or "auto" for the stored one (the default).
-            device_map: a device for all of the model.
-            kwargs: other arguments of transformers' method, which do not matter here.
+        Every argument is that of transformers' method. Fields of the config, `capacity` and the
+        other ones of SwitchConfig included, are arguments too.
         """
-        del model_args
-        dtype = kwargs.get("torch_dtype") if dtype is None else dtype
-        if isinstance(dtype, str):
-            dtype = None if dtype == "auto" else getattr(torch, dtype)
-        device = device_map.get("") if isinstance(device_map, Mapping) else device_map
-        overrides = {} if config is None else dict(config.moezoo_config or {})
-        path = Path(pretrained_model_name_or_path)
-        model = load(
-            path,
-            task=cls.task,
-            dtype=dtype,
-            device=None if device == "auto" else device,
-            **overrides,
-        )
-        made = cls.wrap(model)
-        if kwargs.get("output_loading_info"):
-            return made, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-        return made
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        is_main_process: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Write weights and configs into a directory, which other files may share.
-
-        Args:
-            state_dict: weights to write instead of the model's own, by the same names.
-            kwargs: other arguments of transformers' method, which do not matter here.
-        """
-        if not is_main_process:
-            return
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
-            stage = Path(folder) / "model"
-            model = self.model if state_dict is None else self._holding(state_dict)
-            save(model, stage, layout="moezoo", max_shard_size=max_shard_size)
-            self.config.architectures = [type(self).__name__]
-            self.config.dtype = self.dtype
-            self.config.save_pretrained(stage)
-            if self.can_generate() and self.generation_config is not None:
-                self.generation_config.save_pretrained(stage)
-            for stale in target.glob("model*.safetensors*"):
-                stale.unlink()
-            for file in stage.iterdir():
-                os.replace(file, target / file.name)
+        path = pretrained_model_name_or_path
+        if path is not None and Path(path).is_file():  # weights by themselves, whose shapes tell
+            model: Any = load(Path(path), task=cls.task)
+            config = MoezooConfig.of(model.config, task=cls.task) if config is None else config
+            kwargs["state_dict"] = {INNER + n: tensor for n, tensor in model.state_dict().items()}
+            path = None
+        found = super().from_pretrained(path, *model_args, config=config, **kwargs)
+        made = found[0] if isinstance(found, tuple) else found
+        if path is not None and made.can_generate():
+            made.follow_generation(Path(path) / kwargs.get("subfolder", ""))
+        return found
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As `Module.load_state_dict`, by the names in memory or by those of a saved file."""
-        if any(".block." in name for name in state_dict) or "shared.weight" in state_dict:
+        if any(".block." in name for name in state_dict) or SHARED in state_dict:
             state_dict = self._without_repeats(in_memory(state_dict))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    @property
+    def encoder(self) -> Any:
+        """The encoder: a stack that takes ids, as T5's."""
+        return self.model.encoder
+
+    @property
+    def shared(self) -> Any:
+        """The embeddings that both stacks look up, unless they have their own."""
+        return self.model.shared
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a second module by the name of a part.
+        if name in _PARTS and isinstance(value, nn.Module):
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings that the encoder looks up: the shared ones, or its own."""
-        table: nn.Module = self.model.encoder.table(self.model.shared)
+        table: nn.Module = self.encoder.get_input_embeddings()
         return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -160,68 +150,53 @@ class MoezooPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """Give every table of tokens and the head `new_num_tokens` rows (rounded up to a multiple
-        of `pad_to_multiple_of`); see `moezoo.resize_embeddings`.
+        """As transformers' method, of every table of tokens and the head.
 
-        Raises ConfigError for `mean_resizing=False`: new rows are the mean of the old ones.
+        Raises ConfigError for routers that know the vocabulary.
         """
-        if not mean_resizing:
-            hint = "Leave mean_resizing out, and draw the new rows afterwards."
-            raise ConfigError("new rows are means", field="mean_resizing", found=False, hint=hint)
-        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
-        resize_embeddings(self.model, rows)
+        check_routers(self.model)
+        table: nn.Embedding = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        rows = table.weight.shape[0]
+        others = {self.model.shared, getattr(self.model, "decoder", self.encoder).embed_tokens}
+        for other in others - {table, None}:
+            self._get_resized_embeddings(other, rows, mean_resizing=mean_resizing)
         self.config.vocab_size = rows
-        self.config.moezoo_config = self.model.config.to_dict()
-        return self.get_input_embeddings()
+        self.model.config = self.model.config.replace(vocab_size=rows)
+        return table
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def recomputes(self) -> bool:
         """Whether blocks are recomputed in backward."""
-        return bool(self.model.encoder.gradient_checkpointing)
+        return any(block.gradient_checkpointing for block in self.encoder.blocks)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        self.model.gradient_checkpointing(enable)
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **options: Any
+    ) -> None:
+        # Routings leave a block beside its output: the reentrant way would cut their gradient.
+        run = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, run, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """moezoo.build has drawn them."""
+        draw(module)
 
     def _without_repeats(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors without those that repeat the shared embeddings, for which there is no place."""
-        own, shared = self.model.state_dict(), state.get(_INNER + SHARED)
+        """Tensors without those that repeat the shared embeddings, for which there is no place; and
+        with the tied head, which a file has not.
+        """
+        own, shared = self.model.state_dict(), state.get(INNER + SHARED)
+        if self.config.tie_word_embeddings and shared is not None and HEAD in own:
+            state = {**state, INNER + HEAD: shared}
         return {
             name: tensor
             for name, tensor in state.items()
-            if (plain := name.removeprefix(_INNER)) not in MAY_REPEAT
+            if (plain := name.removeprefix(INNER)) not in MAY_REPEAT
             or plain in own
             or shared is None
             or not torch.equal(tensor, shared)
         }
-
-    def _holding(self, state_dict: Mapping[str, Tensor]) -> nn.Module:
-        """A model that holds the given weights instead of its own."""
-        twin = build(self.config.switch, task=self.task, device="meta")
-        own = {name.removeprefix(_INNER): tensor for name, tensor in state_dict.items()}
-        twin.load_state_dict(own, strict=True, assign=True)
-        return twin
-
-
-def in_memory(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a saved file by the names of a wrapped model, experts stacked."""
-    whole: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in state_dict.items():
-        if is_stray(name):
-            continue
-        place = memory_name(name)
-        if place.expert is None:
-            whole[_INNER + place.name] = tensor
-        else:
-            parts.setdefault(_INNER + place.name, {})[place.expert] = tensor
-    for name, experts in parts.items():
-        missing = next((e for e in range(len(experts)) if e not in experts), None)
-        if missing is not None:
-            raise TensorMismatch(f"{name}: expert {missing} is missing", key=name)
-        whole[name] = torch.stack([experts[e] for e in range(len(experts))])
-    return whole

@@ -1,29 +1,60 @@
-"""moezoo's decoder cache with the few methods that transformers' generation calls."""
+"""Caches of transformers as a moezoo decoder reads and extends them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from moezoo.models.cache import DecoderCache
 
 
-@dataclass
-class GenerationCache:
-    """Keys and values of a decoder while transformers' `generate` runs it.
-
-    Rows are one per beam, the encoder's output repeated for each, so that a reordering within the
-    beams of a source leaves cross-attention as it is.
+class BorrowedCache(DecoderCache):
+    """A DecoderCache whose keys and values are in a cache of transformers: dynamic, static, or any
+    that has `update`.
     """
 
-    inner: DecoderCache = field(default_factory=DecoderCache)
-    is_compileable = False
+    def __init__(self, theirs: EncoderDecoderCache) -> None:
+        super().__init__(length=int(theirs.get_seq_length()))
+        self.theirs: Any = theirs
+        self.cross_attention = _CrossAttention(theirs)  # type: ignore[assignment]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Target tokens whose keys are cached."""
-        return self.inner.length
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, H, L, dk) to a layer; return its keys and values (B, H, length + L, dk). A
+        static cache returns its whole buffer, of which the rest is not there yet.
+        """
+        end = self.length + key.shape[2]
+        keys, values = self.theirs.self_attention_cache.update(key, value, layer)
+        return keys[:, :, :end], values[:, :, :end]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the given rows, in that order."""
-        self.inner.reorder(beam_idx)
+
+class _CrossAttention:
+    """Keys and values of the encoder's output by layer."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def get(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        if not self.theirs.is_updated.get(layer):
+            return None
+        found = self.theirs.cross_attention_cache.layers[layer]
+        return found.keys, found.values
+
+    def __setitem__(self, layer: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.theirs.cross_attention_cache.update(*pair, layer)
+        self.theirs.is_updated[layer] = True
+
+
+def new_cache() -> EncoderDecoderCache:
+    """An empty cache that grows."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def borrowed(past_key_values: Any) -> DecoderCache | None:
+    """What the decoder takes for a cache of transformers, of moezoo, or none."""
+    if past_key_values is None or isinstance(past_key_values, DecoderCache):
+        return past_key_values
+    if not isinstance(past_key_values, EncoderDecoderCache):
+        past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+    return BorrowedCache(past_key_values)

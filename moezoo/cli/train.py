@@ -59,6 +59,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument("--teacher", help="a Switch checkpoint to distil, see docs/training.md")
     parser.add_argument("--teacher-weight", type=float, help="its share of the loss (0.25)")
     parser.add_argument(
+        "--label-smoothing", type=float, help="share of every target that goes to all tokens (0)"
+    )
+    parser.add_argument(
         "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of SwitchConfig"
     )
     parser.add_argument("--optimizer", choices=("adamw", "adafactor"), help="the recipe's")

@@ -43,10 +43,7 @@ def resize_embeddings(model: nn.Module, vocab_size: int) -> nn.Module:
     refuse_sharded(model, "resizing")
     check_vocab_size(vocab_size)
     config = model.config.replace(vocab_size=vocab_size)
-    for name, module in model.named_modules():
-        if isinstance(module, Router) and hasattr(module, "vocab_size"):
-            reason = f"{name} routes by token id and knows the old vocabulary"
-            raise ConfigError(reason, field="vocab_size", hint="Build a model of the new size.")
+    check_routers(model)
     made = {name: _resized(module, vocab_size) for name, module in _tables(model)}
     for name, module in made.items():
         owner, _, leaf = name.rpartition(".")
@@ -61,6 +58,14 @@ def check_vocab_size(vocab_size: int) -> None:
         raise ConfigError(
             "vocab_size is a whole number >= 1", field="vocab_size", found=repr(vocab_size)[:80]
         )
+
+
+def check_routers(model: nn.Module) -> None:
+    """Raise ConfigError for a model with routers that know its vocabulary."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and hasattr(module, "vocab_size"):
+            reason = f"{name} routes by token id and knows the old vocabulary"
+            raise ConfigError(reason, field="vocab_size", hint="Build a model of the new size.")
 
 
 def mean_row(blocks: Iterable[Tensor]) -> Tensor:

@@ -285,13 +285,20 @@ class SwitchForConditionalGeneration(SwitchModel):
         return logits
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over labels that are not -100, in float32 (or float64); 0 when there are none."""
+def cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Mean over labels that are not -100, in float32 (or float64); 0 when there are none.
+
+    Args:
+        smoothing: the share of every target that goes to all tokens alike (Szegedy et al., arXiv
+            1512.00567, section 7).
+    """
     if logits.shape[:2] != labels.shape:
         wanted, found = tuple(logits.shape[:2]), tuple(labels.shape)
         reason = "labels do not fit the decoder's input"
         raise ShapeError(reason, field="labels", expected=wanted, found=found)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     flat, targets = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1)
-    total = F.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(
+        flat, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
     return total / (targets != IGNORED).sum().clamp(min=1)

@@ -32,6 +32,7 @@ class TrainingRecipe:
             routers.
         dropout, expert_dropout: rates of the model and of its experts; None: the model's own.
         teacher_weight: the teacher's share of the loss, where there is a teacher.
+        label_smoothing: the share of every target that goes to all tokens alike, in training.
     """
 
     optimizer: str = "adamw"
@@ -48,6 +49,7 @@ class TrainingRecipe:
     dropout: float | None = None
     expert_dropout: float | None = None
     teacher_weight: float = 0.25
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
@@ -63,7 +65,7 @@ class TrainingRecipe:
             if getattr(self, name) < low:
                 found = getattr(self, name)
                 raise ConfigError(f"{name} is at least {low}", field=name, found=found)
-        for name in ("dropout", "expert_dropout", "teacher_weight"):
+        for name in ("dropout", "expert_dropout", "teacher_weight", "label_smoothing"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} lies in [0, 1]", field=name, found=value)

@@ -34,6 +34,7 @@ from moezoo.training.recipes import TrainingRecipe, recipe
 from moezoo.training.run import check_output, run_training
 from moezoo.training.sharded import written_together
 from moezoo.training.sharding import load_over_ranks, over_ranks
+from moezoo.training.smoothing import Smoothed
 
 _SETTINGS = (
     "optimizer",
@@ -48,6 +49,7 @@ _SETTINGS = (
     "expert_learning_rate",
     "router_learning_rate",
     "teacher_weight",
+    "label_smoothing",
 )
 _OWN_VOCABULARY = 8000
 
@@ -93,6 +95,9 @@ def prepared(
     model = over_ranks(model, ep=arguments.ep, precision=arguments.precision)
     if teacher is None:
         return Session(model, tokenizer, settings)
+    if settings.label_smoothing:
+        hint = "Leave --label-smoothing out: a teacher's probabilities are smooth."
+        raise ConfigError("there is a teacher", field="label_smoothing", hint=hint)
     return Session(model, tokenizer, settings, Distillation(teacher, settings.teacher_weight))
 
 
@@ -115,6 +120,7 @@ def execute(
     """Run, then write OUT/model with its tokenizer; the exit code is 0, or 143 after a signal."""
     out = Path(arguments.out)
     config: Any = session.model.config
+    share = session.settings.label_smoothing
     result = run_training(
         session.model,
         batches,
@@ -126,7 +132,7 @@ def execute(
         save_every=arguments.save_every,
         table_every=arguments.table_every,
         nonfinite=arguments.nonfinite,
-        objective=session.distillation or likelihood,
+        objective=session.distillation or (Smoothed(share) if share else likelihood),
         resume_from=arguments.resume_from,
         strict=not arguments.allow_changes,
         tensorboard=arguments.tensorboard,

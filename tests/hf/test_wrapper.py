@@ -127,19 +127,6 @@ def test_given_weights_are_saved_instead_of_the_models_own(tmp_path: Path) -> No
     assert model(**inputs).logits.any()
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    gradients = []
-    for enabled in (False, True):
-        model = wrapped(dropout_rate=0.1).train()
-        if enabled:
-            model.activation_checkpointing_enable()
-        assert model.is_gradient_checkpointing is enabled
-        torch.manual_seed(0)
-        model(**batch()).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 def test_an_encoder_serves_the_feature_extraction_pipeline() -> None:
     class Words:
         """Token ids of numbers, for a pipeline that wants a tokenizer."""
@@ -158,24 +145,3 @@ def test_a_wrapper_refuses_a_model_of_another_task() -> None:
     encoder = moezoo.build(SwitchConfig(**SIZES), task="encoder")
     with pytest.raises(ConfigError, match="SwitchForConditionalGeneration"):
         MoezooForConditionalGeneration.wrap(encoder)
-
-
-@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
-def test_what_is_not_kept_is_refused_by_name(asked: str) -> None:
-    with pytest.raises(ConfigError, match=asked):
-        wrapped()(**batch(), **{asked: True})
-
-
-@pytest.mark.parametrize("own", [(), ("encoder",), ("encoder", "decoder")])
-def test_the_vocabulary_is_resized_with_the_config(own: tuple[str, ...], tmp_path: Path) -> None:
-    config = SwitchConfig(**SIZES, own_embeddings=own)
-    model = MoezooForConditionalGeneration.wrap(moezoo.build(config, seed=0))
-    rows = model.resize_token_embeddings(200, pad_to_multiple_of=64).weight
-    assert rows.shape[0] == model.config.vocab_size == model.config.switch.vocab_size == 256
-    assert rows is model.get_input_embeddings().weight
-    model.save_pretrained(tmp_path / "saved")
-    again = MoezooForConditionalGeneration.from_pretrained(tmp_path / "saved")
-    ids = torch.tensor([[5, 255, 1]])
-    assert torch.equal(again(ids, labels=ids).logits, model(ids, labels=ids).logits)
-    with pytest.raises(ConfigError, match="mean_resizing"):
-        model.resize_token_embeddings(300, mean_resizing=False)

@@ -471,4 +471,14 @@ BUGS = [
         "found=type(value).__name__ if meant(kind, value) is None else value,\n"
         "            hint=meant(kind, value),",
         "found=type(value).__name__,"),
+    Bug("hidden states end before the last norm", "adapters/hf/recording.py",
+        "return (*self.inputs, last) if", "return (*self.inputs, self.inputs[-1]) if"),
+    Bug("a static cache is read to its end", "adapters/hf/cache.py",
+        "return keys[:, :, :end], values[:, :, :end]", "return keys, values"),
+    Bug("a config is what was stored, not what was said", "adapters/hf/configuration.py",
+        "{**stored, **said}", "{**said, **stored}"),
+    Bug("the continued prompt is read again", "adapters/hf/modeling.py",
+        "ids[:, there:] if there < ids.shape[1] else ids", "ids"),
+    Bug("smoothing leaves the router losses out", "moezoo/training/smoothing.py",
+        'loss=output.loss - output.losses["cross_entropy"] + smooth', "loss=smooth"),
 ]  # fmt: skip
