@@ -16,9 +16,9 @@ from moezoo.adapters.checkpoint_source import open_checkpoint
 from moezoo.adapters.plan import make_plan
 from moezoo.adapters.upcycle import upcycle
 from moezoo.adapters.upcycle.export import export
-from moezoo.adapters.verify import verify
 from moezoo.adapters.upcycle.folding import FOLD
 from moezoo.adapters.upcycle.recipe import Recipe
+from moezoo.adapters.verify import verify
 from moezoo.cli import main
 from moezoo.demonstration.closed_book import SETTINGS, learn, small_t5
 from moezoo.errors import ConfigError

@@ -71,7 +71,7 @@ def test_an_adapter_is_added_saved_and_comes_back_with_its_model(
     assert torch.equal(logits(inside), logits(model))
 
 
-def test_adapters_are_enabled_disabled_mixed_and_deleted(base: Path) -> None:
+def test_adapters_are_enabled_disabled_mixed_and_deleted(base: Path, tmp_path: Path) -> None:
     model = Model.from_pretrained(base)
     plain = logits(model)
     model.add_adapter(lora())
@@ -88,7 +88,7 @@ def test_adapters_are_enabled_disabled_mixed_and_deleted(base: Path) -> None:
     for other in (plain, first, second):
         assert not torch.allclose(logits(model), other)
     with pytest.raises(ValueError, match="Multiple active adapters"):
-        model.save_pretrained("nowhere")
+        model.save_pretrained(tmp_path)
     model.delete_adapter(["default", "second"])
     assert not model._hf_peft_config_loaded
     with pytest.raises(ValueError, match="adapter"):
