@@ -131,7 +131,8 @@ def test_padding_is_in_no_number_with_and_without_a_cache() -> None:
         model(input_ids=IDS, attention_mask=MASK)
     (routing,) = tape.by_layer["model.layers.0.mlp"]
     assert torch.equal(routing.real, MASK.bool().flatten())
-    assert tape.stats()["model.layers.0.mlp"].tokens == int(MASK.sum())
+    stats = tape.stats()["model.layers.0.mlp"]
+    assert stats.tokens == int(MASK.sum()) and sum(stats.load) == 2 * int(MASK.sum())
     with torch.no_grad(), moezoo.record(model) as tape:
         model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
     tokens = [r.assignment.num_tokens for r in tape.by_layer["model.layers.0.mlp"]]
