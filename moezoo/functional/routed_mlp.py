@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,13 +13,20 @@ from torch.nn import functional as F
 
 from moezoo.functional.dispatch import combine, dispatch
 from moezoo.functional.expert_strips import Plan, planned
-from moezoo.ops.backends import Runs
+from moezoo.functional.gated_units import SiluGate
+from moezoo.ops.backends import Grouped, Runs
 from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import large_empty, stacked_gradient
-from moezoo.ops.products import outer_product, product
+from moezoo.ops.products import fast_products, outer_product, product
 from moezoo.records import Assignment
 
+_GROUPED = Grouped()
+# Of fewer rows an expert, and of larger matrices, products one by one are faster.
+_FEW_ROWS, _MEDIUM = 5, 2**19
+# Stacks of up to so many numbers may lie in the cache, where `torch.mm` is the fastest for one row;
+# from memory it takes a third longer than what `product` chooses, which is twice as slow here.
+_RESIDENT = 2**22
 Rows = Callable[[Tensor], Tensor]
 
 
@@ -65,6 +73,8 @@ def routed_mlp(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) ->
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out: Tensor = _Routed.apply(networks.function, x, expert, weight, *networks.tensors)  # type: ignore[no-untyped-call]
         return out
+    if x.shape[0] == 1 and x.dtype == torch.float32:
+        return _lone(x, expert, weight, networks)
     plan = planned(expert, networks.up.shape)
     return _collected(_results(x, plan, networks, None), plan, weight, x.dtype)
 
@@ -142,15 +152,55 @@ def _products(
     training: bool,
 ) -> Tensor:
     """Rows of consecutive experts times their matrices, plus biases; `start`: the first row."""
-    if len(runs) == 1 and out is None:
+    fast = weight.numel() > _RESIDENT and fast_products(x, weight)
+    if len(runs) == 1:
         expert = runs[0][0]
-        y = product(x, weight[expert], training=training)
+        y = product(x, weight[expert], training=training, out=out, fast=fast)
         return y if bias is None else y.add_(bias[expert])
+    if bias is None and x.shape[0] >= _FEW_ROWS * len(runs) and _takes_grouped(x, weight):
+        y = _grouped(x, weight, runs, start)
+        return y if out is None else out.copy_(y)
     out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
     for expert, rows in runs:
         here = slice(rows.start - start, rows.stop - start)
-        y = product(x[here], weight[expert], training=training)
-        out[here] = y if bias is None else y.add_(bias[expert])
+        y = product(x[here], weight[expert], training=training, out=out[here], fast=fast)
+        if bias is not None:
+            y.add_(bias[expert])
+    return out
+
+
+def _takes_grouped(x: Tensor, weight: Tensor) -> bool:
+    plain = x.dtype == torch.float32 and weight[0].numel() <= _MEDIUM
+    aligned = x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    return plain and aligned and _GROUPED.refusal(x, weight) is None
+
+
+def _grouped(x: Tensor, weight: Tensor, runs: Runs, start: int) -> Tensor:
+    """The same as one call, which loops over experts without the host."""
+    first, last = runs[0][0], runs[-1][0]
+    stops = dict.fromkeys(range(first, last + 1), 0) | {e: r.stop - start for e, r in runs}
+    ends = torch.tensor(list(accumulate(stops.values(), max)), dtype=torch.int32)
+    return F.grouped_mm(x, weight[first : last + 1].transpose(1, 2), offs=ends)
+
+
+def _lone(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
+    """One token without a gradient: nothing to sort, and its row serves every expert."""
+    ids = [e for e in expert[0].tolist() if e < networks.up.shape[0]]
+    if len(ids) < expert.shape[1]:
+        weight = weight[:, expert[0] < networks.up.shape[0]]
+    h_KH = _rows_alone(x.expand(len(ids), -1), networks.up, networks.up_bias, ids)
+    y_KO = _rows_alone(networks.function(h_KH), networks.down, networks.down_bias, ids)
+    return (weight.to(y_KO.dtype) @ y_KO).to(x.dtype)
+
+
+def _rows_alone(x: Tensor, weight: Tensor, bias: Tensor | None, ids: list[int]) -> Tensor:
+    """Row i times the matrix of expert ids[i], plus its bias."""
+    out = x.new_empty(len(ids), weight.shape[1])
+    fast = weight.numel() > _RESIDENT and fast_products(x, weight)
+    for row, place, expert in zip(x.split(1), out.split(1), ids, strict=True):
+        product(row, weight[expert], out=place, fast=fast)
+        if bias is not None:
+            place.add_(bias[expert])
     return out
 
 
@@ -295,13 +345,17 @@ class _Backward:
         self, rows: slice, h_nH: Tensor, back_nF: Tensor, weight_n1: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The hidden units, computed again, and the gradient of what they are computed from."""
-        with torch.enable_grad():
-            leaf = h_nH.detach().requires_grad_()
-            hidden_nF = self.networks.function(leaf)
-        value_nF = hidden_nF.detach()
+        grad_nF, function = back_nF * weight_n1.to(back_nF.dtype), self.networks.function
+        if isinstance(function, SiluGate):
+            value_nF, grad_nH = function.with_gradient(h_nH, grad_nF)
+        else:
+            with torch.enable_grad():
+                leaf = h_nH.detach().requires_grad_()
+                hidden_nF = function(leaf)
+            value_nF = hidden_nF.detach()
+            (grad_nH,) = torch.autograd.grad(hidden_nF, leaf, grad_nF)
         if self.grad_weight_N is not None:  # <back, down hidden> = <back down, hidden>
             self.grad_weight_N[rows] = (back_nF * value_nF).sum(1)
-        (grad_nH,) = torch.autograd.grad(hidden_nF, leaf, back_nF * weight_n1.to(back_nF.dtype))
         return value_nF, grad_nH
 
 
