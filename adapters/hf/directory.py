@@ -73,7 +73,8 @@ def record_text(
     with torch.no_grad(), record(model.eval()) as tape:
         seen = []
         for ids in watch(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
-            model(input_ids=ids, use_cache=False)
+            # The mask tells where sequences end.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             seen.append(ids.flatten())
     by_layer: dict[str, list[Tensor | None]] = {name: list(seen) for name in tape.check().by_layer}
     return Recorded(tape, by_layer, lambda number: str(words.convert_ids_to_tokens(number)))

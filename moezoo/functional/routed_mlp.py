@@ -197,8 +197,9 @@ def _rows_alone(x: Tensor, weight: Tensor, bias: Tensor | None, ids: list[int]) 
     """Row i times the matrix of expert ids[i], plus its bias."""
     out = x.new_empty(len(ids), weight.shape[1])
     fast = weight.numel() > _RESIDENT and fast_products(x, weight)
-    for row, place, expert in zip(x.split(1), out.split(1), ids, strict=True):
-        product(row, weight[expert], out=place, fast=fast)
+    for number, expert in enumerate(ids):
+        place = out[number : number + 1]
+        product(x[number : number + 1], weight[expert], out=place, fast=fast)
         if bias is not None:
             place.add_(bias[expert])
     return out

@@ -198,14 +198,13 @@ def report(folder: Path, *more: str) -> int:
 def test_the_command_reports_a_mixtral(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--length", "16", "--batches", "2", "--batch-size", "3", "--json"]
     assert report(mixtral, *arguments, "--out", str(mixtral / "page.html")) == 0
-    first, second = json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["layers"]
+    (stream,) = document["streams"]
     assert first["name"] == "model.layers.0.mlp"
-    assert first["stats"]["tokens"] == 2 * 3 * 16
-    assert sum(second["stats"]["load"]) == 2 * 2 * 3 * 16
-    assert {piece for pieces in first["tokens"] for piece in pieces} <= {
-        "</s>", *"the quick brown fox jumps over a lazy dog".split()
-    }  # fmt: skip
-    assert any(first["tokens"]) and "1.0" in first["dropped_at"]
+    assert first["tokens"] == 2 * 3 * 16 and stream["sequences"] == [16] * 6
+    assert sum(second["load"]) == 2 * 2 * 3 * 16
+    assert set(stream["pieces"]) <= {"</s>", *"the quick brown fox jumps over a lazy dog".split()}
     assert "model.layers.1.mlp" in (mixtral / "page.html").read_text()
 
 
