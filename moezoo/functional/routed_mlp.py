@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,19 +13,14 @@ from torch.nn import functional as F
 from moezoo.functional.dispatch import combine, dispatch
 from moezoo.functional.expert_strips import Plan, planned
 from moezoo.functional.gated_units import SiluGate
-from moezoo.ops.backends import Grouped, Runs
+from moezoo.functional.run_products import rows_alone, run_products
+from moezoo.ops.backends import Runs
 from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import large_empty, stacked_gradient
-from moezoo.ops.products import fast_products, outer_product, product
+from moezoo.ops.products import outer_product
 from moezoo.records import Assignment
 
-_GROUPED = Grouped()
-# Of fewer rows an expert, and of larger matrices, products one by one are faster.
-_FEW_ROWS, _MEDIUM = 5, 2**19
-# Stacks of up to so many numbers may lie in the cache, where `torch.mm` is the fastest for one row;
-# from memory it takes a third longer than what `product` chooses, which is twice as slow here.
-_RESIDENT = 2**22
 Rows = Callable[[Tensor], Tensor]
 
 
@@ -125,11 +119,13 @@ def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | No
             if x.shape[0] > 1
             else x.expand(rows.stop - rows.start, -1)
         )
-        h_nH = _products(x_nD, networks.up, networks.up_bias, runs, rows.start, training=training)
+        h_nH = run_products(
+            x_nD, networks.up, networks.up_bias, runs, rows.start, training=training
+        )
         if saved is not None:
             saved.append(h_nH)
         hidden_nF = networks.function(h_nH)
-        _products(
+        run_products(
             hidden_nF,
             networks.down,
             networks.down_bias,
@@ -141,68 +137,14 @@ def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | No
     return y_NO
 
 
-def _products(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    runs: Runs,
-    start: int,
-    *,
-    out: Tensor | None = None,
-    training: bool,
-) -> Tensor:
-    """Rows of consecutive experts times their matrices, plus biases; `start`: the first row."""
-    fast = weight.numel() > _RESIDENT and fast_products(x, weight)
-    if len(runs) == 1:
-        expert = runs[0][0]
-        y = product(x, weight[expert], training=training, out=out, fast=fast)
-        return y if bias is None else y.add_(bias[expert])
-    if bias is None and x.shape[0] >= _FEW_ROWS * len(runs) and _takes_grouped(x, weight):
-        y = _grouped(x, weight, runs, start)
-        return y if out is None else out.copy_(y)
-    out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
-    for expert, rows in runs:
-        here = slice(rows.start - start, rows.stop - start)
-        y = product(x[here], weight[expert], training=training, out=out[here], fast=fast)
-        if bias is not None:
-            y.add_(bias[expert])
-    return out
-
-
-def _takes_grouped(x: Tensor, weight: Tensor) -> bool:
-    plain = x.dtype == torch.float32 and weight[0].numel() <= _MEDIUM
-    aligned = x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-    return plain and aligned and _GROUPED.refusal(x, weight) is None
-
-
-def _grouped(x: Tensor, weight: Tensor, runs: Runs, start: int) -> Tensor:
-    """The same as one call, which loops over experts without the host."""
-    first, last = runs[0][0], runs[-1][0]
-    stops = dict.fromkeys(range(first, last + 1), 0) | {e: r.stop - start for e, r in runs}
-    ends = torch.tensor(list(accumulate(stops.values(), max)), dtype=torch.int32)
-    return F.grouped_mm(x, weight[first : last + 1].transpose(1, 2), offs=ends)
-
-
 def _lone(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
     """One token without a gradient: nothing to sort, and its row serves every expert."""
     ids = [e for e in expert[0].tolist() if e < networks.up.shape[0]]
     if len(ids) < expert.shape[1]:
         weight = weight[:, expert[0] < networks.up.shape[0]]
-    h_KH = _rows_alone(x.expand(len(ids), -1), networks.up, networks.up_bias, ids)
-    y_KO = _rows_alone(networks.function(h_KH), networks.down, networks.down_bias, ids)
+    h_KH = rows_alone(x.expand(len(ids), -1), networks.up, networks.up_bias, ids)
+    y_KO = rows_alone(networks.function(h_KH), networks.down, networks.down_bias, ids)
     return (weight.to(y_KO.dtype) @ y_KO).to(x.dtype)
-
-
-def _rows_alone(x: Tensor, weight: Tensor, bias: Tensor | None, ids: list[int]) -> Tensor:
-    """Row i times the matrix of expert ids[i], plus its bias."""
-    out = x.new_empty(len(ids), weight.shape[1])
-    fast = weight.numel() > _RESIDENT and fast_products(x, weight)
-    for number, expert in enumerate(ids):
-        place = out[number : number + 1]
-        product(x[number : number + 1], weight[expert], out=place, fast=fast)
-        if bias is not None:
-            place.add_(bias[expert])
-    return out
 
 
 def _collected(y_NO: Tensor, plan: Plan, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -308,7 +250,7 @@ class _Backward:
         up, down, down_bias = self.networks.up, self.networks.down, self.networks.down_bias
         token_n, weight_n1 = self.plan.token[rows], self.weight_N1[rows]
         back_nO = self.grad.index_select(0, token_n)  # of weighed results
-        back_nF = _products(back_nO, down.transpose(1, 2), None, runs, rows.start, training=True)
+        back_nF = run_products(back_nO, down.transpose(1, 2), None, runs, rows.start, training=True)
         hidden_nF, grad_nH = self._through_function(rows, h_nH, back_nF, weight_n1)
         weighed_nF = hidden_nF * weight_n1.to(hidden_nF.dtype)
         x_nD = self.x.index_select(0, token_n)
@@ -332,7 +274,7 @@ class _Backward:
                     self.grad_weight_N.dtype
                 )
         if self.grad_x is not None:
-            _products(
+            run_products(
                 grad_nH,
                 up.transpose(1, 2),
                 None,
