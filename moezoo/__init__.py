@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moezoo import capacity, experts, losses, routers
     from moezoo.adapters.checkpoint import load, save
     from moezoo.adapters.plug import plug
+    from moezoo.adapters.record import record
     from moezoo.adapters.sparse import sparse
     from moezoo.adapters.upcycle import downcycle as downcycle
     from moezoo.adapters.upcycle import upcycle as upcycle
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from moezoo.models.resizing import resize_embeddings
     from moezoo.presets import list_models
     from moezoo.quantization import quantize
-    from moezoo.recording import record
     from moezoo.reporting.report import report
     from moezoo.sparse_mlp import SparseMLP
     from moezoo.tokenizer import ByteTokenizer, Tokenizer
@@ -54,7 +54,7 @@ _HOME = {
     "load": "moezoo.adapters.checkpoint",
     "plug": "moezoo.adapters.plug",
     "quantize": "moezoo.quantization",
-    "record": "moezoo.recording",
+    "record": "moezoo.adapters.record",
     "report": "moezoo.reporting.report",
     "resize_embeddings": "moezoo.models.resizing",
     "save": "moezoo.adapters.checkpoint",

@@ -1,12 +1,15 @@
-"""Recording: what every sparse layer of a model did while a `with` block ran. Read-only."""
+"""Recording: what every sparse layer of a model did while a `with` block ran. Read-only.
+
+Layers of other libraries are seen by what an adapter reads them with (`register_reader`).
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +26,45 @@ from moezoo.ops.observed import is_compiled
 from moezoo.pairing import fed_losses, loss_refusal
 from moezoo.private_torch import is_in_backward
 from moezoo.records import Routing
+from moezoo.routers.base import Router
+
+
+class Handle(Protocol):
+    """What takes a hook away again."""
+
+    def remove(self) -> None: ...
+
+
+class Watched(Protocol):
+    """A sparse layer of another library, as its adapter reads it."""
+
+    @property
+    def router(self) -> Router:
+        """What its router is by our words: its sizes and what it gives. Its parameters are those of
+        the router that is read; `adapt` leaves them alone.
+        """
+
+    def watch(self, seen: Callable[[Routing], None], *, checked: bool) -> Iterable[Handle]:
+        """Call `seen` with the routing of every call until the handles are removed; `checked` as
+        for `record`.
+        """
+
+
+Reader = Callable[[nn.Module], Mapping[str, Watched]]
+_READERS: list[Reader] = []
+
+
+def register_reader(reader: Reader) -> None:
+    """Let `record` see the sparse layers that `reader` finds in a model, by their module names."""
+    if reader not in _READERS:
+        _READERS.append(reader)
 
 
 @dataclass(frozen=True)
 class Tape:
     """The routings of a block, by the layer's module name, in call order."""
 
-    layers: Mapping[str, MoE]
+    layers: Mapping[str, MoE | Watched]
     by_layer: dict[str, list[Routing]] = field(default_factory=dict)
     compiled: frozenset[str] = frozenset()
     configured: Mapping[str, Any] | None = None
@@ -171,26 +206,32 @@ def _lacks_gradient(routing: Routing) -> bool:
 
 @contextmanager
 def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
-    """Record the routing of every `MoE` inside `model` while the block runs.
+    """Record the routing of every `MoE` inside `model` while the block runs, and of the sparse
+    layers of other libraries that an adapter reads (transformers' once `moezoo.adapters.hf` is
+    imported, which `moezoo.record` does where transformers is).
 
     Calls of these very modules are recorded, in the thread that opened the block: not those of a
     copy, not those of another thread. Recomputation under activation checkpointing is not recorded
     a second time.
 
     Args:
-        model: any module that holds `MoE` layers (`SparseMLP` holds one).
+        model: any module that holds such layers (`SparseMLP` holds an `MoE`).
         checked: raise NonFiniteInput, naming layer and position, for NaN or infinity in a layer's
             input. Synchronises with the device.
 
     Raises ConfigError when the model has no sparse layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    if not layers:
+    foreign = {name: layer for reader in _READERS for name, layer in reader(model).items()}
+    if not layers and not foreign:
         raise ConfigError(f"{type(model).__name__} has no MoE layer to record", field="model")
     config = getattr(model, "config", None)
     configured = config.router_losses if isinstance(config, SwitchConfig) else None
-    tape = Tape(layers, compiled=_compiled(model, layers), configured=configured)
-    handles = []
+    every: dict[str, MoE | Watched] = {**layers, **foreign}
+    tape = Tape(every, compiled=_compiled(model, every), configured=configured)
+    handles: list[Handle] = []
+    for name, watched in foreign.items():
+        handles += watched.watch(_keeper(tape, name), checked=checked)
     for name, layer in layers.items():
         handles.append(layer.register_forward_hook(_recorder(tape, name, layer)))
         if checked:
@@ -202,23 +243,33 @@ def record(model: nn.Module, *, checked: bool = False) -> Iterator[Tape]:
             handle.remove()
 
 
-def _compiled(model: nn.Module, layers: Mapping[str, MoE]) -> frozenset[str]:
+def _compiled(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
     """The names of layers that are compiled, or inside a module that is."""
     found = [f"{name}." for name, module in model.named_modules() if is_compiled(module)]
     return frozenset(n for n in layers if any(f"{n}.".startswith(o.lstrip(".")) for o in found))
 
 
 def _recorder(tape: Tape, name: str, layer: MoE) -> Callable[..., None]:
-    thread = threading.get_ident()
+    keep = _keeper(tape, name)
 
     def hook(module: nn.Module, inputs: object, output: tuple[Tensor, Routing]) -> None:
-        if module is not layer or not (is_compiling() or threading.get_ident() == thread):
+        if module is layer:  # and not a copy, hooks and all
+            keep(output[1])
+
+    return hook
+
+
+def _keeper(tape: Tape, name: str) -> Callable[[Routing], None]:
+    thread = threading.get_ident()
+
+    def keep(routing: Routing) -> None:
+        if not (is_compiling() or threading.get_ident() == thread):
             return
         # Inside backward this is the recomputation of a checkpointed block, seen before.
         if not is_in_backward():
-            tape.by_layer.setdefault(name, []).append(output[1])
+            tape.by_layer.setdefault(name, []).append(routing)
 
-    return hook
+    return keep
 
 
 def _checker(name: str, layer: MoE) -> Callable[..., None]:

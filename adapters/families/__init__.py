@@ -25,6 +25,13 @@ def family_of(values: Mapping[str, Any]) -> Family:
     return registry.build(families[named_model_type(values, families)])
 
 
+def foreign_type(values: Mapping[str, Any]) -> str | None:
+    """The `model_type` of a config.json that is none of moezoo's families, such as "mixtral"."""
+    stated = values.get("model_type")
+    families = {t for name in registry.names() for t in registry.get(name).model_types}
+    return stated if isinstance(stated, str) and stated not in families else None
+
+
 def expressible(config: ModelConfig, dtypes: Collection[str] = ()) -> tuple[Family | None, str]:
     """The Hugging Face layout that can hold a model with weights of `dtypes` ("F16", ...), and "",
     or None and the reason.
@@ -92,6 +99,7 @@ __all__ = [
     "decoder_family",
     "expressible",
     "family_of",
+    "foreign_type",
     "layout_for",
     "long_t5_refusal",
     "registry",

@@ -20,6 +20,7 @@ from moezoo.adapters.hf.modeling import (
     MoezooForConditionalGeneration,
     MoezooModel,
 )
+from moezoo.adapters.hf.routers import sparse_layers
 
 
 def register() -> None:
@@ -43,5 +44,6 @@ __all__ = [
     "MoezooEncoderModel",
     "MoezooForConditionalGeneration",
     "MoezooModel",
+    "sparse_layers",
     "register",
 ]

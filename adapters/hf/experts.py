@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moezoo.errors import ConfigError
-from moezoo.functional.routed_mlp import Networks, routed_mlp
+from moezoo.functional.gated_units import SiluGate
+from moezoo.functional.routed_mlp import Networks, Rows, routed_mlp
 from moezoo.ops.observed import is_observed
 
 NAME = "moezoo"
 _SHIPPED = ("transformers.", "torch.nn.modules.activation")
+_HOME, _SILU = "transformers.integrations.moe", ("SiLUActivation", "SiLU")
 _FUNCTIONS = (F.silu, F.relu, F.gelu)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
@@ -52,16 +54,27 @@ def experts_forward(
         raise ConfigError(reason, field=name, hint=hint)
     if module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    pure = _is_pure(module)
     networks = Networks(
         up,
         down,
-        module._apply_gate if module.has_gate else module.act_fn,
+        _function(module, pure),
         up_bias=getattr(module, f"{name}_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         after=module.post_expert_norm if module.has_post_expert_norm else None,
-        pure=_is_pure(module),
+        pure=pure,
     )
     return routed_mlp(hidden_states, top_k_index, top_k_weights, networks)
+
+
+def _function(module: Any, pure: bool) -> Rows:
+    """What comes between the projections; the usual one with its gradient by hand."""
+    if not module.has_gate:
+        activation: Rows = module.act_fn
+        return activation
+    gate: Rows = module._apply_gate
+    usual = pure and gate.__module__ == _HOME and type(module.act_fn).__name__ in _SILU
+    return SiluGate() if usual else gate
 
 
 def _is_pure(module: Any) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.cli.samples import add_sample_arguments, named_tokenizer, sample_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from moezoo.reporting.observation import Observation
     from moezoo.reporting.report import Report
 
 FORMATS = ("html", "terminal", "json")
@@ -19,7 +21,8 @@ FORMATS = ("html", "terminal", "json")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
-        "source", nargs="?", metavar="MODEL", help="a checkpoint; not for --run alone"
+        "source", nargs="?", metavar="MODEL",
+        help="a checkpoint, or a sparse model of transformers; not for --run alone"
     )  # fmt: skip
     add_sample_arguments(parser)
     parser.add_argument("--pairs", help="sources and targets, JSONL, CSV or TSV, instead of a text")
@@ -82,6 +85,13 @@ def _report(arguments: argparse.Namespace) -> Report:
             hint = "Name a checkpoint, or a run with --run."
             raise ConfigError("there is nothing to report on", field="MODEL", hint=hint)
         return report(None, run=arguments.run, title=f"Run {arguments.run}")
+    seen = _of_transformers(arguments)
+    if seen is not None:
+        observation, piece = seen
+        title = f"Routing of {arguments.source}"
+        return report(
+            observation, tokenizer=piece, run=arguments.run, tokens=arguments.tokens, title=title
+        )
     model, other = _loaded(arguments.source), _against(arguments)
     tokenizer = None
     if arguments.tokenizer or not arguments.ids:
@@ -91,6 +101,48 @@ def _report(arguments: argparse.Namespace) -> Report:
         against=other, against_name=arguments.against or "", tokens=arguments.tokens,
         title=f"Routing of {arguments.source}",
     )  # fmt: skip
+
+
+def _of_transformers(
+    arguments: argparse.Namespace,
+) -> tuple[Observation, Callable[[int], str]] | None:
+    """What a directory that is none of moezoo's does on a text; None for any other source."""
+    from moezoo.adapters.families import foreign_type
+    from moezoo.errors import ConfigError
+
+    try:
+        values = json.loads((Path(arguments.source) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # which loading it explains
+    kind = foreign_type(values) if isinstance(values, dict) else None
+    if kind is None:
+        return None
+    for name in ("pairs", "ids", "against"):
+        if getattr(arguments, name):
+            hint = f"Leave --{name} out."
+            reason = f"--{name} is for models of moezoo, this is a {kind}"
+            raise ConfigError(reason, field=name, hint=hint)
+    try:
+        from moezoo.adapters.hf.directory import record_text
+    except ModuleNotFoundError as error:
+        hint = "Install it with `pip install 'moezoo[hf]'`."
+        reason = f"a {kind} model needs {error.name}"
+        raise ConfigError(reason, field="source", hint=hint) from None
+    from moezoo import traces
+    from moezoo.cli.samples import sample_documents, watched
+    from moezoo.reporting.observation import Observation
+
+    found = record_text(
+        arguments.source,
+        [document.text for document in sample_documents(arguments)],
+        tokenizer=arguments.tokenizer,
+        batches=arguments.batches,
+        batch_size=arguments.batch_size,
+        length=arguments.length,
+        watch=watched(arguments, "routing"),
+    )
+    ids = {name: tuple(calls) for name, calls in found.ids.items()}
+    return Observation(traces.of(found.tape, probs=True), ids), found.piece
 
 
 def _loaded(source: str) -> Any:

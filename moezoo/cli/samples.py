@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from moezoo.config import SwitchConfig
     from moezoo.tokenizer import BaseTokenizer
+    from moezoo.training.corpus import Document
 
 Batch = dict[str, "Tensor"]
 
@@ -40,22 +41,44 @@ def named_tokenizer(named: str | None, source: str, config: SwitchConfig) -> Bas
     return fitting_tokenizer(named or source, config)
 
 
+def sample_documents(arguments: argparse.Namespace) -> list[Document]:
+    """The text of the arguments. Raises ConfigError or CheckpointError."""
+    from moezoo.errors import ConfigError
+    from moezoo.training.corpus import file_documents, python_documents
+
+    for name in ("batches", "batch_size", "length"):
+        if getattr(arguments, name) < 1:
+            flag, found = f"--{name.replace('_', '-')}", getattr(arguments, name)
+            raise ConfigError(f"{flag} is at least 1", field=name, found=found)
+    if arguments.text:
+        return file_documents(arguments.text, field=arguments.text_field)
+    return python_documents()[:200]
+
+
+def watched(
+    arguments: argparse.Namespace, label: str
+) -> Callable[[Iterable[Tensor]], Iterator[Tensor]]:
+    """What shows a progress bar while batches pass."""
+    from moezoo.cli.terminal import Progress
+
+    def passing(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        with Progress(arguments.batches, label) as progress:
+            for batch in batches:
+                yield batch
+                progress.advance()
+
+    return passing
+
+
 def sample_batches(
     arguments: argparse.Namespace, tokenizer: BaseTokenizer, label: str
 ) -> Iterator[Batch]:
     """The batches, under a progress bar. Raises ConfigError or CheckpointError."""
     from moezoo.cli.terminal import Progress
-    from moezoo.errors import ConfigError
     from moezoo.training.batches import packed_ids, span_corruption_batches
-    from moezoo.training.corpus import file_documents, python_documents
     from moezoo.training.span_corruption import SpanCorruption
 
-    if arguments.batches < 1:
-        raise ConfigError("--batches is at least 1", field="batches", found=arguments.batches)
-    field = arguments.text_field
-    documents = (
-        file_documents(arguments.text, field=field) if arguments.text else python_documents()[:200]
-    )
+    documents = sample_documents(arguments)
     batches = span_corruption_batches(
         packed_ids(documents, tokenizer),
         SpanCorruption(tokenizer),

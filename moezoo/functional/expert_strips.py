@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moezoo.ops.backends import Runs
 
-_STRIP = 2**18  # numbers of the widest hidden units of a strip: 1 MiB in float32
+_STRIP = 2**18  # numbers of hidden units of a strip with several experts: 1 MiB in float32
+_MANY = 96  # rows of an expert that are a strip of their own
 _FEW = 64  # pairs that are sorted sooner by the host
 
 
@@ -75,7 +76,8 @@ def _strips(runs: Runs, shape: torch.Size) -> list[tuple[Runs, slice]]:
     strips: list[tuple[Runs, slice]] = []
     for run in runs:
         expert, rows = run
-        if strips and rows.stop - strips[-1][1].start <= most:
+        many = rows.stop - rows.start >= _MANY
+        if strips and not many and rows.stop - strips[-1][1].start <= most:
             runs_before, before = strips[-1]
             strips[-1] = ([*runs_before, run], slice(before.start, rows.stop))
         else:

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from moezoo.functional.dispatch import combine, dispatch
 from moezoo.functional.expert_strips import Plan, planned
+from moezoo.functional.gated_units import SiluGate
+from moezoo.functional.run_products import rows_alone, run_products
 from moezoo.ops.backends import Runs
 from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import large_empty, stacked_gradient
-from moezoo.ops.products import outer_product, product
+from moezoo.ops.products import outer_product
 from moezoo.records import Assignment
 
 Rows = Callable[[Tensor], Tensor]
@@ -65,6 +67,8 @@ def routed_mlp(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) ->
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out: Tensor = _Routed.apply(networks.function, x, expert, weight, *networks.tensors)  # type: ignore[no-untyped-call]
         return out
+    if x.shape[0] == 1 and x.dtype == torch.float32:
+        return _lone(x, expert, weight, networks)
     plan = planned(expert, networks.up.shape)
     return _collected(_results(x, plan, networks, None), plan, weight, x.dtype)
 
@@ -115,11 +119,13 @@ def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | No
             if x.shape[0] > 1
             else x.expand(rows.stop - rows.start, -1)
         )
-        h_nH = _products(x_nD, networks.up, networks.up_bias, runs, rows.start, training=training)
+        h_nH = run_products(
+            x_nD, networks.up, networks.up_bias, runs, rows.start, training=training
+        )
         if saved is not None:
             saved.append(h_nH)
         hidden_nF = networks.function(h_nH)
-        _products(
+        run_products(
             hidden_nF,
             networks.down,
             networks.down_bias,
@@ -131,27 +137,14 @@ def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | No
     return y_NO
 
 
-def _products(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    runs: Runs,
-    start: int,
-    *,
-    out: Tensor | None = None,
-    training: bool,
-) -> Tensor:
-    """Rows of consecutive experts times their matrices, plus biases; `start`: the first row."""
-    if len(runs) == 1 and out is None:
-        expert = runs[0][0]
-        y = product(x, weight[expert], training=training)
-        return y if bias is None else y.add_(bias[expert])
-    out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
-    for expert, rows in runs:
-        here = slice(rows.start - start, rows.stop - start)
-        y = product(x[here], weight[expert], training=training)
-        out[here] = y if bias is None else y.add_(bias[expert])
-    return out
+def _lone(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
+    """One token without a gradient: nothing to sort, and its row serves every expert."""
+    ids = [e for e in expert[0].tolist() if e < networks.up.shape[0]]
+    if len(ids) < expert.shape[1]:
+        weight = weight[:, expert[0] < networks.up.shape[0]]
+    h_KH = rows_alone(x.expand(len(ids), -1), networks.up, networks.up_bias, ids)
+    y_KO = rows_alone(networks.function(h_KH), networks.down, networks.down_bias, ids)
+    return (weight.to(y_KO.dtype) @ y_KO).to(x.dtype)
 
 
 def _collected(y_NO: Tensor, plan: Plan, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -257,7 +250,7 @@ class _Backward:
         up, down, down_bias = self.networks.up, self.networks.down, self.networks.down_bias
         token_n, weight_n1 = self.plan.token[rows], self.weight_N1[rows]
         back_nO = self.grad.index_select(0, token_n)  # of weighed results
-        back_nF = _products(back_nO, down.transpose(1, 2), None, runs, rows.start, training=True)
+        back_nF = run_products(back_nO, down.transpose(1, 2), None, runs, rows.start, training=True)
         hidden_nF, grad_nH = self._through_function(rows, h_nH, back_nF, weight_n1)
         weighed_nF = hidden_nF * weight_n1.to(hidden_nF.dtype)
         x_nD = self.x.index_select(0, token_n)
@@ -281,7 +274,7 @@ class _Backward:
                     self.grad_weight_N.dtype
                 )
         if self.grad_x is not None:
-            _products(
+            run_products(
                 grad_nH,
                 up.transpose(1, 2),
                 None,
@@ -295,13 +288,17 @@ class _Backward:
         self, rows: slice, h_nH: Tensor, back_nF: Tensor, weight_n1: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The hidden units, computed again, and the gradient of what they are computed from."""
-        with torch.enable_grad():
-            leaf = h_nH.detach().requires_grad_()
-            hidden_nF = self.networks.function(leaf)
-        value_nF = hidden_nF.detach()
+        grad_nF, function = back_nF * weight_n1.to(back_nF.dtype), self.networks.function
+        if isinstance(function, SiluGate):
+            value_nF, grad_nH = function.with_gradient(h_nH, grad_nF)
+        else:
+            with torch.enable_grad():
+                leaf = h_nH.detach().requires_grad_()
+                hidden_nF = function(leaf)
+            value_nF = hidden_nF.detach()
+            (grad_nH,) = torch.autograd.grad(hidden_nF, leaf, grad_nF)
         if self.grad_weight_N is not None:  # <back, down hidden> = <back down, hidden>
             self.grad_weight_N[rows] = (back_nF * value_nF).sum(1)
-        (grad_nH,) = torch.autograd.grad(hidden_nF, leaf, back_nF * weight_n1.to(back_nF.dtype))
         return value_nF, grad_nH
 
 

@@ -16,6 +16,8 @@ from moezoo.private_torch import onednn_product
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
 _SMALL_WEIGHT, _SMALL_RESULT = 2**18, 2**13
+# Up to here MKL is level with oneDNN or ahead, but for very few rows and for very many.
+_MEDIUM_WEIGHT, _MEDIUM_ROWS = 2**19, (5, 128)
 _ALWAYS = 2**62
 _STRETCH = 2**21  # numbers of a result that are computed in one go, 8 MiB
 
@@ -74,7 +76,15 @@ def fast_products(x: Tensor, weight: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu")
 
 
-def product(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = False) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    relu: bool = False,
+    training: bool = False,
+    out: Tensor | None = None,
+    fast: bool | None = None,
+) -> Tensor:
     """x (n, K) times weight (M, K) transposed, (n, M) contiguous, with relu on top if wanted; for
     eager code, without a gradient.
 
@@ -82,17 +92,25 @@ def product(x: Tensor, weight: Tensor, *, relu: bool = False, training: bool = F
 
     Args:
         training: n changes from call to call, without an end.
+        out: (n, M), where to write it.
+        fast: what `fast_products` said of such tensors, if it was asked already.
     """
     rows = x.shape[0]
     if not rows or not x.shape[1] or not weight.shape[0]:
-        return x.new_zeros(rows, weight.shape[0])
-    kind = _kind(rows, weight, training) if fast_products(x, weight) else "mm"
+        return x.new_zeros(rows, weight.shape[0]) if out is None else out.zero_()
+    fast = fast_products(x, weight) if fast is None else fast
+    kind = _kind(rows, weight, training, out is not None) if fast else "mm"
+    if kind == "mm":
+        y = torch.mm(x, weight.t(), out=out)
+        return y.relu_() if relu else y
     if kind == "onednn":
         wide = x if not training and _is_exact(x, weight, relu) else _rounded(x)
         # Not a slice: what autograd takes for a view may not be changed in place.
-        return _onednn(wide, weight, relu).resize_(rows, weight.shape[0])
-    out = _weight_first(x, weight) if kind == "weight first" else torch.mm(x, weight.t())
-    return out.relu_() if relu else out
+        y = _onednn(wide, weight, relu).resize_(rows, weight.shape[0])
+    else:
+        y = _weight_first(x, weight)
+        y = y.relu_() if relu else y
+    return y if out is None else out.copy_(y)
 
 
 class Prepared:
@@ -147,7 +165,8 @@ def steady_product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _kind(rows: int, weight: Tensor, training: bool) -> str:
+def _kind(rows: int, weight: Tensor, training: bool, placed: bool = False) -> str:
+    """The kind of a product; `placed`: its result has a place, to which oneDNN's is copied."""
     outer = weight.shape[0]
     if weight.numel() <= _SMALL_WEIGHT and rows * outer <= _SMALL_RESULT:
         return "mm"
@@ -156,6 +175,9 @@ def _kind(rows: int, weight: Tensor, training: bool) -> str:
         tall = outer >= _TALL * weight.shape[1]
         if rows <= (found.weight_first_tall if tall else found.weight_first):
             return "weight first"
+    first, last = _MEDIUM_ROWS
+    if weight.numel() <= _MEDIUM_WEIGHT and first <= rows and (placed or rows < last):
+        return "mm"
     if training and not plain and weight.shape[1] >= _TALL * outer:
         return "mm"  # back from a head's output
     first, last = found.onednn if plain else found.onednn_transposed

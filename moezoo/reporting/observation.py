@@ -75,7 +75,8 @@ def _sparse(model: nn.Module) -> Iterator[Callable[[], Observation]]:
     """Records every sparse layer, and the ids that its router was given, or the batch was."""
     inputs: list[dict[str, Tensor]] = []
     with record(model) as tape:
-        ids: dict[str, list[Tensor | None]] = {name: [] for name in tape.layers}
+        ours = {name: layer for name, layer in tape.layers.items() if isinstance(layer, MoE)}
+        ids: dict[str, list[Tensor | None]] = {name: [] for name in ours}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, given: tuple[Tokens, ...]) -> None:
@@ -88,15 +89,14 @@ def _sparse(model: nn.Module) -> Iterator[Callable[[], Observation]]:
             inputs[:] = [{k: v for k, v in named.items() if isinstance(v, Tensor)}]
 
         handles = [
-            layer.router.register_forward_pre_hook(keep(name))
-            for name, layer in tape.layers.items()
+            layer.router.register_forward_pre_hook(keep(name)) for name, layer in ours.items()
         ]
         handles.append(model.register_forward_pre_hook(note, with_kwargs=True))
         try:
             yield lambda: Observation(
                 traces.of(tape, probs=True),
-                {name: tuple(ids[name]) for name in tape.by_layer},
-                {name: tape.layers[name].capacity for name in tape.by_layer},
+                {name: tuple(ids[name]) for name in tape.by_layer if name in ids},
+                {name: ours[name].capacity for name in tape.by_layer if name in ours},
             )
         finally:
             for handle in handles:

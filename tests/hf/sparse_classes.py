@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,52 @@ def _first(cls: type, configs: list[type[PretrainedConfig]], fields: list[str]) 
 def _set(config: Any, field: str, size: int) -> None:
     """Past its check: some hold a size per kind of token, of which the model hands one on."""
     vars(config)[config.attribute_map.get(field, field)] = size
+
+
+def tiny_block(name: str) -> nn.Module | None:
+    """The module around the experts of a class, router and all; None where it takes more than a
+    config and the number of its layer.
+    """
+    home, _, kind = name.rpartition(".")
+    module = importlib.import_module(f"transformers.models.{home}")
+    source = inspect.getsource(module)
+    classes = re.finditer(r"^class (\w+)\(.*?(?=^class |\Z)", source, re.S | re.M)
+    around = [found[1] for found in classes if f"= {kind}(" in found[0]]
+    fields = set(re.findall(r"config\.(\w+)", source))
+    for block, config in itertools.product(around, _configs(module)):
+        try:
+            return _drawn(getattr(module, block), _shrunk(config(), fields))
+        except Exception:  # noqa: BLE001, S112  (the config of something else)
+            continue
+    return None
+
+
+def _shrunk(config: Any, fields: set[str]) -> Any:
+    for field in (found for found in fields if hasattr(config, found)):
+        size = next((s for part, s in _SIZES.items() if part in field), None)
+        if re.search("per_tok|top_?k|moe_k|topk", field):
+            size = 2
+        if re.search("group", field):
+            size = 1
+        if (
+            size is not None
+            and "shared" not in field
+            and not isinstance(getattr(config, field), str)
+        ):
+            _set(config, field, size)
+    return config
+
+
+def _drawn(kind: Any, config: Any) -> nn.Module:
+    takes_layer = "layer_idx" in inspect.signature(kind.__init__).parameters
+    made: nn.Module = kind(config, layer_idx=0) if takes_layer else kind(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.4)
+            if parameter.dim() < 2:  # a factor of weights, as a rule
+                parameter.abs_()
+    for part in made.modules():
+        if hasattr(part, "config"):
+            part.config._experts_implementation = "eager"
+    made(torch.randn(1, TOKENS, WIDTH))
+    return made.eval()

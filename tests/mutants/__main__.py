@@ -41,6 +41,7 @@ SUITE = [
     "tests/test_first_mistakes.py",
     "tests/training/test_smoothing.py",
     "tests/mutants/wrapped.py",  # last: it imports transformers, for bugs that nothing else catches
+    "tests/hf/test_recording.py",
 ]
 OF_RANKS = ["tests/mutants/ranks_kit.py", "tests/mutants/training_kit.py"]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)

@@ -1,0 +1,101 @@
+"""A directory of transformers' own: its sparse model and tokenizer, run on a text and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moezoo.adapters.hf.routers import sparse_layers
+from moezoo.errors import CheckpointError, ConfigError
+from moezoo.recording import Tape, record
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What routers did on a text.
+
+    Fields: tape; ids: the token ids (T,) of every call, by layer as in the tape; piece: the text of
+    an id.
+    """
+
+    tape: Tape
+    ids: dict[str, list[Tensor | None]]
+    piece: Callable[[int], str]
+
+
+def record_text(
+    path: str | Path,
+    texts: Iterable[str],
+    *,
+    tokenizer: str | Path | None = None,
+    batches: int = 8,
+    batch_size: int = 16,
+    length: int = 128,
+    watch: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> Recorded:
+    """Load a causal model of transformers with its tokenizer, from local files alone, and run it in
+    evaluation on texts.
+
+    Args:
+        texts: tokenised one after the other, and cut into sequences of `length` tokens.
+        tokenizer: a directory; None: the model's own.
+        watch: what the batches (B, L) go through on their way, such as a progress bar.
+
+    Raises ConfigError for a model that is none of transformers' causal ones or has no experts that
+    are read, and for a text that is too short; CheckpointError where transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        words: Any = AutoTokenizer.from_pretrained(tokenizer or path, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, dtype="auto", experts_implementation="moezoo"
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(reason, path=path) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if not sparse_layers(model):
+        hint = "moezoo.plug puts experts into a live model."
+        reason = f"{type(model).__name__} has no experts to report on"
+        raise ConfigError(reason, field="source", hint=hint)
+    rows = _rows(words, texts, batches * batch_size, length)
+    with torch.no_grad(), record(model.eval()) as tape:
+        seen = []
+        for ids in watch(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
+            # The mask tells where sequences end.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            seen.append(ids.flatten())
+    by_layer: dict[str, list[Tensor | None]] = {name: list(seen) for name in tape.check().by_layer}
+    return Recorded(tape, by_layer, lambda number: str(words.convert_ids_to_tokens(number)))
+
+
+def _rows(words: Any, texts: Iterable[str], most: int, length: int) -> Tensor:
+    """Sequences (rows, length) of a text, at most so many. Raises ConfigError for less than one."""
+    ids: list[int] = []
+    for found in _ids(words, texts):
+        ids += found
+        if len(ids) >= most * length:
+            break
+    rows = min(len(ids) // length, most)
+    if not rows:
+        reason = f"the text has {len(ids)} tokens, a sequence has {length}"
+        raise ConfigError(reason, field="text", hint="Give more text, or a smaller --length.")
+    return torch.tensor(ids[: rows * length], device="cpu").view(rows, length)
+
+
+def _ids(words: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    end = words.eos_token_id
+    for text in texts:
+        ids = words(text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield [*ids, *([] if end is None else [end])]

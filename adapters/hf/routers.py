@@ -1,0 +1,200 @@
+"""The routers of transformers' sparse models, read as moezoo's records.
+
+Every class of experts behind `@use_experts_implementation` is called with the tokens, the experts
+that its router chose and their weights; logits come from whatever beside it returned them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moezoo.errors import NonFiniteInput
+from moezoo.recording import Handle, Watched, register_reader
+from moezoo.records import Assignment, Routing
+from moezoo.routers.base import Router
+
+Seen = Callable[[Routing], None]
+# The logarithms of scores that routers take of logits, up to a factor per token.
+_SCORES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda logits: logits,  # softmax
+    F.logsigmoid,
+    lambda logits: 0.5 * F.softplus(logits).clamp(min=1e-30).log(),
+)
+
+
+def sparse_layers(model: nn.Module) -> Mapping[str, Watched]:
+    """The sparse layers of transformers in a model, by the name of the module around experts."""
+    return {
+        name.rpartition(".")[0] or name: SparseLayer(name, model, module)
+        for name, module in model.named_modules()
+        if _is_experts(module)
+    }
+
+
+class SparseLayer:
+    """A layer whose experts are `experts`; see `moezoo.recording.Watched`."""
+
+    def __init__(self, name: str, model: nn.Module, experts: Any) -> None:
+        self.name, self.model, self.experts = name, model, experts
+        around = model.get_submodule(name.rpartition(".")[0])
+        self.beside = [part for part in around.children() if part is not experts]
+        self.router = ReadRouter(experts, self.beside, getattr(model, "config", None))
+
+    def watch(self, seen: Seen, *, checked: bool) -> Iterable[Handle]:
+        """Call `seen` with the routing of every call, until the handles are removed."""
+        call = _Call(self, seen, checked)
+        yield self.model.register_forward_pre_hook(call.begin, with_kwargs=True, prepend=True)
+        yield self.experts.register_forward_pre_hook(call.chosen)
+        for part in self.beside:
+            yield part.register_forward_hook(call.scored)
+
+
+class ReadRouter(Router):
+    """What a router of transformers is by our words; its parameters are those beside the experts,
+    of the module that returned logits once that is known.
+    """
+
+    def __init__(self, experts: Any, beside: list[nn.Module], config: Any) -> None:
+        super().__init__()
+        self.num_experts = int(experts.num_experts)
+        self.d_model = next(experts.parameters()).shape[-1]
+        self.has_logits = self.has_probs = False
+        config = getattr(config, "text_config", config)
+        weight = getattr(config, "router_aux_loss_coef", None)
+        self.default_losses = {} if weight is None else {"load_balance": float(weight)}
+        self._choices = int(getattr(experts.config, "num_experts_per_tok", 0) or 0)
+
+    @property
+    def choices(self) -> int:
+        return self._choices
+
+    def reset_own(self) -> None:
+        """Its tensors are the model's."""
+
+    def read_from(self, router: nn.Module) -> None:
+        """The module that gives the logits."""
+        self.has_logits = self.has_probs = True
+        self.scores = router
+
+
+class _Call:
+    """One recording of one layer: what is known of the call that runs."""
+
+    def __init__(self, layer: SparseLayer, seen: Seen, checked: bool) -> None:
+        self.layer, self.seen, self.checked = layer, seen, checked
+        self.mask: Tensor | None = None
+        self.found: tuple[Tensor, nn.Module, bool] | None = None
+        self.score: int | None = None
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = inspect.signature(model.forward).parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+        self.mask = mask if plain else None
+
+    def scored(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Keep logits (T, E) that a module beside the experts returned; one that returns choices
+        with them is the router, whatever else has as many columns.
+        """
+        parts = output if isinstance(output, tuple) else (output,)
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        chooses = any(not t.is_floating_point() for t in tensors)
+        width = self.layer.router.num_experts
+        logits = next((t for t in tensors if t.is_floating_point() and t.shape[-1] == width), None)
+        if logits is None or (self.found is not None and self.found[2] and not chooses):
+            return
+        self.found = logits.reshape(-1, width), module, chooses
+
+    def chosen(self, experts: nn.Module, args: tuple[Any, ...]) -> None:
+        if experts is not self.layer.experts:  # a copy, hooks and all
+            return
+        x_TD, expert_TK, weight_TK = args[:3]
+        if self.checked:
+            self._check(x_TD)
+        real, length = self._real(x_TD.shape[0])
+        logits, probs = self._scores(expert_TK, weight_TK)
+        pairs = _pairs(expert_TK, weight_TK, real, self.layer.router.num_experts)
+        self.seen(Routing(pairs, logits, probs, real=real, proposed=pairs, sequence_length=length))
+
+    def _check(self, x_TD: Tensor) -> None:
+        bad = ~torch.isfinite(x_TD).all(-1)
+        if bool(bad.any()):
+            where, name = bad.nonzero()[0].tolist(), self.layer.name
+            reason = f"layer {name!r} got NaN or infinity at position {where}"
+            raise NonFiniteInput(reason, field="x")
+
+    def _real(self, num_tokens: int) -> tuple[Tensor | None, int]:
+        """Which of the tokens are real, if the model was told, and how many a sequence has."""
+        if self.mask is None or not self.mask.shape[0] or num_tokens % self.mask.shape[0]:
+            return None, 0
+        length = num_tokens // self.mask.shape[0]
+        if length > self.mask.shape[1]:
+            return None, 0
+        # Of a cached sequence the last columns are those of the tokens that are new.
+        return self.mask[:, self.mask.shape[1] - length :].reshape(-1).bool(), length
+
+    def _scores(self, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        found, self.found = self.found, None
+        if found is None or found[0].shape[0] != expert_TK.shape[0]:
+            return None, None
+        logits_TE = found[0].float()
+        self.layer.router.read_from(found[1])
+        if self.score is None:
+            self.score = _score_of(logits_TE.detach(), expert_TK, weight_TK.detach())
+        return logits_TE, _SCORES[self.score](logits_TE).softmax(-1)
+
+
+def _pairs(expert_TK: Tensor, weight_TK: Tensor, real: Tensor | None, number: int) -> Assignment:
+    """First choices first. A weight of 0 is a choice that the model took back."""
+    tokens, choices = expert_TK.shape
+    expert_N, weight_N = expert_TK.t().reshape(-1), weight_TK.t().reshape(-1).float()
+    token_N = torch.arange(tokens, device=expert_N.device).repeat(choices)
+    kept_N = (expert_N < number) & (weight_N != 0.0)
+    return Assignment(
+        token=token_N,
+        expert=expert_N.clamp(max=number - 1).long(),
+        weight=weight_N,
+        kept=kept_N if real is None else kept_N & real[token_N],
+        num_tokens=tokens,
+        num_experts=number,
+        group_size=tokens,
+        choices=choices,
+        rank_major=True,
+    )
+
+
+@torch.no_grad()
+def _score_of(logits_TE: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> int:
+    """Which score the weights of the chosen experts are proportional to: softmax, sigmoid or the
+    root of softplus. Within a token, for some models normalise each; between tokens where they have
+    one choice each. No choice of words in configs tells it for all models.
+    """
+    dim = 0 if expert_TK.shape[1] == 1 else 1
+    weight_TK = weight_TK.float()
+    if dim == 0 and bool((weight_TK == weight_TK[:1]).all()):
+        return 0
+    spreads = []
+    for score in _SCORES:
+        log_TE = logits_TE.log_softmax(-1) if score is _SCORES[0] else score(logits_TE)
+        gap_TK = weight_TK.clamp(min=1e-30).log() - log_TE.gather(1, expert_TK)
+        gap_TK = torch.where(weight_TK > 0.0, gap_TK, gap_TK.new_full((), float("nan")))
+        spread = (gap_TK - gap_TK.nanmean(dim, keepdim=True)).abs()
+        spreads.append(float(spread.nan_to_num().mean()))
+    return spreads.index(min(spreads))
+
+
+def _is_experts(module: Any) -> bool:
+    """Whether `@use_experts_implementation` made a module's class what it is."""
+    return all(hasattr(module, name) for name in ("num_experts", "has_gate", "is_transposed")) and (
+        hasattr(type(module), "_apply_gate")
+    )
+
+
+register_reader(sparse_layers)

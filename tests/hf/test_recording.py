@@ -1,0 +1,232 @@
+"""`moezoo.record` reads the routers of transformers' sparse models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import moezoo
+from moezoo import capacity, cli, traces
+from moezoo.errors import ConfigError, NonFiniteInput
+
+from .sparse_classes import EXPERTS, TOKENS, WIDTH, names, tiny_block
+from .test_sparse_models import CONFIGS, IDS
+
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def test_the_layers_of_the_classes_that_there_are_can_be_read() -> None:
+    x = torch.randn(1, TOKENS, WIDTH)
+    read, silent = [], []
+    for name in names():
+        block = tiny_block(name)
+        if block is None:
+            continue
+        given: list[tuple[Tensor, ...]] = []
+        experts = next(m for m in block.modules() if hasattr(m, "is_transposed"))
+        handle = experts.register_forward_pre_hook(lambda _, args, to=given: to.append(args[:3]))
+        with moezoo.record(block) as tape:
+            block(x)
+        handle.remove()
+        ((routing,),) = tape.by_layer.values()
+        pairs = routing.assignment.check()
+        _, chosen, weights = given[0]
+        assert torch.equal(pairs.expert.view(chosen.t().shape).t(), chosen)
+        torch.testing.assert_close(pairs.weight.view(chosen.t().shape).t(), weights.float())
+        if routing.logits is None:
+            silent.append(name)
+            continue
+        read.append(name)
+        assert routing.logits.shape == (TOKENS, EXPERTS)
+        torch.testing.assert_close(routing.probs.sum(-1), torch.ones(TOKENS))
+    assert len(read) >= 50
+    assert silent == ["zaya.modeling_zaya.ZayaExperts"]  # whose router has a class for no expert
+
+
+SCORES = {
+    "mixtral.modeling_mixtral.MixtralExperts": lambda z: z.softmax(-1),
+    "gpt_oss.modeling_gpt_oss.GptOssExperts": lambda z: z.softmax(-1),
+    "deepseek_v2.modeling_deepseek_v2.DeepseekV2Experts": lambda z: z.softmax(-1),
+    "deepseek_v3.modeling_deepseek_v3.DeepseekV3Experts": lambda z: z.sigmoid(),
+    "glm4_moe.modeling_glm4_moe.Glm4MoeExperts": lambda z: z.sigmoid(),
+    "minimax_m2.modeling_minimax_m2.MiniMaxM2Experts": lambda z: z.sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_probabilities_are_of_the_score_that_the_router_takes(name: str) -> None:
+    block = tiny_block(name)
+    assert block is not None
+    with moezoo.record(block) as tape:
+        block(torch.randn(1, TOKENS, WIDTH))
+    ((routing,),) = tape.by_layer.values()
+    score = SCORES[name](routing.logits)
+    torch.testing.assert_close(routing.probs, score / score.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("implementation", ["eager", "moezoo"])
+def test_a_tape_has_loads_drops_losses_and_traces(name: str, implementation: str) -> None:
+    model = model_of(name)
+    model.set_experts_implementation(implementation)
+    with moezoo.record(model) as tape:
+        out = model(input_ids=IDS, output_router_logits=True)
+    assert list(tape.by_layer) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for stats, logits in zip(tape.stats().values(), out.router_logits, strict=True):
+        chosen = logits.topk(2, -1).indices.flatten()
+        assert stats.load == torch.bincount(chosen, minlength=4).tolist()
+        assert stats.tokens == IDS.numel() and stats.dropped == 0.0
+        entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1).mean()
+        assert stats.entropy == pytest.approx(float(entropy), rel=1e-5)
+    theirs = load_balancing_loss_func(out.router_logits, 4, 2)
+    ours = tape.losses("load_balance")
+    assert torch.isfinite(theirs) and all(v > 0 for v in ours.values())
+    tape.loss({"load_balance": 0.1, "z": 0.01}).backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("layers.1.mlp" in n and ("gate" in n or "router" in n) for n in trained)
+    trace = traces.of(tape)
+    policy = capacity.build({"name": "first_come", "factor": 1.0, "order": "token"})
+    assert all(0.0 <= share < 1.0 for share in traces.dropped(trace, policy).values())
+    assert any(traces.dropped(trace, policy).values())
+    tape.adapt()  # which is the model's own business
+
+
+def test_saved_traces_come_back(tmp_path: Path) -> None:
+    model = model_of("mixtral")
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(input_ids=IDS)
+    trace = traces.of(tape)
+    trace.save(tmp_path / "trace.safetensors")
+    found = traces.compare(trace, traces.load(tmp_path / "trace.safetensors"))
+    assert len(found) == 2
+
+
+def test_the_configured_loss_is_that_of_the_config() -> None:
+    model = model_of("mixtral")
+    with moezoo.record(model) as tape:
+        model(input_ids=IDS)
+    wanted = model.config.router_aux_loss_coef
+    torch.testing.assert_close(tape.loss(), tape.loss({"load_balance": wanted}))
+
+
+def test_padding_is_in_no_number_with_and_without_a_cache() -> None:
+    model = model_of("qwen3_moe")
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(input_ids=IDS, attention_mask=MASK)
+    (routing,) = tape.by_layer["model.layers.0.mlp"]
+    assert torch.equal(routing.real, MASK.bool().flatten())
+    stats = tape.stats()["model.layers.0.mlp"]
+    assert stats.tokens == int(MASK.sum()) and sum(stats.load) == 2 * int(MASK.sum())
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
+    tokens = [r.assignment.num_tokens for r in tape.by_layer["model.layers.0.mlp"]]
+    assert tokens == [14, 2, 2]
+    assert all(r.real.all() for r in tape.by_layer["model.layers.0.mlp"][1:])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_block_is_recorded_once(reentrant: bool) -> None:
+    model = model_of("mixtral").train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with moezoo.record(model) as tape:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert [len(calls) for calls in tape.by_layer.values()] == [1, 1]
+    if reentrant:
+        with pytest.raises(moezoo.MoezooError, match="has no gradient"):
+            tape.loss({"load_balance": 1.0})
+
+
+def test_hooks_go_with_the_block_and_bad_input_is_named() -> None:
+    model = model_of("mixtral")
+    with moezoo.record(model) as tape:
+        model(input_ids=IDS)
+    model(input_ids=IDS)
+    assert [len(calls) for calls in tape.by_layer.values()] == [1, 1]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(IDS[0, 3])] = float("nan")
+    with pytest.raises(NonFiniteInput, match="NaN"), moezoo.record(model, checked=True):
+        model(input_ids=IDS)
+    dense = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8,
+        )
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="no MoE layer"), moezoo.record(dense):
+        pass
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    """A directory as people download it, with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "</s>", *"the quick brown fox jumps over a lazy dog".split()]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", eos_token="</s>"
+    )
+    model_of("mixtral").save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog\n\n" * 40)
+    return tmp_path
+
+
+def report(folder: Path, *more: str) -> int:
+    return cli.main(["report", str(folder / "mixtral"), "--text", str(folder / "text.txt"), *more])
+
+
+def test_the_command_reports_a_mixtral(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--length", "16", "--batches", "2", "--batch-size", "3", "--json"]
+    assert report(mixtral, *arguments, "--out", str(mixtral / "page.html")) == 0
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["layers"]
+    (stream,) = document["streams"]
+    assert first["name"] == "model.layers.0.mlp"
+    assert first["tokens"] == 2 * 3 * 16 and stream["sequences"] == [16] * 6
+    assert sum(second["load"]) == 2 * 2 * 3 * 16
+    assert set(stream["pieces"]) <= {"</s>", *"the quick brown fox jumps over a lazy dog".split()}
+    assert "model.layers.1.mlp" in (mixtral / "page.html").read_text()
+
+
+def test_the_command_says_what_is_missing(
+    mixtral: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(mixtral, "--length", "100000") == 2
+    assert "the text has 400 tokens, a sequence has 100000" in capsys.readouterr().err
+    for file in (mixtral / "mixtral").glob("tokenizer*"):
+        file.unlink()
+    assert report(mixtral) == 3
+    assert "transformers cannot load it" in capsys.readouterr().err
+    assert report(mixtral, "--tokenizer", str(mixtral / "nowhere")) == 3
+
+
+def test_a_dense_model_has_nothing_to_report(
+    mixtral: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(mixtral / "mixtral")
+    assert report(mixtral, "--length", "8") == 2
+    assert "LlamaForCausalLM has no experts to report on" in capsys.readouterr().err
