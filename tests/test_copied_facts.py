@@ -117,7 +117,7 @@ def test_the_weights_of_a_token_add_up_to_what_preservation_divides_by(
     router = routers.build(spec, **SIZES).eval()
     torch.nn.init.zeros_(router.classifier.weight)
     pairs = router(Tokens(torch.randn(1, 6), None, None, 1)).assignment
-    assert pairs.num_pairs == preservation._choices(parsed)
+    assert pairs.num_pairs == preservation.choices_of(parsed)
     assert float(pairs.weight.detach().sum()) == pytest.approx(
         preservation._weight_total(parsed, 4)
     )

@@ -64,20 +64,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of SwitchConfig"
     )
-    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), help="the recipe's")
-    parser.add_argument("--learning-rate", type=float, help="the peak (the recipe's)")
-    parser.add_argument(
-        "--schedule",
-        choices=("constant", "linear", "inverse_sqrt", "t5"),
-        help="of the rate after the warm-up (the recipe's)",
-    )
-    parser.add_argument(
-        "--warmup", type=int, help="steps of a linear rise; t5: at the peak (the recipe's)"
-    )
-    parser.add_argument("--expert-learning-rate", type=float, help="factor for experts (1)")
-    parser.add_argument("--router-learning-rate", type=float, help="factor for routers (1)")
-    parser.add_argument("--clip", type=float, help="maximal gradient norm (1); 0: none")
-    parser.add_argument("--accumulate", type=int, help="batches per step (1)")
+    _add_optimizer_arguments(parser)
     parser.add_argument(
         "--autocast", choices=("bfloat16",), help="mixed precision; routers stay in float32"
     )
@@ -105,6 +92,23 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipe: str) -> None:
         "--allow-changes", action="store_true", help="go on with other settings than before"
     )
     add_rank_arguments(parser)
+
+
+def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), help="the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="the peak (the recipe's)")
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "linear", "inverse_sqrt", "t5"),
+        help="of the rate after the warm-up (the recipe's)",
+    )
+    parser.add_argument(
+        "--warmup", type=int, help="steps of a linear rise; t5: at the peak (the recipe's)"
+    )
+    parser.add_argument("--expert-learning-rate", type=float, help="factor for experts (1)")
+    parser.add_argument("--router-learning-rate", type=float, help="factor for routers (1)")
+    parser.add_argument("--clip", type=float, help="maximal gradient norm (1); 0: none")
+    parser.add_argument("--accumulate", type=int, help="batches per step (1)")
 
 
 def run(arguments: argparse.Namespace) -> int:

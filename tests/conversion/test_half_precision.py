@@ -20,6 +20,8 @@ from moezoo.errors import ConfigError, NonFiniteWeights
 from moezoo.experts import StackedExperts
 from tests.conversion.dense import ids, relative
 
+# Weighs by the probability, so that an expert gives E times what the dense layer does.
+PLAIN: dict[str, Any] = {"router": "switch", "router_init": "normal"}
 REACH = 30_000.0  # of a feed-forward network's results; float16 ends at 65,504
 ROUNDING = 2e-3
 
@@ -65,8 +67,8 @@ def test_a_live_mixture_in_float16_computes_what_the_dense_model_does(
     num_experts: int, feed_forward_proj: str
 ) -> None:
     dense = reaching(feed_forward_proj)
-    before = moezoo.upcycle(dense, num_experts=num_experts).half()
-    after = moezoo.upcycle(copy.deepcopy(dense).half(), num_experts=num_experts)
+    before = moezoo.upcycle(dense, **PLAIN, num_experts=num_experts).half()
+    after = moezoo.upcycle(copy.deepcopy(dense).half(), **PLAIN, num_experts=num_experts)
     expected = logits(dense.half())
     assert bool(expected.isfinite().all())
     for sparse in (before, after):
@@ -76,7 +78,7 @@ def test_a_live_mixture_in_float16_computes_what_the_dense_model_does(
 
 
 def test_an_experts_result_alone_would_leave_the_range() -> None:
-    sparse = moezoo.upcycle(reaching(), num_experts=8).half()
+    sparse = moezoo.upcycle(reaching(), **PLAIN, num_experts=8).half()
     experts = sparse.encoder.blocks[1].mlp.experts
     seen: list[tuple[Tensor, ...]] = []
     experts.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
@@ -98,9 +100,9 @@ def test_every_way_to_a_checkpoint_in_float16_keeps_the_function(
     moezoo.save(copy.deepcopy(dense).half(), tmp_path / "narrow")
     expected = logits(dense.half())
     up, wide = tmp_path / "up", tmp_path / "wide"
-    moezoo.upcycle(tmp_path / "t5", up, num_experts=num_experts, dtype="float16")
-    moezoo.upcycle(tmp_path / "narrow", tmp_path / "as stored", num_experts=num_experts)
-    moezoo.upcycle(tmp_path / "t5", wide, num_experts=num_experts)
+    moezoo.upcycle(tmp_path / "t5", up, **PLAIN, num_experts=num_experts, dtype="float16")
+    moezoo.upcycle(tmp_path / "narrow", tmp_path / "as stored", **PLAIN, num_experts=num_experts)
+    moezoo.upcycle(tmp_path / "t5", wide, **PLAIN, num_experts=num_experts)
     export(wide, tmp_path / "exported", dtype="float16")
     grow(up, tmp_path / "grown", factor=4)
     shrink(tmp_path / "grown", tmp_path / "shrunk", num_experts=3)
@@ -114,7 +116,7 @@ def test_every_way_to_a_checkpoint_in_float16_keeps_the_function(
 
 def test_experts_in_float16_train_and_run_under_autocast() -> None:
     dense = reaching()
-    sparse = moezoo.upcycle(dense, num_experts=8)
+    sparse = moezoo.upcycle(dense, **PLAIN, num_experts=8)
     expected = logits(dense.half())
     with torch.autocast("cpu", dtype=torch.float16):
         assert relative(logits(sparse), expected) <= 5 * ROUNDING
@@ -129,7 +131,7 @@ def test_experts_in_float16_train_and_run_under_autocast() -> None:
 
 def test_int8_experts_keep_the_range_too() -> None:
     dense = reaching()
-    sparse = moezoo.upcycle(dense, num_experts=8)
+    sparse = moezoo.upcycle(dense, **PLAIN, num_experts=8)
     moezoo.quantize(sparse)
     expected = logits(dense.half())
     assert relative(logits(sparse.half()), expected) <= 0.1
@@ -138,11 +140,11 @@ def test_int8_experts_keep_the_range_too() -> None:
 def test_switchs_layout_in_float16_is_refused_with_the_figure(tmp_path: Path) -> None:
     dense = reaching()
     moezoo.save(dense, tmp_path / "t5")
-    moezoo.upcycle(tmp_path / "t5", tmp_path / "up", num_experts=8)
+    moezoo.upcycle(tmp_path / "t5", tmp_path / "up", **PLAIN, num_experts=8)
     figure = r"more than 65,504 before the gate: above 8,188 of the dense layer.*bfloat16"
     steps: dict[str, Any] = {
         "upcycle": lambda out: moezoo.upcycle(
-            tmp_path / "t5", out, num_experts=8, dtype="float16", layout="huggingface"
+            tmp_path / "t5", out, **PLAIN, num_experts=8, dtype="float16", layout="huggingface"
         ),
         "export": lambda out: export(
             tmp_path / "up", out, dtype="float16", layout="huggingface"
@@ -158,20 +160,22 @@ def test_switchs_layout_in_float16_is_refused_with_the_figure(tmp_path: Path) ->
         assert not (tmp_path / name).exists()
     for options in ({"dtype": "bfloat16"}, {"dtype": "float16", "preserve": "none"}):
         report = moezoo.upcycle(
-            tmp_path / "t5", tmp_path / str(options), num_experts=8, **options
+            tmp_path / "t5", tmp_path / str(options), **PLAIN, num_experts=8, **options
         )  # fmt: skip
         assert report.plan.layout == "Hugging Face Switch"
-    report = moezoo.upcycle(tmp_path / "t5", tmp_path / "own", num_experts=8, dtype="float16")
+    report = moezoo.upcycle(
+        tmp_path / "t5", tmp_path / "own", **PLAIN, num_experts=8, dtype="float16"
+    )
     assert report.plan.layout.startswith("moezoo, because in float16 transformers overflows")
 
 
 def test_transformers_does_overflow_there(tmp_path: Path) -> None:
     dense = reaching()
-    theirs = to_transformers(moezoo.upcycle(dense, num_experts=8))
+    theirs = to_transformers(moezoo.upcycle(dense, **PLAIN, num_experts=8))
     expected = logits(dense)
     assert relative(logits(theirs), expected) <= 1e-5
     assert relative(logits(theirs.bfloat16()), expected) <= 0.1
-    theirs = to_transformers(moezoo.upcycle(dense, num_experts=8)).half()
+    theirs = to_transformers(moezoo.upcycle(dense, **PLAIN, num_experts=8)).half()
     found = logits(theirs)
     assert not bool(found.isfinite().all()) or relative(found, expected) > 0.1
 
@@ -189,7 +193,7 @@ def test_verification_reaches_the_range(
     level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moezoo.save(reaching(), tmp_path / "t5")
-    moezoo.upcycle(tmp_path / "t5", tmp_path / "up", num_experts=8, dtype="float16")
+    moezoo.upcycle(tmp_path / "t5", tmp_path / "up", **PLAIN, num_experts=8, dtype="float16")
     assert verify(tmp_path / "up", tmp_path / "t5", levels=[level]).passed
     monkeypatch.setattr(StackedExperts, "takes_weights", False)
     assert not verify(tmp_path / "up", tmp_path / "t5", levels=[level]).passed
@@ -201,7 +205,7 @@ def test_a_mild_layer_is_verified_to_its_range_too(
 ) -> None:
     model = moezoo.build(reaching().config, feed_forward_proj=feed_forward_proj, seed=0)
     moezoo.save(model, tmp_path / "t5")
-    moezoo.upcycle(tmp_path / "t5", tmp_path / "up", num_experts=8, dtype="float16")
+    moezoo.upcycle(tmp_path / "t5", tmp_path / "up", **PLAIN, num_experts=8, dtype="float16")
     assert verify(tmp_path / "up", tmp_path / "t5", levels=[3]).passed
     monkeypatch.setattr(StackedExperts, "takes_weights", False)
     assert not verify(tmp_path / "up", tmp_path / "t5", levels=[3]).passed
@@ -213,4 +217,4 @@ def test_a_live_factor_that_no_weight_survives_is_refused() -> None:
         dense.encoder.blocks[1].mlp.wo.weight[0, 0] = 20_000.0
     for model, dtype in ((copy.deepcopy(dense).half(), None), (dense, "float16")):
         with pytest.raises(NonFiniteWeights, match="leaves the range of (float16|F16).*bfloat16"):
-            moezoo.upcycle(model, num_experts=8, dtype=dtype)
+            moezoo.upcycle(model, **PLAIN, num_experts=8, dtype=dtype)
