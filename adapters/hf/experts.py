@@ -61,7 +61,8 @@ def experts_forward(
         _function(module, pure),
         up_bias=getattr(module, f"{name}_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
-        after=module.post_expert_norm if module.has_post_expert_norm else None,
+        # A flag of 5.2x: before it there was no such class.
+        after=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
         pure=pure,
     )
     return routed_mlp(hidden_states, top_k_index, top_k_weights, networks)

@@ -55,8 +55,8 @@ def test_the_layers_of_the_classes_that_there_are_can_be_read() -> None:
         read.append(name)
         assert routing.logits.shape == (TOKENS, EXPERTS)
         torch.testing.assert_close(routing.probs.sum(-1), torch.ones(TOKENS))
-    assert len(read) >= 50
-    assert silent == ["zaya.modeling_zaya.ZayaExperts"]  # whose router has a class for no expert
+    assert len(read) >= 0.75 * len(names())
+    assert {*silent} <= {"zaya.modeling_zaya.ZayaExperts"}  # whose router has a class for no expert
 
 
 SCORES = {
