@@ -71,6 +71,17 @@ def test_an_adapter_is_added_saved_and_comes_back_with_its_model(
     assert torch.equal(logits(inside), logits(model))
 
 
+def test_an_adapter_in_a_subfolder_is_found(base: Path, tmp_path: Path) -> None:
+    model = Model.from_pretrained(base)
+    model.add_adapter(lora())
+    model.save_pretrained(tmp_path / "repo" / "sub")
+    where = {"adapter_kwargs": {"subfolder": "sub"}}
+    inside = Model.from_pretrained(base)
+    inside.load_adapter(str(tmp_path / "repo"), **where)
+    for found in (inside, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "repo", **where)):
+        assert torch.equal(logits(found), logits(model))
+
+
 def test_adapters_are_enabled_disabled_mixed_and_deleted(base: Path, tmp_path: Path) -> None:
     model = Model.from_pretrained(base)
     plain = logits(model)
