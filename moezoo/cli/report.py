@@ -108,7 +108,7 @@ def _of_transformers(
 ) -> tuple[Observation, Callable[[int], str]] | None:
     """What a directory that is none of moezoo's does on a text; None for any other source."""
     from moezoo.adapters.families import foreign_type
-    from moezoo.errors import ConfigError
+    from moezoo.errors import ConfigError, MissingExtra
 
     try:
         values = json.loads((Path(arguments.source) / "config.json").read_text("utf-8"))
@@ -125,9 +125,7 @@ def _of_transformers(
     try:
         from moezoo.adapters.hf.directory import record_text
     except ModuleNotFoundError as error:
-        hint = "Install it with `pip install 'moezoo[hf]'`."
-        reason = f"a {kind} model needs {error.name}"
-        raise ConfigError(reason, field="source", hint=hint) from None
+        raise MissingExtra(f"a {kind} model", error.name or "transformers", extra="hf") from None
     from moezoo import traces
     from moezoo.cli.samples import sample_documents, watched
     from moezoo.reporting.observation import Observation

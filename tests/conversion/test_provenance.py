@@ -104,7 +104,7 @@ def test_two_sources_of_one_name_stay_two_lines(t5: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("layout", ["auto", "moezoo"])
 def test_the_card_names_the_layout_that_was_written(layout: str, t5: Path, tmp_path: Path) -> None:
-    report = convert(t5, tmp_path / "out", Recipe(2), layout=layout)
+    report = convert(t5, tmp_path / "out", Recipe(2, router="switch"), layout=layout)
     words = {"auto": "Hugging Face Switch", "moezoo": "moezoo, as asked for"}[layout]
     assert report.plan.layout == words
     card = (tmp_path / "out/README.md").read_text()

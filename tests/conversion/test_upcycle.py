@@ -134,7 +134,8 @@ def test_provenance_names_source_hash_recipe_and_version(t5: Path, tmp_path: Pat
     made = json.loads((tmp_path / "out/config.json").read_text())["moezoo_provenance"]
     digest = hashlib.sha256((t5 / "model.safetensors").read_bytes()).hexdigest()
     assert made["source_sha256"] == {"model.safetensors": digest}
-    assert made["recipe"] == {"num_experts": 2, "seed": 5} and made["wo_scale"] == 2.0
+    router = {"router": "switch", "router_init": "normal"}  # what the recipe left open
+    assert made["recipe"] == {"num_experts": 2, "seed": 5, **router} and made["wo_scale"] == 2.0
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["moezoo"])["source_sha256"] == made["source_sha256"]
     assert digest in (tmp_path / "out/README.md").read_text()
@@ -194,7 +195,7 @@ def test_a_scale_that_leaves_the_range_is_refused(tmp_path: Path) -> None:
     tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"][0, 0] = 60000.0
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(NonFiniteWeights, match="leaves the range of F16.*bfloat16"):
-        convert(source, tmp_path / "out", Recipe(8))
+        convert(source, tmp_path / "out", Recipe(8, router="switch"))
 
 
 @pytest.mark.parametrize(
