@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -22,27 +23,40 @@ import torch
 from tests.mutants.bugs import BUGS, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE = [
+CORE = [
     "tests/properties/test_references.py",
     "tests/properties/test_in_use.py",
     "tests/properties/test_configs.py",
-    "tests/properties/test_decoders.py",
     "tests/properties/test_generation.py",
     "tests/mutants/kit.py",
-    "tests/functional/test_routed_mlp.py",
-    "tests/experts/test_biases.py",
     "tests/observed/test_taken.py",
     "tests/test_text_files.py",
-    "tests/conversion/test_settled.py",
     "tests/training/test_adafactor.py",
-    "tests/layouts/test_planner.py",
-    "tests/reporting/test_known.py",
-    "tests/cli/test_grammar.py",
-    "tests/test_first_mistakes.py",
-    "tests/training/test_smoothing.py",
-    "tests/mutants/wrapped.py",  # last: it imports transformers, for bugs that nothing else catches
-    "tests/hf/test_recording.py",
 ]
+# Which tests see bugs of a part at once; where they don't, all others are asked.
+NEAR = {
+    "adapters/families/": ["tests/properties/test_decoders.py"],
+    "adapters/tensor_files.py": ["tests/properties/test_decoders.py"],
+    "adapters/upcycle/grow.py": ["tests/properties/test_decoders.py"],
+    "adapters/upcycle/folding.py": ["tests/conversion/test_settled.py"],
+    "adapters/upcycle/target.py": ["tests/conversion/test_settled.py"],
+    "moezoo/training/recipes.py": ["tests/conversion/test_settled.py"],
+    "moezoo/functional/routed_mlp.py": ["tests/functional/test_routed_mlp.py"],
+    "moezoo/functional/expert_strips.py": ["tests/functional/test_routed_mlp.py"],
+    "moezoo/functional/composed_mlp.py": ["tests/experts/test_biases.py"],
+    "moezoo/functional/grouped_mlp.py": ["tests/experts/test_biases.py"],
+    "moezoo/quantization.py": ["tests/experts/test_biases.py"],
+    "moezoo/layouts/": ["tests/layouts/test_planner.py"],
+    "moezoo/reporting/": ["tests/reporting/test_known.py"],
+    "moezoo/capacity/base.py": ["tests/reporting/test_known.py"],
+    "moezoo/cli/parser.py": ["tests/cli/test_grammar.py"],
+    "moezoo/dtypes.py": ["tests/test_first_mistakes.py"],
+    "moezoo/registry.py": ["tests/test_first_mistakes.py"],
+    "moezoo/training/smoothing.py": ["tests/training/test_smoothing.py"],
+    "adapters/hf/": ["tests/mutants/wrapped.py"],
+    "adapters/hf/routers.py": ["tests/hf/test_recording.py"],
+    "moezoo/recording.py": ["tests/mutants/kit.py", "tests/hf/test_recording.py"],
+}
 OF_RANKS = ["tests/mutants/ranks_kit.py", "tests/mutants/training_kit.py"]
 PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 
@@ -84,12 +98,29 @@ def outcome(bug: Bug | None, copy: Path, *, ranks: bool = False) -> int:
     if child == 0:
         code = int(pytest.ExitCode.INTERNAL_ERROR)
         try:
-            code = _tested(copy, OF_RANKS if ranks or (bug and bug.ranks) else SUITE)
+            for suite in [OF_RANKS] if ranks or (bug and bug.ranks) else suites(bug):
+                code = _tested(copy, suite)
+                if code != PASSED:
+                    break
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     shutil.rmtree(copy)
     return os.waitstatus_to_exitcode(status)
+
+
+def suites(bug: Bug | None) -> list[list[str]]:
+    """The test files in the order in which they are asked, those that stand near a bug first."""
+    near: list[str] = []
+    if bug is not None:
+        near = next((NEAR[path] for path in _longest(NEAR) if bug.path.startswith(path)), [])
+    far = dict.fromkeys(file for files in NEAR.values() for file in files if file not in near)
+    return [files for files in (near, [f for f in CORE if f not in near],
+                                [f for f in far if f not in CORE]) if files]  # fmt: skip
+
+
+def _longest(paths: Iterable[str]) -> list[str]:
+    return sorted(paths, key=len, reverse=True)
 
 
 def seed(bug: Bug, root: Path) -> None:
