@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
-for _name, _examples in (("dev", 25), ("mutants", 25), ("ci", 200), ("nightly", 100_000)):
+for _name, _examples in (("dev", 25), ("mutants", 25), ("ci", 100), ("nightly", 100_000)):
     settings.register_profile(
         _name,
         max_examples=_examples,
