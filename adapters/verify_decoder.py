@@ -5,7 +5,6 @@ The third and the fifth need torch alone; the fourth asks transformers, whose mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +16,12 @@ from moezoo.adapters.families import DecoderConfig, DecoderFamily
 from moezoo.adapters.plan import Plan
 from moezoo.adapters.upcycle.keyed import keyed_generator
 from moezoo.adapters.verification import LevelResult
-from moezoo.adapters.verify_function import disturb, fill, judged, random_ids, relative
+from moezoo.adapters.verify_function import disturb, fill, judged, random_ids, relative, spread
 from moezoo.assemble import make_moe
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, how_to_install
 from moezoo.layer import MoE
 from moezoo.models.feed_forward import DenseMLP
-from moezoo.records import Assignment
 
 _TOKENS = 64
 
@@ -71,21 +69,9 @@ def routers_are_healthy(
     """Level 5: how evenly random tokens spread over the experts of each layer; a report, with no
     bar to pass except that probabilities are finite.
     """
-    layers: dict[str, Any] = {}
-    finite = True
-    for layer in plan.routers:
-        _, routing = _sparse(plan, made, layer)(_tokens(plan, layer))
-        pairs = routing.assignment
-        assert isinstance(pairs, Assignment)
-        counts = torch.bincount(pairs.expert, minlength=plan.config.num_experts)
-        share = counts / counts.sum()
-        entropy = float((share * (1.0 / share.clamp(min=1e-12)).log()).sum())
-        finite &= routing.probs is None or bool(routing.probs.isfinite().all())
-        layers[layer] = {"load": counts.tolist(), "entropy": round(entropy, 4)}
-    even = math.log(plan.config.num_experts)
-    worst = min(entry["entropy"] for entry in layers.values())
-    summary = f"load entropy at least {worst:.2f} of {even:.2f}"
-    return LevelResult(5, finite, summary, {"layers": layers, "even_entropy": round(even, 4)})
+    return spread(
+        plan, {layer: _sparse(plan, made, layer)(_tokens(plan, layer))[1] for layer in plan.routers}
+    )
 
 
 Check = Callable[[Plan, CheckpointSource, CheckpointSource], LevelResult]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from moezoo.assemble import make_moe
 from moezoo.config import SwitchConfig
 from moezoo.models.feed_forward import DenseMLP
 from moezoo.recording import record
-from moezoo.records import Assignment
+from moezoo.records import Assignment, Routing
 
 # Relative error that an exact upcycling may show, by the coarser dtype of the two.
 _TOLERANCE = {"F64": 1e-5, "F32": 1e-5, "F16": 5e-3, "BF16": 5e-2}
@@ -97,10 +97,14 @@ def routers_are_healthy(
     model = load(made.path, dtype=torch.float32, capacity="dropless")
     with record(model) as tape:
         _outputs(model, random_ids(plan), plan)
+    return spread(plan, {layer: routing for layer, (routing,) in tape.by_layer.items()})
+
+
+def spread(plan: Plan, routings: Mapping[str, Routing]) -> LevelResult:
+    """Level 5 from the routing of each layer: loads, and their entropy beside that of even ones."""
     layers: dict[str, Any] = {}
     finite = True
-    for layer, routings in tape.by_layer.items():
-        (routing,) = routings
+    for layer, routing in routings.items():
         pairs = routing.assignment
         assert isinstance(pairs, Assignment)
         counts = torch.bincount(pairs.expert, minlength=plan.config.num_experts)
