@@ -19,6 +19,7 @@ _SMALL_WEIGHT, _SMALL_RESULT = 2**18, 2**13
 # Up to here MKL is level with oneDNN or ahead, but for very few rows and for very many.
 _MEDIUM_WEIGHT, _MEDIUM_ROWS = 2**19, (5, 128)
 _ALWAYS = 2**62
+_FEW_OUTER = 3  # rows of which outer products are added one by one
 _STRETCH = 2**21  # numbers of a result that are computed in one go, 8 MiB
 
 
@@ -140,10 +141,19 @@ class Prepared:
 
 
 def outer_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """a (n, M) transposed times b (n, K), the gradient of a weight, into out (M, K)."""
-    if a.shape[0] == 1:  # streams the result, which a matrix product first packs its operands for
-        return torch.mul(a.t(), b, out=out)
-    return torch.mm(a.t(), b, out=out)
+    """a (n, M) transposed times b (n, K), the gradient of a weight, into out (M, K).
+
+    Of very few rows a sum of outer products streams the result, where a matrix product first packs
+    its operands: two rows in 0.4 to 0.5 of its time, three in 0.6 to 0.8, four in 0.9
+    (768 x 512, one thread of an AMD EPYC). Only one row in half precision: two would round twice.
+    """
+    rows = a.shape[0]
+    if not 1 <= rows <= (_FEW_OUTER if out.dtype in (torch.float32, torch.float64) else 1):
+        return torch.mm(a.t(), b, out=out)
+    torch.mul(a[0, :, None], b[0], out=out)
+    for row in range(1, rows):
+        out.addcmul_(a[row, :, None], b[row])
+    return out
 
 
 def steady_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -496,6 +496,9 @@ BUGS = [
         "{**stored, **said}", "{**said, **stored}"),
     Bug("the continued prompt is read again", "adapters/hf/modeling.py",
         "ids[:, there:] if there < ids.shape[1] else ids", "ids"),
+    Bug("outer products added in half precision", "moezoo/ops/products.py",
+        "if not 1 <= rows <= (_FEW_OUTER if out.dtype in (torch.float32, torch.float64) else 1):",
+        "if not 1 <= rows <= _FEW_OUTER:"),
     Bug("smoothing leaves the router losses out", "moezoo/training/smoothing.py",
         'loss=output.loss - output.losses["cross_entropy"] + smooth', "loss=smooth"),
 ]  # fmt: skip

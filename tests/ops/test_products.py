@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from moezoo.ops import products
-from moezoo.ops.products import LIMITS, Limits, Prepared, product, steady_product
+from moezoo.ops.products import (
+    LIMITS,
+    Limits,
+    Prepared,
+    outer_product,
+    product,
+    steady_product,
+)
 
 
 @pytest.fixture(params=[*LIMITS, "unknown"])
@@ -51,6 +58,21 @@ def test_it_equals_mm_in_every_layout(
         product(x[:, :1].expand(rows, inputs), weight)[:1],
         (x[:1, :1].expand(-1, inputs) @ weight.t()),
     )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_outer_product_is_rounded_once(rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    a = torch.randn(rows, 80, generator=generator).to(dtype)[:, 40:]  # as the half of a gate's rows
+    b = torch.randn(rows, 60, generator=generator).to(dtype)[:, ::2]
+    out = torch.full((40, 30), float("nan"), dtype=dtype)
+    assert outer_product(a, b, out=out) is out
+    exact = a.double().t() @ b.double()
+    rounding = torch.finfo(dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 2)
+    sums = 4 * rows * torch.finfo(torch.float64 if dtype.itemsize == 8 else torch.float32).eps
+    slack = sums * (a.double().abs().t() @ b.double().abs())
+    assert ((out.double() - exact).abs() <= rounding + slack).all()
 
 
 def test_without_onednn_the_values_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
