@@ -66,6 +66,8 @@ class DecoderConfig:
         kind, sparse = self.dense_kind, self.sparse_kind
         assumed = kind.defaults if sparse is None else {**kind.defaults, **sparse.defaults}
         full = {**assumed, **self.values, **(kind.fixed if sparse is None else {})}
+        if self.values.get("rope_scaling") and "rope_parameters" not in self.values:
+            full.pop("rope_parameters", None)  # an old file says it, and not its class
         if full.get("num_key_value_heads") is None:
             full["num_key_value_heads"] = full["num_attention_heads"]
         if full.get("head_dim") is None:

@@ -32,6 +32,29 @@ _HEAD_NORMS = {"self_attn.q_norm.weight": "H", "self_attn.k_norm.weight": "H"}
 _WHOLE_NORMS = {"self_attn.q_norm.weight": "Q", "self_attn.k_norm.weight": "K"}
 
 
+def _nothing(values: Values) -> Values:
+    return {}
+
+
+def _windows_without_biases(values: Values) -> Values:
+    """Of Qwen2-MoE, which has biases and no windows unless it is told."""
+    return {"qkv_bias": False, "use_sliding_window": True, "max_window_layers": 0}
+
+
+def _no_biases(values: Values) -> Values:
+    return {"use_bias": False}
+
+
+def _biases_of_qwen(values: Values) -> Values:
+    return {"qkv_bias": values["attention_bias"], "max_window_layers": 0}
+
+
+def _endless_windows(values: Values) -> Values:
+    """Of Cohere2-MoE, which rotates only in layers with a window, which Cohere has none of."""
+    kinds = ["sliding_attention"] * values["num_hidden_layers"]
+    return {"layer_types": kinds, "sliding_window": 1 << 30}
+
+
 @dataclass(frozen=True)
 class DenseKind:
     """One dense `model_type`.
@@ -43,7 +66,9 @@ class DenseKind:
         biased: those that exist where the field `attention_bias` is true.
         defaults: what the class assumes where config.json is silent; theta: the base of RoPE.
         only: fields that the sibling has no word for, and the one value that needs none.
-        ignored: fields that the class has and no model reads.
+        ignored: fields that decide nothing of what it computes: no model reads them, or none but
+            one in training (a dropout).
+        says: fields of the sibling that follow from those of config.json.
         fixed: what is written whatever the file says, because the dense model does not read it.
         layer_types: the kinds of attention by layer that a silent config.json means.
         windows: what the sibling has of sliding windows, where layers may differ in them: "each"
@@ -64,6 +89,7 @@ class DenseKind:
     fixed: Values = field(default_factory=dict)
     layer_types: Callable[[Values], list[str]] | None = None
     windows: str = "each"
+    says: Callable[[Values], Values] = _nothing
 
 
 def _late_windows(values: Values) -> list[str]:
@@ -76,6 +102,10 @@ def _late_windows(values: Values) -> list[str]:
 def _three_of_four(values: Values) -> list[str]:
     pattern = values.get("sliding_window_pattern") or 4
     return _windows(values, lambda layer: bool((layer + 1) % pattern))
+
+
+def _all_or_none(values: Values) -> list[str]:
+    return _windows(values, lambda layer: values.get("sliding_window") is not None)
 
 
 def _all_but_each_fourth(values: Values) -> list[str]:
@@ -114,6 +144,10 @@ _QWEN = {
 }
 _OLMO = {**_LLAMA, "rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None,
          "eos_token_id": 50279, "attention_bias": False}  # fmt: skip
+_COHERE = {**_ACTIVE, "num_key_value_heads": None, "max_position_embeddings": 8192,
+           "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True,
+           "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001,
+           "attention_bias": False}  # fmt: skip
 _BIASES = {"attention_bias": False, "mlp_bias": False}
 
 _KINDS = (
@@ -128,6 +162,61 @@ _KINDS = (
         "mistral", "MistralForCausalLM", "mixtral",
         defaults={**_LLAMA, "num_key_value_heads": 8, "max_position_embeddings": 131072,
                   "sliding_window": 4096},
+    ),
+    DenseKind(
+        "iquestcoder", "LlamaForCausalLM", "mixtral",
+        defaults={**_LLAMA, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+                  "max_position_embeddings": 131072},
+        only=_BIASES,
+        fixed={"sliding_window": None},
+    ),
+    DenseKind(
+        "internlm3", "LlamaForCausalLM", "mixtral",
+        defaults={**_LLAMA, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5,
+                  "max_position_embeddings": 32768, "pad_token_id": 2},
+        only={**_BIASES, "qkv_bias": False, "bias": False},  # the names of its own files
+        fixed={"sliding_window": None},
+    ),
+    DenseKind(
+        "ministral", "MinistralForCausalLM", "qwen2_moe",
+        defaults={**_LLAMA, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                  "sliding_window": 4096},
+        layer_types=_all_or_none,
+        says=_windows_without_biases,
+    ),
+    DenseKind(
+        "cwm", "CwmForCausalLM", "qwen2_moe",
+        defaults={**_LLAMA, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+                  "max_position_embeddings": 131072, "sliding_window": 8192,
+                  "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
+                  "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0,
+                                      "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                                      "original_max_position_embeddings": 8192}},
+        theta=1e6,
+        only={"mlp_bias": False},
+        ignored=("pretraining_tp",),
+        layer_types=_all_but_each_fourth,
+        says=_windows_without_biases,
+    ),
+    DenseKind(
+        "seed_oss", "SeedOssForCausalLM", "qwen2_moe",
+        defaults={**_LLAMA, "num_key_value_heads": 8, "head_dim": 128, "attention_dropout": 0.1,
+                  "max_position_embeddings": 524288, "pad_token_id": 1, "bos_token_id": 0,
+                  "attention_bias": True},
+        biased=_QKV_BIAS,
+        only={"attention_out_bias": False, "mlp_bias": False},
+        ignored=("pretraining_tp", "residual_dropout"),
+        fixed={"sliding_window": None, "use_sliding_window": False},
+        says=_biases_of_qwen,
+    ),
+    DenseKind(
+        "helium", "HeliumForCausalLM", "ernie4_5_moe",
+        defaults={**_LLAMA, "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8,
+                  "max_position_embeddings": 4096, "pad_token_id": 3},
+        theta=100_000.0,
+        only=_BIASES,
+        ignored=("attention_dropout",),
+        says=_no_biases,
     ),
     DenseKind(
         "qwen2", "Qwen2ForCausalLM", "qwen2_moe",
@@ -197,15 +286,23 @@ _KINDS = (
     ),
     DenseKind(
         "cohere2", "Cohere2ForCausalLM", "cohere2_moe",
-        defaults={**_ACTIVE, "num_key_value_heads": None, "max_position_embeddings": 8192,
-                  "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True,
-                  "pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001,
-                  "attention_bias": False, "sliding_window": 4096},
+        defaults={**_COHERE, "sliding_window": 4096},
         norms=("input_layernorm",),
         mlp_norm="input_layernorm",
         biased=_ALL_BIAS,
         fixed={"head_dim": None, "rms_norm_eps": None},
         layer_types=_three_of_four,
+    ),
+    DenseKind(
+        "cohere", "CohereForCausalLM", "cohere2_moe",
+        defaults={**_COHERE, "sliding_window": None},
+        theta=500_000.0,
+        norms=("input_layernorm",),
+        mlp_norm="input_layernorm",
+        biased=_ALL_BIAS,
+        only={"use_qk_norm": False},
+        fixed={"head_dim": None, "rms_norm_eps": None},
+        says=_endless_windows,
     ),
 )  # fmt: skip
 DENSE = {kind.model_type: kind for kind in _KINDS}

@@ -39,6 +39,7 @@ def sparse_sibling(
     values = {
         **_carried(source, dense, sparse),
         **sparse.sets,
+        **dense.says(source.full),
         **{name: source.d_ff for name in (sparse.dense_width, sparse.shared_width) if name},
         sparse.width: width,
         sparse.experts[0]: recipe.num_experts,

@@ -37,6 +37,10 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]]
     "a bias of the MLP": ("llama", {"mlp_bias": True}, {}, ("mixtral has no mlp_bias",)),
     "a bias of Granite's MLP": ("granite", {"mlp_bias": True}, {}, ("has no mlp_bias",)),
     "a bias of Ernie": ("ernie4_5", {"use_bias": True}, {}, ("ernie4_5_moe has no use_bias",)),
+    "a bias of Seed-OSS": (
+        "seed_oss", {"attention_out_bias": True}, {}, ("qwen2_moe has no attention_out_bias",),
+    ),
+    "norms of Cohere's heads": ("cohere", {"use_qk_norm": True}, {}, ("has no use_qk_norm",)),
     "windows in some layers of Qwen3": (
         "qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {},
         ("config.json", "qwen3_moe has the same attention in all layers", "moezoo.plug"),
@@ -85,6 +89,13 @@ def test_what_the_sibling_cannot_hold_is_refused_by_name(case: str, tmp_path: Pa
     line = refused(source, tmp_path / "moe", **recipe)
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize("field", ["qkv_bias", "bias", "attention_bias"])
+def test_a_bias_is_refused_by_any_name_that_files_have_for_it(field: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", "internlm3")
+    edit_config(source, **{field: True})
+    assert f"mixtral has no {field}" in refused(source, tmp_path / "moe")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,13 @@ def test_half_precision_is_carried_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("family", "layers"),
-    [("qwen3", "1"), ("qwen2", [0]), ("cohere2", "last:1"), ("ernie4_5", "every:2")],
+    [
+        ("qwen3", "1"),
+        ("qwen2", [0]),
+        ("cohere2", "last:1"),
+        ("cohere", [1]),
+        ("ernie4_5", "every:2"),
+    ],
 )
 def test_siblings_with_dense_layers_take_any_placement(
     family: str, layers: Any, tmp_path: Path
@@ -145,6 +151,20 @@ def test_a_silent_old_config_means_what_its_class_assumes(tmp_path: Path) -> Non
         edit_config(source, rope_theta=20_000.0 if family == "qwen2" else ...)
         upcycle(source, tmp_path / f"{family}-moe", num_experts=2)
         assert relative(logits(tmp_path / f"{family}-moe"), logits(source)) < 1e-5
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 3.0}])
+def test_a_class_with_rope_scaling_of_its_own_gives_way_to_an_old_file(
+    scaling: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """CWM's class assumes Llama 3's scaling, and every fourth layer without a window."""
+    source = dense_decoder(tmp_path / "dense", "cwm", num_hidden_layers=5, layer_types=None)
+    gone = dict.fromkeys(("rope_parameters", "layer_types", "transformers_version"), ...)
+    edit_config(source, **gone, **({} if scaling is None else {"rope_scaling": scaling}))
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    kinds = config_of(tmp_path / "moe")["layer_types"]
+    assert [layer for layer, kind in enumerate(kinds) if kind == "full_attention"] == [0, 4]
 
 
 def test_what_a_dense_class_does_not_read_means_nothing_to_its_sibling(tmp_path: Path) -> None:
