@@ -1,6 +1,7 @@
-"""Turn a dense Llama into a Mixtral that computes the same, and train it with transformers.
+"""Turn a dense Llama into a Mixtral, train it with transformers, and show what its experts do.
 
-Run: python examples/07_upcycle_llama.py [DIRECTORY OF A LLAMA]     (without, a small one is made)
+Run: python examples/07_upcycle_llama.py [DIRECTORY OF A LLAMA [WHERE TO WRITE]]
+     (without, a small one is made, and nothing is left behind)
 Needs the extra: pip install 'moezoo[hf]'
 """
 
@@ -9,17 +10,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-    logging,
-)
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moezoo
+from moezoo.adapters.hf import register
 from moezoo.adapters.verify import verify
+
+register()
+EXPERTS = {"experts_implementation": "moezoo", "output_router_logits": True}  # trained to balance
 
 
 def small_llama(folder: Path) -> Path:
@@ -40,37 +39,41 @@ def counting(rows: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
 
 def main(source: Path, folder: Path) -> None:
     # Streamed from disk to disk. Every layer gets 8 experts, every token the 2 best of them.
-    report = moezoo.upcycle(source, folder / "moe", num_experts=8)
-    plan = report.plan
+    plan = moezoo.upcycle(source, folder / "moe", num_experts=8).plan
     print(f"{plan.parameters:,} parameters, {plan.active_parameters:,} of them active per token")
     print(verify(folder / "moe", source).line)
 
     # From here on it is a Mixtral like any other: transformers loads it, its Trainer trains it.
-    model = AutoModelForCausalLM.from_pretrained(folder / "moe", output_router_logits=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "moe", **EXPERTS)
     print(f"loaded as {type(model).__name__}")
     data = counting(64, model.config.vocab_size)
-    arguments = TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder / "run"), max_steps=30, per_device_train_batch_size=8,
         learning_rate=1e-2, seed=0, report_to=[], save_strategy="no", use_cpu=True,
         disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    sets = {"train_dataset": data, "eval_dataset": data}
+    trainer = transformers.Trainer(model=model, args=arguments, **sets)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     print(f"loss {before:.3f} -> {after:.3f} in {arguments.max_steps} steps")
     assert after < before
 
-    # Where the tokens go: of each layer, the share of every expert.
+    # What the experts do, as a page. With a tokenizer in it, a directory is reported on in words:
+    # moezoo report DIRECTORY --text FILE --out report.html
+    trainer.save_model(str(folder / "trained"))
+    trained = AutoModelForCausalLM.from_pretrained(folder / "trained", **EXPERTS)
     ids = torch.stack([row["input_ids"] for row in data])
-    for layer, scores in enumerate(model.eval()(ids).router_logits):
-        counts = torch.bincount(scores.topk(2).indices.flatten(), minlength=8)
-        print(f"layer {layer}:", " ".join(f"{int(c) / int(counts.sum()):4.0%}" for c in counts))
+    page = moezoo.report(trained.eval(), [{"input_ids": ids}], title="A Mixtral that was a Llama")
+    for layer in page.document["layers"]:
+        print(layer["name"], " ".join(f"{n / sum(layer['load']):4.0%}" for n in layer["load"]))
+    print(f"page: {page.save(folder / 'report.html')}")
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         given = Path(sys.argv[1]) if len(sys.argv) > 1 else small_llama(Path(folder))
-        main(given, Path(folder))
+        main(given, Path(sys.argv[2] if len(sys.argv) > 2 else folder))

@@ -37,6 +37,13 @@ def test_the_first_block_of_the_readme_is_python() -> None:
     assert language == "python"
 
 
+def test_the_first_screen_of_the_readme_shows_what_it_is_for() -> None:
+    screen = " ".join((ROOT / "README.md").read_text().splitlines()[:30])
+    for word in ("moezoo upcycle llama moe --experts 8", 'experts_implementation="moezoo"',
+                 "moezoo report mixtral --text notes.txt"):  # fmt: skip
+        assert word in screen
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_python_on_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     program = tmp_path / "page.py"

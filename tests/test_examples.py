@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,17 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_stays_under_eighty_lines(example: Path) -> None:
     assert len(example.read_text().splitlines()) < 80
+
+
+def test_the_page_of_a_trained_llama_stays_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "07_upcycle_llama.py"))
+    example["main"](example["small_llama"](tmp_path), tmp_path / "made")
+    page = tmp_path / "made" / "report.html"
+    assert f"page: {page}" in capsys.readouterr().out
+    held = page.read_text().partition('id="moezoo-report">')[2].partition("</script>")[0]
+    layers = json.loads(held)["layers"]
+    assert [layer["experts"] for layer in layers] == [8, 8]
+    assert [sum(layer["load"]) for layer in layers] == [64 * 24 * 2] * 2  # two experts a token
+    assert (tmp_path / "made" / "trained" / "config.json").is_file()
