@@ -8,8 +8,14 @@ from typing import Any
 
 from moezoo.errors import CheckpointError, ConfigError, nearest
 
-_FAMILIES = "moezoo reads T5, mT5, ByT5, UMT5, Switch and its own models"
-_PLUG = f"{_FAMILIES}; moezoo.plug puts experts into any live model."
+_PLUG = (
+    "moezoo reads T5, mT5, ByT5, UMT5, Switch and its own models, and upcycles the decoders of "
+    'docs/stacks.md; moezoo.plug(model, "*.mlp", moezoo.sparse(8)) puts experts into a live model.'
+)
+_SPARSE = (
+    'A mixture of experts already: transformers loads it, experts_implementation="moezoo" runs it, '
+    "`moezoo report` looks into it."
+)
 _STACKS = "`moezoo upcycle` takes it with its config.json; moezoo.plug takes the live model."
 _MERGE = "Merge it into its model first: merge_and_unload() of peft, then save_pretrained."
 _FLOATING = "Use the model's weights in float32, bfloat16 or float16."
@@ -62,7 +68,8 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
     shown = f"model_type {repr(stated)[:40]}"
     shown += f", {first[:60]}" if isinstance(first, str) else ""
     near = nearest(stated, names)
-    hint = f"Did you mean {near!r}?" if near else _PLUG
+    sparse = any("experts" in name and type(n) is int and n > 1 for name, n in values.items())
+    hint = f"Did you mean {near!r}?" if near else _SPARSE if sparse else _PLUG
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
 
 

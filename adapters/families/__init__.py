@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from moezoo.adapters.families.base import Family, ModelConfig, Weights, registry
-from moezoo.adapters.families.decoder_config import DecoderConfig
+from moezoo.adapters.families.decoder_config import PLUG, DecoderConfig
 from moezoo.adapters.families.decoders import DecoderFamily, decoder_family, family_for
 from moezoo.adapters.families.native import NativeFamily
 from moezoo.adapters.families.switch import SwitchFamily, float16_refusal
@@ -71,7 +71,7 @@ def layout_for(
     if layout == "moezoo" and isinstance(config, DecoderConfig):
         raise ConfigError(
             f"moezoo's own layout holds T5s, not a {config.model_type}", field="layout",
-            hint="Use layout='auto', or moezoo.plug on the model that transformers loads.",
+            hint=f"Use layout='auto'. {PLUG}",
         )  # fmt: skip
     if layout == "huggingface" and family is None:
         hint = (

@@ -21,7 +21,10 @@ _SIZES = (
     "num_attention_heads",
 )
 _LARGEST = 1 << 32
-PLUG = "moezoo.plug puts experts into the model that transformers loads."
+PLUG = (
+    'moezoo.plug(model, "model.layers.*.mlp", moezoo.sparse(8)) puts experts into the model that '
+    "transformers loads, and moezoo.save(model, path) keeps it."
+)
 # Fields of sparse models that decide what a layer computes, beside its numbers.
 _SHAPING = (
     "moe_num_shared_experts",

@@ -84,10 +84,11 @@ def _check_alike(branches: Sequence[CheckpointSource]) -> None:
             raise ConfigError(
                 f"the models differ in shape or kind: {name}",
                 field="sources",
-                path=other.path,
+                path=other.source.directory / "config.json",
                 expected=f"{first.get(name)!r}, a config like that of {branches[0].path}"[:200],
                 found=repr(found.get(name))[:80],
-            )
+                hint="Merge models that were fine-tuned from one.",
+            )  # fmt: skip
 
 
 def _facts(branch: CheckpointSource) -> dict[str, Any]:

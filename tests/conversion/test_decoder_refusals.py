@@ -24,6 +24,8 @@ from moezoo.adapters.checkpoint_source import open_checkpoint
 from moezoo.adapters.sparse import sparse
 from moezoo.adapters.upcycle import upcycle
 from moezoo.adapters.upcycle.calibration import Calibration
+from moezoo.adapters.upcycle.merge import merge
+from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.verify import verify
 from moezoo.errors import MoezooError
 from tests.conversion.decoders import SIZES, dense_decoder, edit_config, ids, logits, relative
@@ -56,7 +58,8 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]]
         "ernie4_5", {"num_hidden_layers": 4}, {"layers": [0, 3]}, ("every n-th layer",),
     ),
     "moezoo's own layout": (
-        "llama", {}, {"layout": "moezoo"}, ("moezoo's own layout holds T5s", "moezoo.plug"),
+        "llama", {}, {"layout": "moezoo"},
+        ("moezoo's own layout holds T5s", "moezoo.plug(model,", "moezoo.save"),
     ),
     "a router that is not theirs": (
         "llama", {}, {"router": "switch"}, ("normalise the weights", "top_k"),
@@ -197,6 +200,47 @@ def test_a_config_that_lies_is_refused_before_anything_is_written(
     assert str(source) in line
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "words"),
+    [
+        (
+            "gemma",
+            {"head_dim": 4},
+            ("docs/stacks.md", 'moezoo.plug(model, "*.mlp", moezoo.sparse(8))'),
+        ),
+        ("gpt2", {}, ("docs/stacks.md", 'moezoo.plug(model, "*.mlp", moezoo.sparse(8))')),
+        ("olmoe", {}, ("A mixture of experts already", 'experts_implementation="moezoo"')),
+    ],
+)
+def test_a_decoder_without_a_row_is_told_the_way_out(
+    model_type: str, options: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    line = refused(tmp_path / "source", tmp_path / "moe")
+    for word in (f"{tmp_path / 'source'}/config.json", f"model_type '{model_type}'", *words):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "field"),
+    [("llama", {"intermediate_size": 32}, "intermediate_size"), ("llama", {"hidden_act": "gelu"},
+     "hidden_act"), ("mistral", {}, "model_type"), ("qwen2", {}, "model_type")],
+)  # fmt: skip
+def test_models_of_several_shapes_are_not_merged(
+    family: str, options: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    one = dense_decoder(tmp_path / "one")
+    other = dense_decoder(tmp_path / "other", family, **options)
+    with pytest.raises(MoezooError) as caught:
+        merge([one, other], tmp_path / "merged", Recipe(2, init="branches"))
+    line = str(caught.value)
+    for word in (f"{other}/config.json", f"differ in shape or kind: {field}", str(one),
+                 "fine-tuned from one"):  # fmt: skip
+        assert word in line
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_sparse_source_is_told_to_grow(tmp_path: Path) -> None:
