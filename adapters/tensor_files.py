@@ -39,7 +39,7 @@ class TensorPlan:
 
 def wholes(tensors: Iterable[TensorPlan]) -> list[TensorPlan]:
     """Tensors as a file holds them: parts of one (`moezoo.adapters.fused`) are together in their
-    whole (experts, rows of all parts, columns), where the first of them stands.
+    whole ([experts,] rows of all parts, columns), where the first of them stands.
     """
     found: dict[str, TensorPlan] = {}
     counts: dict[str, int] = {}
@@ -49,10 +49,13 @@ def wholes(tensors: Iterable[TensorPlan]) -> list[TensorPlan]:
         counts[name] = counts.get(name, 0) + 1
         if place is None:
             found[name] = tensor
-        else:
-            rows, columns = tensor.shape
-            shape = (counts[name] // place.parts, rows * place.parts, columns)
-            found[name] = TensorPlan(name, tensor.dtype, shape)
+            continue
+        rows, columns = tensor.shape
+        shape: tuple[int, ...] = (counts[name] // place.parts, rows * place.parts, columns)
+        if not place.of_experts:
+            before = found[name].shape[0] if name in found else 0
+            shape = (before + rows, columns)
+        found[name] = TensorPlan(name, tensor.dtype, shape)
     return list(found.values())
 
 
@@ -158,8 +161,10 @@ class TensorFile:
         for tensor in self.tensors.values():
             place = place_of(tensor.name)
             if place is not None:
-                start_of = self._offsets[place.whole]
-                self._offsets[tensor.name] = start_of + place.number * tensor.nbytes
+                before = place.number * tensor.nbytes
+                if not place.of_experts:
+                    before = sum(self.tensors[name].nbytes for name in place.before())
+                self._offsets[tensor.name] = self._offsets[place.whole] + before
         self.nbytes = end
         self._written = dict.fromkeys(self.tensors, 0)
         self._files = OpenFiles() if files is None else files

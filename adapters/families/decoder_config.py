@@ -233,11 +233,14 @@ def _known_dense(made: object) -> FrozenDict | None:
 def _refuse_lost(config: DecoderConfig) -> None:
     """Refuse a dense model by the field that its sibling has no word for."""
     dense = config.dense_kind
+    rope = config.values.get("rope_parameters") or config.values.get("rope_scaling")
+    nested = rope if isinstance(rope, Mapping) else {}
     for name, value in dense.only.items():
-        found = config.values.get(name)
+        found = config.values.get(name, nested.get(name))
         if found is not None and found != value:
             raise ConfigError(
-                f"{dense.sibling} has no {name}", field=name, expected=repr(value),
+                f"{dense.sibling} has no {name}{f' but {value!r}' if value else ''}", field=name,
+                expected=repr(value),
                 found=repr(found)[:80], hint=PLUG,
             )  # fmt: skip
 

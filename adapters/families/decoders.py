@@ -10,7 +10,7 @@ from moezoo.adapters.families.base import Family, ModelConfig, Weights
 from moezoo.adapters.families.decoder_config import DecoderConfig, read_decoder
 from moezoo.adapters.families.dense_decoders import DENSE, DenseKind
 from moezoo.adapters.families.sparse_decoders import DENSE_MLP, SPARSE, Fused, SparseKind
-from moezoo.adapters.fused import part_name
+from moezoo.adapters.fused import Whole, part_name, place_of, slice_name
 from moezoo.adapters.names import HEAD, SHARED
 from moezoo.adapters.shapes import Shape
 from moezoo.errors import TensorMismatch
@@ -71,14 +71,14 @@ class DecoderFamily(Family):
             return [EMBEDDINGS if name == SHARED else HEAD]
         match = _LAYER.match(name)
         if match is None:
-            return [name]
+            return [self._sliced(name)]
         start, inner = f"model.layers.{match[1]}.", match[2]
         if inner == "mlp_norm.weight":
             return [f"{start}{self.dense.mlp_norm}.weight"]
         part, matrix = inner.removeprefix("mlp."), inner.removesuffix(".weight").rpartition(".")[2]
         kind = self.sparse
         if kind is None or part == f"{matrix}.weight":
-            return [start + DENSE_MLP[matrix]]
+            return [self._sliced(start + DENSE_MLP[matrix])]
         if part.startswith("shared."):
             return [start + kind.shared[matrix]]
         if part.startswith("router."):
@@ -90,21 +90,40 @@ class DecoderFamily(Family):
             return [part_name(whole, e, form.part, form.parts) for e in range(num_experts)]
         return [start + form.format(e=expert) for expert in range(num_experts)]
 
+    def _sliced(self, name: str) -> str:
+        """The name on disk, if need be of a part of a tensor that holds several matrices."""
+        for whole, parts in self.dense.fused.items() if self.sparse is None else ():
+            for number, part in enumerate(parts):
+                if name.endswith(f".{part}"):
+                    return slice_name(name.removesuffix(part) + whole, number, len(parts))
+        return name
+
     def shapes(self, config: Any, task: str) -> dict[str, Shape]:
         """The shape of every parameter by its name in memory; experts are stacked (E, ...)."""
         return dict(decoder_shapes(config))
 
-    def fused(self, config: DecoderConfig) -> dict[str, tuple[int, Shape]]:
-        """Tensors that hold all experts of a layer: in how many parts each, and their shape."""
-        found: dict[str, tuple[int, Shape]] = {}
+    def fused(self, config: DecoderConfig) -> dict[str, Whole]:
+        """Tensors that hold all experts of a layer, or several matrices of a dense one."""
         if self.sparse is None:
-            return found
+            return self._fused_matrices(config)
+        found: dict[str, Whole] = {}
         for layer in config.decoder_sparse:
             for matrix, form in self.sparse.expert.items():
                 if isinstance(form, Fused):
                     rows, columns = _matrix(matrix, config.d_model, config.expert_d_ff)
                     shape = (config.num_experts, form.parts * rows, columns)
-                    found[f"model.layers.{layer}.{form.name}"] = (form.parts, shape)
+                    whole = f"model.layers.{layer}.{form.name}"
+                    found[whole] = Whole((rows,) * form.parts, shape)
+        return found
+
+    def _fused_matrices(self, config: DecoderConfig) -> dict[str, Whole]:
+        found: dict[str, Whole] = {}
+        for name, shape in decoder_shapes(config) if self.dense.fused else ():
+            place = place_of(*self.disk_names(name))
+            if place is not None:
+                before = found[place.whole].rows if place.number else ()
+                rows = (*before, shape[0])
+                found[place.whole] = Whole(rows, (sum(rows), *shape[1:]))
         return found
 
     def module(self, layer: str) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 Values = Mapping[str, Any]
 # Sizes of a tensor, by letter: D width, V vocabulary, Q and K what queries and keys have in all
 # heads, H in one, N heads.
-_ATTENTION = {
+_QKV = {
     "self_attn.q_proj.weight": "QD",
     "self_attn.k_proj.weight": "KD",
     "self_attn.v_proj.weight": "KD",
-    "self_attn.o_proj.weight": "DQ",
 }
+_ATTENTION = {**_QKV, "self_attn.o_proj.weight": "DQ"}
 _QKV_BIAS = {
     "self_attn.q_proj.bias": "Q",
     "self_attn.k_proj.bias": "K",
@@ -63,9 +63,11 @@ class DenseKind:
         sibling: the `model_type` of the sparse one.
         norms: of a layer; mlp_norm: the one that the MLP reads, "" where it reads the stream.
         tensors: of a layer beside these and the MLP, and the letters of their sizes.
+        fused: tensors on disk that hold several of these, or of the MLP, one after the other.
         biased: those that exist where the field `attention_bias` is true.
         defaults: what the class assumes where config.json is silent; theta: the base of RoPE.
-        only: fields that the sibling has no word for, and the one value that needs none.
+        only: fields, those of RoPE among them, that the sibling has no word for, and the one value
+            that needs none.
         ignored: fields that decide nothing of what it computes: no model reads them, or none but
             one in training (a dropout).
         says: fields of the sibling that follow from those of config.json.
@@ -83,6 +85,7 @@ class DenseKind:
     norms: tuple[str, ...] = _PRE_NORMS
     mlp_norm: str = "post_attention_layernorm"
     tensors: Mapping[str, str] = field(default_factory=lambda: _ATTENTION)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biased: Mapping[str, str] = field(default_factory=dict)
     only: Values = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -176,6 +179,17 @@ _KINDS = (
                   "max_position_embeddings": 32768, "pad_token_id": 2},
         only={**_BIASES, "qkv_bias": False, "bias": False},  # the names of its own files
         fixed={"sliding_window": None},
+    ),
+    DenseKind(
+        "phi3", "Phi3ForCausalLM", "mixtral",
+        defaults={**_LLAMA, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+                  "original_max_position_embeddings": 4096, "sliding_window": None,
+                  "pad_token_id": 32000, "eos_token_id": 32000},
+        fused={"self_attn.qkv_proj.weight": tuple(_QKV),
+               "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")},
+        # Where factors of long texts begin, its generate computes the cache anew, Mixtral's not.
+        only={"partial_rotary_factor": 1.0, "rope_type": "default", "type": "default"},
+        ignored=("original_max_position_embeddings", "resid_pdrop", "embd_pdrop"),
     ),
     DenseKind(
         "ministral", "MinistralForCausalLM", "qwen2_moe",

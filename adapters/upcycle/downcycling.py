@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, layout_for
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.files import quoted
+from moezoo.adapters.fused import place_of, whole_name
 from moezoo.adapters.left_behind import known_aliases, known_names, known_strays
 from moezoo.adapters.shapes import expert_width, matrix_names
 from moezoo.adapters.tensor_files import TensorPlan
@@ -24,6 +25,9 @@ from moezoo.adapters.upcycle.rewrite import Output, copied, rewrite
 from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.errors import ConfigError, TensorMismatch
 from moezoo.registry import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def downcycle_checkpoint(
@@ -43,7 +47,7 @@ def downcycle_checkpoint(
         family = layout_for(config)
         outputs = list(_restored(checkpoint, _outputs(checkpoint, family)))
         if out is None:
-            return {o.plan.name: _tensor(checkpoint.source, o) for o in outputs}
+            return _whole({o.plan.name: _tensor(checkpoint.source, o) for o in outputs})
         return rewrite(
             checkpoint,
             out,
@@ -53,6 +57,20 @@ def downcycle_checkpoint(
             operation={"operation": "downcycle"},
             overwrite=overwrite,
         )
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file holds them, with the matrices of a fused one joined."""
+    import torch
+
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        place = place_of(name)
+        parts.setdefault(whole_name(name), {})[place.number if place else 0] = tensor
+    return {
+        name: torch.cat([held[i] for i in sorted(held)]) if len(held) > 1 else held[0]
+        for name, held in parts.items()
+    }
 
 
 def dense_config(checkpoint: CheckpointSource) -> ModelConfig:

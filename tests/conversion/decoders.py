@@ -48,6 +48,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, windows": ("mistral", {"sliding_window": 4, "head_dim": 8}),
     "iquestcoder": ("iquestcoder", {"head_dim": 8, "rope_parameters": _YARN}),
     "internlm3": ("internlm3", {"head_dim": 8}),
+    "phi3": ("phi3", {"tie_word_embeddings": True}),
+    "phi3, windows": ("phi3", {"sliding_window": 4, "num_key_value_heads": 1}),
     "ministral": ("ministral", {"sliding_window": 4, "head_dim": 8}),
     "ministral, windows": (
         "ministral", {"sliding_window": 4, "layer_types": _MIXED, "head_dim": 8},

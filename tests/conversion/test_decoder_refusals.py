@@ -30,6 +30,7 @@ from moezoo.adapters.verify import verify
 from moezoo.errors import MoezooError
 from tests.conversion.decoders import SIZES, dense_decoder, edit_config, ids, logits, relative
 
+_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 # A source by family and options, the recipe, and what the line must say.
 REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "a bias that Mixtral has no place for": (
@@ -43,6 +44,15 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]]
         "seed_oss", {"attention_out_bias": True}, {}, ("qwen2_moe has no attention_out_bias",),
     ),
     "norms of Cohere's heads": ("cohere", {"use_qk_norm": True}, {}, ("has no use_qk_norm",)),
+    "half a head that rotates": (
+        "phi3", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}, {},
+        ("mixtral has no partial_rotary_factor but 1.0", "found 0.5"),
+    ),
+    "factors for long texts": (
+        "phi3", {"rope_parameters": {**_ROPE, "rope_type": "longrope", "short_factor": [1.0, 1.5],
+                                     "long_factor": [2.0, 4.0]}}, {},
+        ("mixtral has no rope_type but 'default'", "found 'longrope'"),
+    ),
     "windows in some layers of Qwen3": (
         "qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {},
         ("config.json", "qwen3_moe has the same attention in all layers", "moezoo.plug"),
@@ -94,11 +104,22 @@ def test_what_the_sibling_cannot_hold_is_refused_by_name(case: str, tmp_path: Pa
         assert word in line
 
 
-@pytest.mark.parametrize("field", ["qkv_bias", "bias", "attention_bias"])
-def test_a_bias_is_refused_by_any_name_that_files_have_for_it(field: str, tmp_path: Path) -> None:
-    source = dense_decoder(tmp_path / "dense", "internlm3")
-    edit_config(source, **{field: True})
-    assert f"mixtral has no {field}" in refused(source, tmp_path / "moe")
+@pytest.mark.parametrize(
+    ("family", "fields", "line"),
+    [
+        ("internlm3", {"qkv_bias": True}, "mixtral has no qkv_bias"),
+        ("internlm3", {"bias": True}, "mixtral has no bias"),
+        ("internlm3", {"attention_bias": True}, "mixtral has no attention_bias"),
+        ("phi3", {"partial_rotary_factor": 0.75}, "has no partial_rotary_factor but 1.0"),
+        ("phi3", {"rope_parameters": ..., "rope_scaling": {"type": "su"}}, "has no type but"),
+    ],
+)
+def test_a_field_is_refused_by_any_name_that_files_have_for_it(
+    family: str, fields: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    edit_config(source, **fields)
+    assert line in refused(source, tmp_path / "moe")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moezoo.adapters.checkpoint_source import open_checkpoint
-from moezoo.adapters.fused import part_name
+from moezoo.adapters.fused import part_name, slice_name
 from moezoo.adapters.plan import make_plan
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.adapters.upcycle import downcycle, upcycle
@@ -66,7 +66,7 @@ def test_the_sibling_computes_what_the_dense_model_did_and_goes_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "hunyuan_v1_dense", "phi3"])
 def test_half_precision_is_carried_bit_for_bit(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -220,6 +220,24 @@ def test_parts_of_a_fused_tensor_are_found_again_after_a_kill(tmp_path: Path) ->
     (whole,) = load_file(tmp_path / "file").values()
     assert whole.shape == (2, 6, 4)
     assert whole.view(torch.uint8).view(-1)[::48].tolist() == [0, 1, 2, 3]
+
+
+def test_matrices_of_a_fused_tensor_are_found_again_after_a_kill(tmp_path: Path) -> None:
+    """They are of any number of rows, unlike those of experts."""
+    plans = [TensorPlan(slice_name("whole", i, 3), "F32", (i + 1, 2)) for i in range(3)]
+    first = TensorFile(tmp_path / "file", plans)
+    content = {plan.name: bytes([n + 1]) * plan.nbytes for n, plan in enumerate(plans)}
+    first.put(plans[2].name, content[plans[2].name])
+    first.abandon()
+    again = TensorFile(tmp_path / "file", plans)
+    for plan in plans:
+        if not again.holds(plan.name, content[plan.name]):
+            assert plan is not plans[2]
+            again.put(plan.name, content[plan.name])
+    again.close()
+    (whole,) = load_file(tmp_path / "file").values()
+    assert whole.shape == (6, 2)
+    assert whole.view(torch.uint8)[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
 
 
 def test_memory_does_not_grow_with_the_model_and_no_torch_is_needed(tmp_path: Path) -> None:
