@@ -8,7 +8,7 @@ from __future__ import annotations
 from moezoo.errors import MissingExtra
 
 try:
-    import transformers  # noqa: F401  # what everything below is about
+    import transformers  # what everything below is about
 except ImportError:
     raise MissingExtra("moezoo.adapters.hf", "transformers", extra="hf") from None
 
@@ -24,7 +24,7 @@ from moezoo.adapters.hf.routers import sparse_layers
 
 
 def register() -> None:
-    """Tell transformers what `model_type: moezoo` is, to its Auto classes, and what
+    """Tell transformers what `model_type: moezoo` is, to its Auto classes and pipelines, and what
     `experts_implementation="moezoo"` is; may be called again.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
@@ -34,6 +34,8 @@ def register() -> None:
     # One model type, two classes without a head: `architectures` in config.json tells which.
     AutoModel.register(MoezooConfig, (MoezooModel, MoezooEncoderModel), exist_ok=True)
     AutoModelForSeq2SeqLM.register(MoezooConfig, MoezooForConditionalGeneration, exist_ok=True)
+    for kind in (MoezooModel, MoezooEncoderModel, MoezooForConditionalGeneration):
+        setattr(transformers, kind.__name__, kind)  # where pipelines look for `architectures`
 
 
 register_experts()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -279,9 +278,8 @@ class MoezooForConditionalGeneration(_EncoderDecoder, GenerationMixin):  # type:
         if kwargs.get("is_first_iteration") and cache is not None and ids is not None:
             there = int(cache.get_seq_length())
             made["decoder_input_ids"] = ids[:, there:] if there < ids.shape[1] else ids
-        # What is for criteria and processors only, such as a tokenizer, comes along.
-        known = inspect.signature(MoezooForConditionalGeneration.forward).parameters
-        return {name: value for name, value in made.items() if name in known}
+        made.pop("tokenizer", None)  # for stop strings; `forward` refuses all else that it lacks
+        return made
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:

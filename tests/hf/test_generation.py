@@ -151,6 +151,16 @@ def test_stop_strings_end_a_text() -> None:
     assert found[0].tolist() == whole[: whole.index(whole[4]) + 1]
 
 
+def test_what_generate_is_told_reaches_the_model_or_is_refused() -> None:
+    model, ids = wrapped(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    made = model.prepare_inputs_for_generation(ids, output_attentions=True, of_their_own=42)
+    assert torch.equal(made["decoder_input_ids"], ids)
+    assert (made["output_attentions"], made["of_their_own"]) == (True, 42)
+    for name in ("position_ids", "cu_seq_lens_q"):  # known to transformers, which lets them through
+        with pytest.raises(TypeError, match=name):
+            greedy(model, source(2), **{name: ids})
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, pipeline
 
 from moezoo.adapters.hf import MoezooForConditionalGeneration, register
 
@@ -69,6 +70,24 @@ def test_an_adapter_is_added_saved_and_comes_back_with_its_model(
     inside = kind.from_pretrained(base)
     inside.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(inside), logits(model))
+
+
+def test_a_pipeline_takes_a_folder_and_that_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    letters = {chr(32 + i): 3 + i for i in range(90)}
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, **letters}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    model = Model.from_pretrained(base)
+    model.save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path / "base")
+    model = Model.from_pretrained(tmp_path / "base")
+    model.add_adapter(lora())
+    model.save_pretrained(tmp_path / "adapter")
+    for folder, adapted in (("base", False), ("adapter", True)):
+        pipe = pipeline("text-generation", str(tmp_path / folder))
+        assert type(pipe.model) is Model
+        assert is_adapted(pipe.model) is adapted
+        assert pipe("Hello", max_new_tokens=3)[0]["generated_text"]
 
 
 def test_an_adapter_in_a_subfolder_is_found(base: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .mixins import fetch
+from .mixins import GENERATION, PEFT, fetch, has
 
 
 class Count:
@@ -22,11 +22,15 @@ class Count:
         whole = type(report) is pytest.TestReport  # not a subtest
         if whole and report.when == "call":
             family = report.nodeid.split("::")[1].removesuffix("Encoder")
+            family = family.replace("Hotswap", "Peft")
             self.outcomes[family, report.outcome] += 1
 
 
 def main() -> int:
     fetch()
+    for name in (GENERATION, PEFT):
+        if not has(name):
+            print(f"{name} is not run: TRANSFORMERS_TESTS names no folder that has it")
     count = Count()
     # transformers has imported modules that pytest would have liked to rewrite.
     quiet = ["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning"]

@@ -61,7 +61,13 @@ class Inputs:
         self.key_length = self.encoder_seq_length
 
     def get_config(self) -> MoezooConfig:
-        return MoezooConfig(**SIZES, **FAMILIES[self.family], is_encoder_decoder=not self.encoder)
+        # T5's own tests give it a first token, too: generation without a prompt starts with it.
+        return MoezooConfig(
+            **SIZES,
+            **FAMILIES[self.family],
+            bos_token_id=0,
+            is_encoder_decoder=not self.encoder,
+        )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MoezooConfig, dict[str, Tensor]]:
         ids = self._ids(self.encoder_seq_length)

@@ -1,12 +1,15 @@
-"""The common tests of the installed transformers, from its source distribution.
+"""The common tests of transformers, from the source distribution of the installed version.
 
-They are no part of its wheel. `fetch` puts them below `.cache/`; nothing of them is committed.
+They are no part of its wheel. `fetch` puts them below `.cache/`; nothing of them is committed. The
+tests of generation and of PEFT are not in the distribution: TRANSFORMERS_TESTS names the folder
+`tests` of a checkout of transformers that has all of them.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
@@ -23,10 +26,12 @@ import transformers.utils
 CACHE = Path(__file__).parents[3] / ".cache" / "transformers-tests"
 _PACKAGE = "transformers_common_tests"
 _FILES = ("test_modeling_common.py", "test_configuration_common.py")
-# What the mixins import from files that the distribution does not hold.
+GENERATION = "generation.test_utils"
+PEFT = "peft_integration.test_peft_integration"
+# What the mixins import from files that the distribution does not hold, or that need more.
 _ABSENT = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
-    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    GENERATION: {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
     "utils.test_configuration_utils": {
         "config_common_kwargs": {
             "return_dict": False,
@@ -50,18 +55,28 @@ _ABSENT = {
 
 
 def folder() -> Path:
-    """Where the tests of the installed version are, once fetched."""
-    return CACHE / transformers.__version__
+    """A checkout's tests, or where those of the installed version are, once fetched."""
+    named = os.environ.get("TRANSFORMERS_TESTS")
+    return Path(named) if named else CACHE / transformers.__version__
+
+
+def has(name: str) -> bool:
+    """Whether a module of the tests is there: GENERATION, PEFT."""
+    return (folder() / name.replace(".", "/")).with_suffix(".py").is_file()
 
 
 def fetch() -> Path:
     """Download the source distribution of the installed version, and keep its test mixins.
 
-    Raises CalledProcessError where pip cannot have it.
+    Raises CalledProcessError where pip cannot have it, FileNotFoundError for a named folder that
+    lacks them.
     """
     target = folder()
-    if all((target / name).is_file() for name in _FILES):
+    missing = [name for name in _FILES if not (target / name).is_file()]
+    if not missing:
         return target
+    if target.parent != CACHE:  # a checkout, which is nothing to download into
+        raise FileNotFoundError(f"TRANSFORMERS_TESTS={target} has no {missing[0]}")
     with tempfile.TemporaryDirectory() as place:
         wanted = f"transformers=={transformers.__version__}"
         command = [sys.executable, "-m", "pip", "download", wanted, "--no-deps", "--quiet"]
@@ -77,17 +92,27 @@ def fetch() -> Path:
     return target
 
 
+def load(name: str) -> Any:
+    """A module of the tests. Raises FileNotFoundError before `fetch`."""
+    place = folder()
+    if not place.is_dir():
+        raise FileNotFoundError(place)
+    if _PACKAGE not in sys.modules:
+        package = types.ModuleType(_PACKAGE)
+        package.__path__ = [str(place)]
+        sys.modules[_PACKAGE] = package
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytest marks of their own
+        return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
 def mixins() -> tuple[Any, Any]:
     """The modules of the model tests and of the config tests. Raises FileNotFoundError before
     `fetch`.
     """
-    place = folder()
-    if not place.is_dir():
-        raise FileNotFoundError(place)
-    package = types.ModuleType(_PACKAGE)
-    package.__path__ = [str(place)]
-    sys.modules[_PACKAGE] = package
     for name, values in _ABSENT.items():
+        if name == GENERATION and has(name):
+            continue
         parent, _, leaf = name.partition(".")
         holder = types.ModuleType(f"{_PACKAGE}.{parent}")
         holder.__path__ = []
@@ -95,11 +120,9 @@ def mixins() -> tuple[Any, Any]:
         vars(module).update(values)
         sys.modules[holder.__name__], sys.modules[module.__name__] = holder, module
         setattr(holder, leaf, module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pytest marks of their own
-        with mock.patch.object(transformers.utils, "direct_transformers_import", lambda path: None):
-            config = importlib.import_module(f"{_PACKAGE}.test_configuration_common")
-        return importlib.import_module(f"{_PACKAGE}.test_modeling_common"), config
+    with mock.patch.object(transformers.utils, "direct_transformers_import", lambda path: None):
+        config = load("test_configuration_common")
+    return load("test_modeling_common"), config
 
 
 if __name__ == "__main__":
