@@ -5,10 +5,12 @@ To import it adds "moezoo" to what `experts_implementation` may be.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from moezoo.errors import MissingExtra
 
 try:
-    import transformers  # what everything below is about
+    import transformers  # noqa: F401  # what everything below is about
 except ImportError:
     raise MissingExtra("moezoo.adapters.hf", "transformers", extra="hf") from None
 
@@ -35,7 +37,7 @@ def register() -> None:
     AutoModel.register(MoezooConfig, (MoezooModel, MoezooEncoderModel), exist_ok=True)
     AutoModelForSeq2SeqLM.register(MoezooConfig, MoezooForConditionalGeneration, exist_ok=True)
     for kind in (MoezooModel, MoezooEncoderModel, MoezooForConditionalGeneration):
-        setattr(transformers, kind.__name__, kind)  # where pipelines look for `architectures`
+        setattr(import_module("transformers"), kind.__name__, kind)  # pipelines look there
 
 
 register_experts()

@@ -506,6 +506,8 @@ BUGS = [
     Bug("outer products added in half precision", "moezoo/ops/products.py",
         "if not 1 <= rows <= (_FEW_OUTER if out.dtype in (torch.float32, torch.float64) else 1):",
         "if not 1 <= rows <= _FEW_OUTER:"),
+    Bug("what generate is told is dropped", "adapters/hf/modeling.py",
+        'made.pop("tokenizer", None)', 'made = {n: x for n, x in made.items() if "_ids" in n[7:]}'),
     Bug("smoothing leaves the router losses out", "moezoo/training/smoothing.py",
         'loss=output.loss - output.losses["cross_entropy"] + smooth', "loss=smooth"),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from moezoo.adapters.hf import (
@@ -34,7 +35,6 @@ pytest.importorskip("datasets", reason="transformers' tests of PEFT need dataset
 
 from .hub import hub  # noqa: E402  # needs PEFT
 
-register()
 _OTHER = "about the checkpoint of another architecture"
 NOT_APPLICABLE = {
     "test_peft_load_adapter_applies_user_key_mapping": _OTHER,
@@ -88,6 +88,7 @@ def standing_in(name: str, case: Any, module: Any, whole: Any, encoder: Any) -> 
             stack.enter_context(as_encoder_decoder(type(model)))
 
         def setUp(self) -> None:
+            torch.manual_seed(0)
             if reason := NOT_APPLICABLE.get(self._testMethodName):
                 self.skipTest(reason)
 
@@ -107,6 +108,7 @@ def _models(family: str) -> tuple[Any, Any]:
 
 
 _module = load(PEFT)
+register()  # once they are imported, which replaces the module "transformers"
 for _family in FAMILIES:
     for _case in (_module.PeftIntegrationTester, _module.PeftHotswapIntegrationTest):
         _name = f"{_family.capitalize()}{'Hotswap' if 'Hotswap' in _case.__name__ else 'Peft'}"
