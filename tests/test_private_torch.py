@@ -116,7 +116,7 @@ def test_a_hook_of_any_kind_is_seen_as_long_as_it_is_there(
     assert not private_torch.is_hooked(module)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler itself
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of the compiler itself
 def test_what_was_compiled_is_known() -> None:
     module = nn.Linear(2, 2)
     assert not private_torch.is_compiled_in_place(module)
@@ -139,7 +139,7 @@ def test_tracing_forward_differentiation_and_transforms_are_seen_while_they_last
         return x.square().sum()
 
     look(torch.ones(2))
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
         torch.jit.trace(look, torch.ones(2), check_trace=False)
     with forward_ad.dual_level():
         look(torch.ones(2))
@@ -283,7 +283,7 @@ def test_batches_of_vmap_and_of_gradients_are_told_from_plain_tensors() -> None:
     assert seen[3:] == [False, True]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's own rules
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch's own rules
 def test_tangents_are_switched_on_and_off() -> None:
     with forward_ad.dual_level():
         x = forward_ad.make_dual(torch.ones(2), torch.ones(2))

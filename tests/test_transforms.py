@@ -18,7 +18,7 @@ import moezoo
 PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 # Torch's own, of how it differentiates forward, batches by a loop, and traces.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -139,7 +139,7 @@ def mapped_models(s: Subject) -> None:
 
 
 def traced(s: Subject) -> None:
-    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
         program = torch.jit.trace(Called(s), s.x, check_trace=False)
     for x in (s.xs[1], torch.cat([s.x, s.xs[1]], dim=-2)):
         torch.testing.assert_close(program(x), s(x))

@@ -218,7 +218,8 @@ def test_doctor_finds_what_the_tests_run_on(capsys: pytest.CaptureFixture[str]) 
 
     assert cli.main(["doctor", "--json"]) == 0
     found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
-    assert found["torch"]["found"] == torch.__version__
+    # An installed wheel of the index is 2.13.0 and calls itself 2.13.0+cu130.
+    assert found["torch"]["found"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["torch"]["verdict"] == "ok"
 
 

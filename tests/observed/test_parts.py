@@ -287,7 +287,7 @@ def test_a_hook_of_any_kind_observes_until_it_is_removed(register: Any) -> None:
     assert not is_plain(module, nn.Embedding)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_patches_and_compilation_observe() -> None:
     module = nn.Linear(2, 2)
     module.compile(backend="eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ import torch
 import moezoo
 from moezoo.layer import MoE
 from moezoo.training.batches import ExampleBatches, pair_batches, span_corruption_batches
-from moezoo.training.corpus import Document, file_documents, python_documents, split
+from moezoo.training.corpus import (
+    Document,
+    file_documents,
+    python_documents,
+    split,
+    stdlib_sources,
+)
 from moezoo.training.loop import evaluate, expert_loads, fit, start
 from moezoo.training.recipes import RECIPES, TrainingRecipe, rate_factor, recipe
 from moezoo.training.span_corruption import SpanCorruption
@@ -170,6 +177,18 @@ def test_the_embedded_text_is_english_and_splits_by_document() -> None:
     assert {d.name for d in train}.isdisjoint(d.name for d in held)
     assert 0.03 < len(held) / len(documents) < 0.2
     assert split(documents)[1] == held
+
+
+def test_what_is_no_source_in_the_library_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.py").write_text(f'"""{"A docstring. " * 20}"""')
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "nowhere.py")  # as on a slim system
+    (tmp_path / "latin.py").write_bytes(b'"""\xe9"""')
+    (tmp_path / "other.py").write_text("print 1")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert [name for name, _ in stdlib_sources()] == ["words.py"]
+    assert python_documents()[-1].name == "module words.py"
 
 
 def test_files_become_documents_and_bad_lines_are_named(tmp_path: object) -> None:
