@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +48,45 @@ def test_adapters_lie_inside_the_package_for_type_checkers_too() -> None:
     import moezoo.adapters
 
     assert len(moezoo.adapters.__path__) == 1
+
+
+def pins() -> dict[str, str]:
+    """What constraints.txt holds: version by normal name."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if not line.startswith("#"))
+    return {_normal(name): version for name, version in pairs}
+
+
+def _normal(name: str) -> str:
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def test_what_is_pinned_can_be_installed_together() -> None:
+    pinned = pins()
+    # The index's torch for Linux asks for one triton; a build for CPUs alone, as may be installed
+    # here, asks for none, and what pip made of it could be installed nowhere else.
+    assert (pinned["torch"], pinned["triton"]) == ("2.13.0", "3.7.1")
+    wrong = []
+    for name, version in pinned.items():
+        try:
+            asked = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+        if asked.version.split("+")[0] != version:
+            continue
+        for need in map(Requirement, asked.requires or ()):
+            if need.marker and not need.marker.evaluate({"extra": ""}):
+                continue
+            held = pinned.get(_normal(need.name))
+            if held and not need.specifier.contains(held, prereleases=True):
+                wrong.append(f"{name}=={version} asks for {need}, {held} is pinned")
+    assert wrong == []
+
+
+def test_pins_are_within_what_pyproject_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    needs = map(Requirement, [*project["dependencies"], *(n for names in extras for n in names)])
+    asked = [need for need in needs if _normal(need.name) in pins()]
+    assert len(asked) > 15
+    assert [str(n) for n in asked if not n.specifier.contains(pins()[_normal(n.name)])] == []
