@@ -1,4 +1,5 @@
-# Two commands do all the set-up: `make demo` and `make test`. Both need Python 3.11 and nothing else.
+# Two commands do all the set-up: `make demo` and `make test`. Both need Python 3.11.5 or later and
+# nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -8,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 AXE := 4.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test common oldest browser lint types docs examples bench mutants clean
+.PHONY: help demo test common oldest pythons torches browser lint types docs examples bench mutants clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -44,6 +45,23 @@ oldest: $(STAMP)  ## tests of the wrapper with the oldest transformers that it s
 	rm -rf build/oldest
 	$(BIN)/pip install --quiet --no-deps --target build/oldest transformers==5.18.0
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q tests/hf --ignore tests/hf/common
+
+# What other versions broke so far: private names, torch.jit, the command line, models, processes.
+SELECTION ?= tests/test_private_torch.py tests/test_transforms.py tests/test_packaging.py tests/cli \
+  tests/models tests/parallel
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+TORCHES ?= 2.10.0 2.14.1
+
+pythons:  ## a selection of tests with each Python on the path (PYTHONS= SELECTION=tests)
+	@for python in $(PYTHONS); do \
+	  command -v $$python >/dev/null || { echo "no $$python on the path"; continue; }; \
+	  $(MAKE) VENV=build/$$python PYTHON=$$python build/$$python/.installed && \
+	  build/$$python/bin/python -m pytest -q $(SELECTION) || exit 1; done
+
+torches: $(STAMP)  ## the same tests with the oldest and the newest torch (TORCHES= SELECTION=tests)
+	@for torch in $(TORCHES); do \
+	  rm -rf build/torch && $(BIN)/pip install --quiet --target build/torch torch==$$torch && \
+	  PYTHONPATH=build/torch $(BIN)/python -m pytest -q $(SELECTION) || exit 1; done
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .
