@@ -398,7 +398,7 @@ BUGS = [
         "before = place.number // place.parts * tensor.nbytes"),
     Bug("matrices of a fused tensor lie on each other", "adapters/tensor_files.py",
         "sum(self.tensors[name].nbytes for name in place.before())", "0"),
-    Bug("a field of RoPE is carried to a class that does not read it", FAMILIES + "decoder_config.py",
+    Bug("a field of RoPE is carried to a class without it", FAMILIES + "decoder_config.py",
         "config.values.get(name, nested.get(name))", "config.values.get(name)"),
     Bug("what a dense model means is not said to its sibling", "adapters/upcycle/decoders.py",
         "**dense.says(source.full),", ""),
