@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 OVER_RANKS = ("train", "finetune", "evaluate")
 _FLAGS = ("ep", "precision", "timeout", "heartbeat")
+_ALONE = ("watch",)  # flags of one process
 
 
 def world() -> tuple[int, int]:
@@ -54,16 +55,20 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     """Within the block this process is one of torchrun's ranks; results come from rank 0 alone, and
     a lost rank is RankLost. Without torchrun nothing happens.
 
-    Raises ConfigError for a flag of ranks where there are none.
+    Raises ConfigError for a flag of ranks where there are none, for one of a process alone where
+    there are several, and for an `--ep` that does not divide them.
     """
     rank, ranks = world()
+    _refuse_flags(arguments, ranks)
     if ranks == 1:
-        _refuse_flags(arguments)
         yield
         return
     from moezoo.errors import RankLost
     from moezoo.parallel import guard, join, leave
+    from moezoo.parallel.meshes import check_ep
 
+    if arguments.ep is not None:
+        check_ep(arguments.ep, ranks)
     given = {name: getattr(arguments, name) for name in ("timeout", "heartbeat")}
     join(**{name: value for name, value in given.items() if value is not None})
     try:
@@ -77,22 +82,16 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     leave()
 
 
-def refuse_over_ranks(**given: object) -> None:
-    """Raises ConfigError for a flag of one process that is given where there are several."""
+def _refuse_flags(arguments: argparse.Namespace, ranks: int) -> None:
     from moezoo.errors import ConfigError
 
-    for name, value in given.items():
-        if value and world()[1] > 1:
-            raise ConfigError(f"--{name} is for one process", field=name, hint="Leave it out.")
-
-
-def _refuse_flags(arguments: argparse.Namespace) -> None:
-    from moezoo.errors import ConfigError
-
-    for name in _FLAGS:
+    for name in _FLAGS if ranks == 1 else ():
         if getattr(arguments, name) is not None:
             hint = "Start with `torchrun --nproc-per-node N -m moezoo`; see docs/parallel.md."
             raise ConfigError(f"--{name} is for several ranks", field=name, hint=hint)
+    for name in _ALONE if ranks > 1 else ():
+        if getattr(arguments, name, False):
+            raise ConfigError(f"--{name} is for one process", field=name, hint="Leave it out.")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.cli.parser import add_output
-from moezoo.cli.ranks import add_rank_arguments, joined, refuse_over_ranks
+from moezoo.cli.ranks import add_rank_arguments, joined
 from moezoo.cli.samples import add_tokenizer_argument
 from moezoo.cli.settings import FromFile
 
@@ -165,7 +165,6 @@ def watched(
     arguments: argparse.Namespace, session: Session, batches: Batches
 ) -> Iterator[Callable[[StepRecord], None] | None]:
     """With --watch a page of the run while the block runs; gives what is called after each step."""
-    refuse_over_ranks(watch=arguments.watch)
     if not arguments.watch:
         yield None
         return

@@ -33,13 +33,18 @@ def mesh(ep: int | None = None, *, device: torch.device | str | None = None) -> 
     ranks = dist.get_world_size()
     if ep is None:
         ep = min(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), ranks)
-    if isinstance(ep, bool) or not isinstance(ep, int) or ep < 1 or ranks % ep:
-        wanted = f"a divisor of {ranks} ranks"
-        raise ConfigError("bad ep", field="ep", expected=wanted, found=repr(ep))
+    check_ep(ep, ranks)
     kind = torch.device(device).type if device is not None else _accelerator()
     made = init_device_mesh(kind, (ranks // ep, ep), mesh_dim_names=NAMES)
     share_timeout(made.get_all_groups(), kind)
     return made
+
+
+def check_ep(ep: object, ranks: int) -> None:
+    """Refuse ranks that share experts and do not divide all. Raises ConfigError."""
+    if isinstance(ep, bool) or not isinstance(ep, int) or ep < 1 or ranks % ep:
+        wanted = f"a divisor of {ranks} ranks"
+        raise ConfigError("bad ep", field="ep", expected=wanted, found=repr(ep))
 
 
 def check_mesh(mesh: object) -> DeviceMesh:

@@ -44,7 +44,7 @@ from moezoo.training.ranks import (
     on_any_rank,
 )
 from moezoo.training.recipes import TrainingRecipe
-from moezoo.training.tensorboard import Board
+from moezoo.training.tensorboard import Board, summary_writer
 from moezoo.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def run_training(
     where memory does not suffice, or SaveError, RanksDiffer where ranks were not started alike,
     RankLost where one is gone; the last good checkpoint stays.
     """
+    if tensorboard:
+        summary_writer()  # rank 0 alone writes, and the others would wait for it
     root = Path(directory)
     everything = {**(facts or {}), "recipe": asdict(settings), "steps": steps}
     state = start(model, settings, steps=steps, mesh=mesh)

@@ -35,6 +35,7 @@ from moezoo.training.run import check_output, run_training
 from moezoo.training.sharded import written_together
 from moezoo.training.sharding import load_over_ranks, over_ranks
 from moezoo.training.smoothing import Smoothed
+from moezoo.training.tensorboard import summary_writer
 
 _SETTINGS = (
     "optimizer",
@@ -75,6 +76,8 @@ def prepared(
     """
     resume = arguments.resume or arguments.resume_from is not None
     check_output(arguments.out, resume=resume)
+    if arguments.tensorboard:
+        summary_writer()  # before a model is read, and on every rank
     torch.manual_seed(arguments.seed)
     changes = {n: getattr(arguments, n) for n in _SETTINGS if getattr(arguments, n) is not None}
     settings = recipe(arguments.recipe).with_changes(**changes)

@@ -9,6 +9,15 @@ from typing import Any
 from moezoo.errors import MissingExtra
 
 
+def summary_writer() -> Any:
+    """torch's writer of event files, untyped there. Raises MissingExtra without tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("--tensorboard", "tensorboard", extra="train") from None
+    return SummaryWriter
+
+
 class Board:
     """An event file; what an earlier run wrote past `step` is hidden.
 
@@ -16,12 +25,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtra("--tensorboard", "tensorboard", extra="train") from None
-        writer: Any = SummaryWriter  # untyped in torch
-        self.writer = writer(str(folder), purge_step=step + 1)
+        self.writer = summary_writer()(str(folder), purge_step=step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Every number of a line of metrics.jsonl, nested ones as name/part."""

@@ -12,7 +12,7 @@ import pytest
 
 import moezoo
 from moezoo import cli
-from moezoo.cli.ranks import OVER_RANKS, refuse_over_ranks
+from moezoo.cli.ranks import OVER_RANKS
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = [verb for verb in cli.available() if verb not in OVER_RANKS]
@@ -53,14 +53,6 @@ def test_flags_of_ranks_are_refused_in_one_process(
     assert cli.main([verb, *words[verb], f"--{flag}", value]) == 2
     assert f"--{flag} is for several ranks. Start with `torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_page_of_a_run_is_refused_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_over_ranks(watch=True)
-    as_rank(monkeypatch, 0)
-    refuse_over_ranks(watch=False)
-    with pytest.raises(moezoo.MoezooError, match="--watch is for one process. Leave it out"):
-        refuse_over_ranks(watch=True)
 
 
 def test_a_job_that_is_not_torchruns_runs_any_verb(

@@ -43,8 +43,12 @@ class Ranks:
 
 @dataclass
 class Claims:
-    """What a test file claims, in order, by world size."""
+    """What a test file claims, in order, by world size.
 
+    joined: the ranks are in a process group; those of another file join by themselves.
+    """
+
+    joined: bool = True
     found: dict[tuple[int, str], Callable[[Ranks], None]] = field(default_factory=dict)
 
     def over(self, *worlds: int) -> Callable[[Callable[[Ranks], None]], Callable[[Ranks], None]]:
@@ -104,9 +108,10 @@ def _rank(
 def _world(claims: Claims, ranks: Ranks, seconds: float) -> bool:
     store = dist.FileStore(str(ranks.folder / f"store-{ranks.world}"), ranks.world)
     timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group(
-        "gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
-    )
+    if claims.joined:
+        dist.init_process_group(
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
+        )
     fine = True
     try:
         for (world, name), claim in claims.found.items():
@@ -119,7 +124,8 @@ def _world(claims: Claims, ranks: Ranks, seconds: float) -> bool:
                 fine = fine and held
         return fine
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _held(claim: Callable[[Ranks], None], ranks: Ranks, note: Path) -> bool:
