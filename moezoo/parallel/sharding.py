@@ -36,6 +36,7 @@ def shard(
     *,
     precision: torch.dtype | str | None = None,
     reshard: bool = True,
+    hybrid: bool = False,
 ) -> nn.Module:
     """Divide a moezoo model among all ranks: experts by `expert_parallel`, then FSDP2 by block.
 
@@ -51,6 +52,8 @@ def shard(
             precision, 2101.03961, section 2.4). None: everything stays.
         reshard: give a block's gathered weights back after its forward, and gather them again in
             backward: less memory, half as much traffic again.
+        hybrid: what is no expert is divided along "ep" alone, with a copy for every place along
+            "dp": more memory, and no weight travels between nodes where "ep" is one (HSDP).
 
     Returns:
         The model.
@@ -77,7 +80,7 @@ def shard(
     if mesh.size() == 1 and precision is None:
         return model
     aside = _shard_experts(model, mesh, precision, reshard)
-    everyone = flattened(mesh)
+    everyone = mesh if hybrid else flattened(mesh)  # of two dimensions: copies, then parts
     options: dict[str, Any] = {"mesh": everyone, "ignored_params": aside}
     policy = _policy(precision)
     for block in blocks:
