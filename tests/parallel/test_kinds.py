@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor import Replicate, Shard
 import moezoo
 from moezoo.errors import ConfigError
 from moezoo.functional.shards import local_of
+from moezoo.layer import MoE
 from moezoo.parallel import clip_grad_norm, expert_parallel, mean_gradients, mesh, shard, traffic
 from tests.parallel.ranks import (
     Claims,
@@ -214,10 +216,16 @@ def nothing_is_written_into_what_blocks_return(ranks: Ranks) -> None:
 
 @claims.over(2)
 def experts_under_an_adapter_are_refused_by_name(ranks: Ranks) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_parameters=["experts.wi", "experts.wo"])
-    adapted = peft.get_peft_model(plugged(), config)
-    with pytest.raises(ConfigError, match="experts of ParamWrapper cannot be divided among ranks"):
+    adapted, kind = plugged(), "Adapted"
+    if find_spec("peft") is None:
+        for layer in (module for module in adapted.modules() if isinstance(module, MoE)):
+            layer.experts = type(kind, (type(layer.experts),), {})(8, 16, 4, bias=True)
+    else:
+        import peft
+
+        config = peft.LoraConfig(r=2, target_parameters=["experts.wi", "experts.wo"])
+        adapted, kind = peft.get_peft_model(adapted, config), "ParamWrapper"
+    with pytest.raises(ConfigError, match=f"experts of {kind} cannot be divided among ranks"):
         expert_parallel(adapted, mesh(2, device="cpu"))
 
 
