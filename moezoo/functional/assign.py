@@ -24,11 +24,11 @@ def best_experts(choice_TE: Tensor, k: int) -> Tensor:
     if width:
         return _best_by_windows(choice_TE.detach(), k, width)
     if k == 1:
-        return _first_best(choice_TE)
+        return choice_TE.argmax(dim=-1, keepdim=True)
     remaining_TE = choice_TE.detach().clone()
     columns = []
     for _ in range(k):
-        best_T1 = _first_best(remaining_TE)
+        best_T1 = remaining_TE.argmax(dim=-1, keepdim=True)
         columns.append(best_T1)
         remaining_TE.scatter_(1, best_T1, float("-inf"))
     return torch.cat(columns, dim=-1)
@@ -104,12 +104,6 @@ def weighed(given: Assignment, weight_N: Tensor) -> Assignment:
     """Pairs that were chosen elsewhere with these weights (N,); what is not kept weighs 0."""
     weight_N = torch.where(given.kept, weight_N, weight_N.new_zeros(()))
     return replace(given, weight=weight_N)
-
-
-def _first_best(choice_TE: Tensor) -> Tensor:
-    if choice_TE.is_cpu and is_eager():
-        return choice_TE.detach().max(dim=-1, keepdim=True).indices  # of `argmax`, in half the time
-    return choice_TE.argmax(dim=-1, keepdim=True)
 
 
 def _window(choice_TE: Tensor) -> int:
