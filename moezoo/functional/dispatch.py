@@ -57,12 +57,9 @@ def combine(y_ND: Tensor, assignment: Assignment, order: Order) -> Tensor:
     if a.num_pairs == a.num_tokens == 1:
         return y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
     if order.rows is not None and a.choices == 1:
-        out_TD = _collected(y_ND, order.token, order.rows)
         weight_T = weight_N if a.rank_major else weight_N[order.pair[order.rows[:, 0]]]
-        weight_T1 = weight_T.unsqueeze(-1).to(y_ND.dtype)
-        # Without a gradient nobody else has seen this copy.
-        seen = torch.is_grad_enabled() or not is_eager()
-        return out_TD * weight_T1 if seen else out_TD.mul_(weight_T1)
+        out_TD = _collected(y_ND, order.token, order.rows)
+        return out_TD * weight_T.unsqueeze(-1).to(y_ND.dtype)
     weight_N = weight_N[order.pair]
     weighted_ND = y_ND * weight_N.unsqueeze(-1).to(y_ND.dtype)
     if order.rows is not None:
