@@ -9,8 +9,6 @@ from moezoo.functional.assign import pairs_of
 from moezoo.records import Routing, Tokens
 from moezoo.testing.invariants import Case
 
-MAX_TOKENS = 64
-
 
 def cases(
     *,
