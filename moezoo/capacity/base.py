@@ -23,6 +23,8 @@ class CapacityPolicy(Component):
         counts_padding: padding takes capacity (only for parity with libraries that do so).
         may_drop: some real pair can be dropped.
         moves: a pair may come back with another expert (reroute).
+        keeps_one: the one pair of a token that is alone in its group is kept, as it is. Not
+            inherited: a class that says so says it in its own body.
         required_group: the only grouping under which the policy means anything, or None.
     """
 
@@ -31,6 +33,7 @@ class CapacityPolicy(Component):
     counts_padding: bool = False
     may_drop: bool = True
     moves: bool = False
+    keeps_one: bool = False
     required_group: str | None = None
     _limit: Limit  # of policies that have one
 

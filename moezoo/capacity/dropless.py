@@ -12,6 +12,7 @@ class Dropless(CapacityPolicy):
     """Keep every pair that the router proposed (MegaBlocks, arXiv 2211.15841)."""
 
     may_drop = False
+    keeps_one = True
 
     def limit(self, routing: Routing) -> int | None:
         return None

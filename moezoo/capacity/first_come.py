@@ -24,6 +24,8 @@ class FirstCome(CapacityPolicy):
             GShard); "token" serves tokens one after another, which is causal. Equal for k = 1.
     """
 
+    keeps_one = True  # a limit is at least 1
+
     def __init__(
         self,
         *,

@@ -25,6 +25,8 @@ class SwitchCapacity(FirstCome):
         order: "token" by default, which is causal for k > 1 too.
     """
 
+    keeps_one = True
+
     def __init__(
         self,
         *,

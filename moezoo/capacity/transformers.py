@@ -23,6 +23,7 @@ class TransformersCapacity(CapacityPolicy):
     counts_padding = True
     causal_for_many = False  # pairs of several choices come rank by rank
     required_group = "sequence"
+    keeps_one = True
 
     def __init__(self, *, limit: int | None = None, expert_capacity: int = 64) -> None:
         super().__init__()

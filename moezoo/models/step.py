@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moezoo.capacity import Dropless, FirstCome, SwitchCapacity, TransformersCapacity
 from moezoo.experts.base import Experts
 from moezoo.functional.dropout import Dropout
-from moezoo.functional.gates import is_plain_gate
 from moezoo.layer import MoE
 from moezoo.models.attention import Attention, key_mask
 from moezoo.models.block import Block
@@ -26,12 +24,9 @@ from moezoo.models.position import PositionBias
 from moezoo.models.stack import Stack
 from moezoo.ops.eager import is_eager
 from moezoo.ops.observed import is_observed
-from moezoo.routers import SwitchRouter
 
 _FIRST_SIZE = 32
 _PLAIN = (Stack, Block, Attention, DenseMLP, RMSNorm, PositionBias, Dropout, nn.ModuleList)
-# Their limit is at least 1, and the one token of a step is the first of its queue.
-_KEEPS_ONE = (Dropless, FirstCome, SwitchCapacity, TransformersCapacity)
 
 
 class Product(Protocol):
@@ -72,18 +67,17 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _keeps_its_pair(moe: MoE) -> bool:
-    """Whether a single token is sure to go through the expert that a Switch router prefers, and
+    """Whether a single token is sure to go through the expert that its router says by `alone`, and
     nobody looks at the routing.
     """
     if any(module.training or is_observed(module, whole=True) for module in moe.modules()):
         return False
     if type(moe) is not MoE or is_observed(moe, "route") or not isinstance(moe.experts, Experts):
         return False
-    router = moe.router
-    if type(router) is not SwitchRouter or is_observed(router, "logits", "reweigh"):
-        return False
-    known = is_plain_gate(router.classifier) and type(moe.capacity) in _KEEPS_ONE
-    return known and moe.shared is None and not moe.experts.is_spread
+    # Not inherited: another `forward` may do otherwise.
+    says = "alone" in vars(type(moe.router)) and moe.router.may_be_alone()
+    keeps = vars(type(moe.capacity)).get("keeps_one", False)
+    return bool(says and keeps) and moe.shared is None and not moe.experts.is_spread
 
 
 class DecoderStep:
@@ -283,7 +277,7 @@ class _Layer:
         """Add the MLP, dense or sparse, to x (R, D)."""
         mlp, normed = self.block.mlp, self.mlp_norm(x)
         if self.alone and isinstance(mlp, MoE):
-            expert, weight = cast("SwitchRouter", mlp.router).alone(normed)
+            expert, weight = mlp.router.alone(normed)
             x.add_(mlp.experts.alone(normed, expert), alpha=weight)
             return
         if isinstance(mlp, MoE):

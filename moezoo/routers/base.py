@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from moezoo.component import Component
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.registry import Registry
@@ -84,6 +86,16 @@ class Router(Component):
         default.
         """
         return admitted
+
+    def may_be_alone(self) -> bool:
+        """Whether nobody observes what `alone` passes by, in a class with an `alone` of its own."""
+        return False
+
+    def alone(self, row: Tensor) -> tuple[int, float]:
+        """The expert of one token (1, D) in float32 and its weight, for the host, in evaluation, as
+        `forward` and `reweigh` give them.
+        """
+        raise NotImplementedError
 
     def adapt(self, routings: Sequence[Routing]) -> None:
         """Adapt state that no gradient trains (balancing biases, thresholds), once per optimizer

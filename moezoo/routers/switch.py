@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from moezoo.errors import ConfigError
 from moezoo.functional.assign import token_choice
 from moezoo.functional.drawn import DrawnLinear, normal_
-from moezoo.functional.gates import gate, gate_probs, jittered
+from moezoo.functional.gates import gate, gate_probs, is_plain_gate, jittered
+from moezoo.ops.observed import is_observed
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers.base import Router, registry
 
@@ -82,10 +83,11 @@ class SwitchRouter(Router):
         assignment = token_choice(probs_TE, gate_TE, 1, tokens, given)
         return Routing(assignment, logits=logits_TE, probs=probs_TE, real=tokens.real)
 
+    def may_be_alone(self) -> bool:
+        return is_plain_gate(self.classifier) and not is_observed(self, "logits", "reweigh")
+
     def alone(self, row: Tensor) -> tuple[int, float]:
-        """The expert of one token (1, D) in float32 and its weight, for the host, in evaluation: as
-        `forward` but for the last bits of the scores, whose product need not suit a batch too.
-        """
+        # As `forward` but for the last bits of the scores, whose product need not suit a batch too.
         logits_1E = F.linear(row, self.classifier.weight, self.classifier.bias)
         (probs,) = logits_1E.softmax(dim=-1).tolist()
         weight = max(probs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import moezoo
+from moezoo.capacity import FirstCome
+from moezoo.layer import MoE
 from moezoo.models import stepper as steppers
 from moezoo.models.step import steps_apart
 from moezoo.models.stepper import Stepper
+from moezoo.records import Assignment, Routing, Tokens
+from moezoo.routers import SwitchRouter
 from tests.models.tiny import source, tiny
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,6 +58,51 @@ def scores(model: nn.Module, steps: int = 6, **sizes: Any) -> list[Tensor]:
             step.reorder(order)
             ids = ids[order]
     return found
+
+
+class Lowest(SwitchRouter):
+    """Chooses otherwise, and inherits an `alone` that knows nothing of it."""
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return -super().logits(x_TD)
+
+
+class LowestAlone(Lowest):
+    """The same, and says what it chooses for one token."""
+
+    def alone(self, row: Tensor) -> tuple[int, float]:
+        routing = self(Tokens(row))
+        return int(routing.assignment.expert), float(routing.assignment.weight)
+
+
+class KeepsNone(FirstCome):
+    """Inherits a promise that its own `forward` breaks."""
+
+    def forward(self, routing: Routing) -> Assignment:
+        admitted = super().forward(routing)
+        return replace(admitted, kept=torch.zeros_like(admitted.kept))
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "alone"),
+    [("router", Lowest, False), ("router", LowestAlone, True), ("capacity", KeepsNone, False)],
+)
+@torch.no_grad()
+def test_a_class_of_your_own_says_itself_what_holds_for_one_token(
+    part: str, kind: type, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    for layer in (m for m in model.modules() if isinstance(m, MoE)):
+        old = getattr(layer, part)
+        new = kind(old.d_model, old.num_experts) if part == "router" else kind()
+        new.load_state_dict(old.state_dict())
+        setattr(layer, part, new.eval())
+    step = stepper(model, rows=1).step
+    assert {layer.alone for layer in step.layers if layer.wo is None} == {alone}
+    apart = scores(model, rows=1)
+    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    for a, b in zip(apart, scores(model, rows=1), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 3), (2, 2)])
