@@ -110,8 +110,7 @@ def run_training(
     everything = {**(facts or {}), "recipe": asdict(settings), "steps": steps}
     state = start(model, settings, steps=steps, mesh=mesh)
     if num_ranks() > 1:
-        weights = digest(dict(unwrapped(model).named_parameters()))
-        check_agreement({**everything, "a batch": digest(batches(0)), "first weights": weights})
+        _check_ranks_alike(model, batches, everything)
     # Only a rate that falls to zero at the last step depends on how many there are.
     free = () if settings.schedule == "linear" else ("steps",)
     _go_on(state, root / "checkpoints", everything, resume_from, strict=strict, free=free)
@@ -196,6 +195,11 @@ class _Log:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
+
+
+def _check_ranks_alike(model: nn.Module, batches: Batches, facts: Mapping[str, Any]) -> None:
+    weights = digest(dict(unwrapped(model).named_parameters()))
+    check_agreement({**facts, "a batch": digest(batches(0)), "first weights": weights})
 
 
 def _go_on(
