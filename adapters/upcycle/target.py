@@ -27,6 +27,10 @@ BY_PROBABILITY = "switch"
 # not hang on the router, from rows large enough that a step does not turn all choices over.
 BY_CHOICE = {"name": "switch", "weight": "unit"}
 TINY, WIDE, SHARP = "normal", "normal:0.02", "normal:0.5"
+_PROBABILITY = (
+    "weighed by its probability, as transformers' Switch is; experts part more slowly than with a "
+    "weight of 1"
+)
 
 
 def settled(
@@ -70,18 +74,37 @@ def choice_words(recipe: Recipe, config: SwitchConfig) -> str:
     """
     if recipe.router == BY_PROBABILITY and recipe.router_init == TINY:
         held = "--layout moezoo" if expressible(config)[0] else "leave --router out"
-        return (
-            "weighed by its probability, as transformers' Switch is; experts part more slowly than "
-            f"with a weight of 1 ({held})"
-        )
+        return f"{_PROBABILITY} ({held})"
     if Spec.parse(recipe.router, kind="router") == Spec.parse(BY_CHOICE, kind="router"):
-        plain = config.replace(router=BY_PROBABILITY)
-        back = ", or `export --fold` after training" if expressible(plain)[0] else ""
+        back = ", or `export --fold` after training" if _folds(config) else ""
         return (
             "a weight of 1, with which experts learn most (train with --recipe upcycle); not what "
             f"transformers' Switch computes (--router switch{back})"
         )
     return ""
+
+
+def trained_choice_words(config: SwitchConfig, router_rate: float) -> str:
+    """The same of a model that was upcycled and is trained now, its router at a factor on the rate;
+    "" for one that no conversion has made, and for a router of another kind.
+    """
+    router = Spec.parse(config.router, kind="router")
+    if config.wo_scale is None or not config.num_experts or router.name != "switch":
+        return ""
+    if router.options.get("weight") != "unit":
+        other = "upcycle with --layout moezoo" if expressible(config)[0] else "without --router"
+        return f"{_PROBABILITY} ({other})"
+    slow = "; --router-learning-rate 0.01 lets them learn more" if router_rate == 1.0 else ""
+    back = "`export --fold` after training, or upcycle" if _folds(config) else "upcycle"
+    return (
+        f"a weight of 1, with which experts learn most{slow}; not what transformers' Switch "
+        f"computes ({back} with --router switch)"
+    )
+
+
+def _folds(config: SwitchConfig) -> bool:
+    """Whether transformers' layout holds the model once its router is folded."""
+    return expressible(config.replace(router=BY_PROBABILITY))[0] is not None
 
 
 def target_config(

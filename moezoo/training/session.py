@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moezoo.adapters.checkpoint import load, read_config, save
+from moezoo.adapters.upcycle.target import trained_choice_words
 from moezoo.building import build
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, CorruptFile
@@ -89,6 +90,9 @@ def prepared(
     tokenizer = learned or _tokenizer(arguments)
     config: Any = model.config
     fit(tokenizer, config)
+    words = trained_choice_words(config, settings.router_learning_rate)
+    if words and rank() == 0:
+        print(f"router: {words}", file=sys.stderr)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing()  # type: ignore[operator]
     if arguments.compile:

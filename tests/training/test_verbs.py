@@ -63,6 +63,33 @@ def test_from_text_to_a_fine_tuned_switch_model(
     assert metrics["cross_entropy"] > 0
 
 
+def test_training_what_was_upcycled_says_which_router_it_has_and_how_to_have_the_other(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, pairs = trained / "run" / "model", pairs_file(tmp_path)
+    words = ["--steps", 1, "--examples", 1, *FAST]
+
+    def said(source: Path, out: str, *more: object) -> str:
+        capsys.readouterr()
+        code = moezoo("finetune", source, tmp_path / out, "--pairs", pairs, *words, *more)
+        assert code == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert moezoo("upcycle", dense, tmp_path / "switch", "--experts", 2) == 0
+    assert moezoo("upcycle", dense, tmp_path / "unit", "--experts", 2, "--layout", "moezoo") == 0
+    told = said(tmp_path / "switch", "a")
+    assert "router: weighed by its probability" in told and "--layout moezoo" in told
+    told = said(tmp_path / "unit", "b")
+    assert "router: a weight of 1" in told and "export --fold" in told
+    assert "--router switch" in told and "--router-learning-rate 0.01" in told
+    assert "--router-learning-rate" not in said(
+        tmp_path / "unit", "c", "--router-learning-rate", 0.1
+    )
+    # What was trained and saved again is still what was upcycled; a dense model is not.
+    assert "router: a weight of 1" in said(tmp_path / "b" / "model", "d")
+    assert "router:" not in said(dense, "e")
+
+
 def test_a_run_writes_its_settings_and_every_step(trained: Path) -> None:
     settings = json.loads((trained / "run" / "config.json").read_text())
     assert settings["steps"] == 10
