@@ -13,7 +13,7 @@ from torch import nn
 
 import moezoo
 from benchmarks.evidence_tuning import Row, Trial
-from benchmarks.reproductions import widen
+from benchmarks.reproductions import PUBLISHED, widen
 from moezoo.adapters.upcycle.folding import fold_factor, folded_config
 from moezoo.config import SwitchConfig
 from moezoo.demonstration.closed_book import Moment, learn, small_t5
@@ -68,7 +68,7 @@ class Book:
 
 def _model(trial: Trial, seed: int) -> nn.Module:
     if trial.scratch is not None:
-        config = small_t5().replace(**trial.scratch)
+        config = small_t5().replace(**PUBLISHED, **trial.scratch)
         model = moezoo.build(config, seed=seed)
         if trial.scratch:
             widen(model, trial.widen)

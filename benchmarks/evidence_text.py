@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import moezoo
 from benchmarks.evidence_tuning import Row, Trial
-from benchmarks.reproductions import widen
+from benchmarks.reproductions import PUBLISHED, widen
 from moezoo.config import SwitchConfig
 from moezoo.cost import cost
 from moezoo.demonstration.closed_book import Moment
@@ -122,7 +122,7 @@ class Text:
 
     def _model(self, trial: Trial, seed: int) -> nn.Module:
         if trial.scratch is not None:
-            config = SwitchConfig(**{**SIZES, **trial.scratch})
+            config = SwitchConfig(**{**SIZES, **PUBLISHED, **trial.scratch})
             model = moezoo.build(config, seed=seed)
             widen(model, trial.widen)
             return model

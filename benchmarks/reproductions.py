@@ -43,6 +43,7 @@ SIZES: dict[str, Any] = {
     "num_layers": 2,
     "dropout_rate": 0.0,
 }
+PUBLISHED = {"initializer_scale": 0.1}  # what a trial's `widen` multiplies, at any size
 RESULTS = Path(__file__).with_suffix(".jsonl")
 BATCH_SIZE = 16
 HELD_OUT_BATCHES = 24
@@ -255,7 +256,8 @@ class World:
     def model(self, trial: Trial) -> nn.Module:
         """The model of a trial at its first step."""
         if trial.scratch is not None:
-            model = moezoo.build(moezoo.SwitchConfig(**{**SIZES, **trial.scratch}), seed=self.seed)
+            config = moezoo.SwitchConfig(**{**SIZES, **PUBLISHED, **trial.scratch})
+            model = moezoo.build(config, seed=self.seed)
             widen(model, trial.widen)
             return model
         dense = self.dense_model()

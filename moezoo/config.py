@@ -29,9 +29,10 @@ ACTIVATIONS = (
 )
 LAYOUTS = ("odd", "mixed", "bottom", "middle", "top", "all", "none")
 STACKS = ("encoder", "decoder")
-_MAX_SIZE = (
-    1_000_000  # no published dimension comes near; beyond it a config is corrupt, not ambitious
-)
+# No published dimension comes near; beyond it a config is corrupt, not ambitious.
+_MAX_SIZE = 1_000_000
+_SMALLEST_PUBLISHED = 512  # d_model of t5-small; the smallest Switch has 768
+_PUBLISHED_SCALE = 0.1  # Switch Transformers, section 2.4
 ComponentSpec = str | dict[str, Any]
 
 
@@ -54,7 +55,8 @@ class SwitchConfig:
     `expert_capacity` is what a Switch checkpoint says of itself; `capacity="transformers"` follows
     it. `other_fields` is what config.json says besides: kept from file to file, without effect.
     `wo_scale` is what conversions have multiplied the experts' `wo` by since the model was dense or
-    trained; None: no conversion has made it.
+    trained; None: no conversion has made it. `initializer_scale` is the variance of a sparse
+    model's initial matrices over a dense one's (see `sparse_variance`); None: by its size.
     """
 
     vocab_size: int = 32128
@@ -74,6 +76,7 @@ class SwitchConfig:
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
+    initializer_scale: float | None = None
     tie_word_embeddings: bool = True
     own_embeddings: tuple[str, ...] = ()
     scale_decoder_outputs: bool | None = None
@@ -113,11 +116,8 @@ class SwitchConfig:
     @property
     def scales_logits(self) -> bool:
         """Whether decoder outputs are scaled by d_model^-0.5 before the head."""
-        return (
-            self.tie_word_embeddings
-            if self.scale_decoder_outputs is None
-            else self.scale_decoder_outputs
-        )
+        given = self.scale_decoder_outputs
+        return self.tie_word_embeddings if given is None else given
 
     @property
     def encoder_sparse(self) -> tuple[int, ...]:
@@ -134,6 +134,17 @@ class SwitchConfig:
             if self.num_experts
             else ()
         )
+
+    @property
+    def sparse_variance(self) -> float:
+        """The variance of a sparse model's initial matrices over a dense T5's: `initializer_scale`,
+        else the paper's 0.1 (2101.03961, section 2.4) from d_model 512 on, which the smallest
+        published model has. Below that it is 1.0: at 32 and at 64 a tenth only costs steps
+        (benchmarks/evidence.md, docs/reproductions.md).
+        """
+        if self.initializer_scale is not None:
+            return self.initializer_scale
+        return _PUBLISHED_SCALE if self.d_model >= _SMALLEST_PUBLISHED else 1.0
 
     @property
     def is_gated(self) -> bool:
@@ -158,9 +169,15 @@ class SwitchConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SwitchConfig:
         """The inverse of `to_dict`. Raises ConfigError for unknown, mistyped or contradictory
-        fields.
+        fields. A sparse model of before there was an `initializer_scale` has the paper's.
         """
-        return cls().replace(**dict(values))
+        config = cls().replace(**dict(values))
+        return config if "initializer_scale" in values else config.without_scale()
+
+    def without_scale(self) -> SwitchConfig:
+        """What a file without `initializer_scale` means: the paper's, at any size."""
+        small = self.num_experts > 0 and self.d_model < _SMALLEST_PUBLISHED
+        return self.replace(initializer_scale=_PUBLISHED_SCALE) if small else self
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
@@ -180,9 +197,8 @@ class SwitchConfig:
             value = getattr(self, name)
             wrong_bool = isinstance(value, bool) and bool not in kinds
             if wrong_bool or not isinstance(value, kinds):
-                wanted = " or ".join(
-                    "null" if kind is type(None) else kind.__name__ for kind in kinds
-                )
+                names = ("null" if kind is type(None) else kind.__name__ for kind in kinds)
+                wanted = " or ".join(names)
                 raise ConfigError(
                     f"{name} has the wrong type",
                     field=name,
@@ -192,32 +208,22 @@ class SwitchConfig:
                 )
 
     def _check_values(self) -> None:
-        at_least_one = (
-            "vocab_size",
-            "d_model",
-            "d_kv",
-            "d_ff",
-            "num_heads",
-            "relative_attention_num_buckets",
-        )
-        for name in (*at_least_one, "relative_attention_max_distance"):
+        at_least_one = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads")
+        buckets = ("relative_attention_num_buckets", "relative_attention_max_distance")
+        for name in (*at_least_one, *buckets):
             _check_range(name, getattr(self, name), 1, _MAX_SIZE * 10)
         _check_range("expert_capacity", self.expert_capacity, 1, 2**31 - 1)
-        for name in ("num_layers", "num_decoder_layers"):
-            _check_range(
-                name, getattr(self, name), 0 if name == "num_decoder_layers" else 1, 10_000
-            )
+        _check_range("num_layers", self.num_layers, 1, 10_000)
+        _check_range("num_decoder_layers", self.num_decoder_layers, 0, 10_000)
         _check_range("num_experts", self.num_experts, 0, _MAX_SIZE)
         self._check_ids()
         if not 0.0 <= self.dropout_rate <= 1.0:
-            raise ConfigError(
-                "dropout_rate lies in [0, 1]", field="dropout_rate", found=self.dropout_rate
-            )
-        for name in ("layer_norm_epsilon", "initializer_factor"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(
-                    f"{name} must be finite and > 0", field=name, found=getattr(self, name)
-                )
+            found = self.dropout_rate
+            raise ConfigError("dropout_rate lies in [0, 1]", field="dropout_rate", found=found)
+        for name in ("layer_norm_epsilon", "initializer_factor", "initializer_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be finite and > 0", field=name, found=value)
         if self.wo_scale is not None and not 0 < self.wo_scale < 1e9:
             raise ConfigError("wo_scale is no factor", field="wo_scale", found=self.wo_scale)
         if self.feed_forward_proj not in ACTIVATIONS:
@@ -232,11 +238,8 @@ class SwitchConfig:
         for name, setting in (self.router_losses or {}).items():
             coefficient = setting.get("coefficient") if isinstance(setting, dict) else setting
             if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
-                raise ConfigError(
-                    f"router_losses[{name!r}] must be a number, or options with a coefficient",
-                    field="router_losses",
-                    found=setting,
-                )
+                reason = f"router_losses[{name!r}] must be a number, or options with a coefficient"
+                raise ConfigError(reason, field="router_losses", found=setting)
         sparse_layers(self.encoder_sparse_layers, self.num_layers, "encoder_sparse_layers")
         sparse_layers(self.decoder_sparse_layers, self.decoder_layers, "decoder_sparse_layers")
 
@@ -268,7 +271,7 @@ _FIELD_KINDS: dict[str, tuple[type, ...]] = {
     ),
     "scale_decoder_outputs": (bool, type(None)),
     "own_embeddings": (tuple,),
-    "wo_scale": (int, float, type(None)),
+    **dict.fromkeys(("wo_scale", "initializer_scale"), (int, float, type(None))),
     **dict.fromkeys(("dropout_rate", "layer_norm_epsilon", "initializer_factor"), (int, float)),
     **dict.fromkeys(("router", "experts"), (str, dict)),
     "capacity": (str, dict, type(None)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,30 @@ def test_a_config_is_hashable_and_survives_json_copies_and_pickles() -> None:
     assert {config: "found"}[twins[0]] == "found"
     assert config != config.replace(router={"name": "top_k", "k": 3})
     assert {name: config.to_dict()[name] for name in OPTIONS} == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale", "variance"),
+    [
+        ({"d_model": 64, "num_experts": 4}, 0.1, 0.1),
+        ({"d_model": 64, "num_experts": 4, "initializer_scale": None}, None, 1.0),
+        ({"d_model": 64, "num_experts": 4, "initializer_scale": 0.5}, 0.5, 0.5),
+        ({"d_model": 64}, None, 1.0),
+        ({"d_model": 512, "num_experts": 4}, None, 0.1),
+    ],
+)
+def test_a_file_without_a_scale_of_initial_weights_has_the_papers(
+    fields: dict[str, Any], scale: float | None, variance: float
+) -> None:
+    config = moezoo.SwitchConfig.from_json(json.dumps(fields))
+    assert (config.initializer_scale, config.sparse_variance) == (scale, variance)
+    assert moezoo.SwitchConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+def test_a_scale_of_initial_weights_is_positive(scale: float) -> None:
+    with pytest.raises(moezoo.MoezooError, match="initializer_scale must be finite and > 0"):
+        moezoo.SwitchConfig(initializer_scale=scale)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import moezoo
 from benchmarks import evidence_text
 from benchmarks.evidence import RESULTS, TABLES, TEXTS
 from benchmarks.evidence_facts import Book
@@ -128,6 +129,20 @@ def test_text_is_learned_from_the_parents_weights_and_refused_where_it_would_rep
     assert next(losses) == next(losses)
     with pytest.raises(ConfigError, match="the text would repeat"):
         task.measure(Trial(steps=10_000), 8e-3, 0)
+
+
+def test_widening_starts_from_the_papers_variance_whatever_the_default_is() -> None:
+    fields = {"num_experts": 4, "encoder_sparse_layers": "all"}
+    task = Text(None)
+    wide, narrow = (
+        task._model(Trial(scratch=fields, widen=factor), 0).state_dict() for factor in (10.0, 1.0)
+    )
+    name = "encoder.blocks.0.mlp.experts.wo"
+    assert float(narrow[name].var() * 64) == pytest.approx(0.1, rel=0.1)
+    assert float(wide[name].var() * 64) == pytest.approx(1.0, rel=0.1)
+    config = moezoo.SwitchConfig(**{**evidence_text.SIZES, **fields})
+    default = moezoo.build(config, seed=0).state_dict()
+    assert float((default[name] - wide[name]).abs().max()) < 1e-5
 
 
 PAGE = r""".\" a comment

@@ -24,7 +24,7 @@ from moezoo.registry import Spec
 UNLIMITED = 1_000_000  # an expert capacity that no sequence reaches
 _FLOAT16 = 65504.0  # the largest number
 # What transformers has no word for and need not know to compute the same in evaluation.
-_OWN = ("capacity", "group", "experts", "wo_scale")
+_OWN = ("capacity", "group", "experts", "wo_scale", "initializer_scale")
 # Fields of published files that transformers reads and never uses (`router_type`,
 # `add_router_probs`, `router_ignore_padding_tokens`, which any value may have) or not at all. Other
 # values of these stand for another function than the one that moezoo computes.
@@ -45,7 +45,8 @@ class SwitchFamily(Family):
     is the paper's unless you ask for `capacity="transformers"`, which takes the file's number. The
     number is written as it was read; a model that has none is written with one that never binds,
     so that transformers computes what moezoo computes. What training needs besides (policy, group,
-    expert dropout) is kept under `moezoo_config`.
+    expert dropout, another scale of initial weights than the paper's) is kept under
+    `moezoo_config`.
 
     `tie_word_embeddings: false` there means that outputs are not scaled, and that every table is
     a tensor of its own, which transformers 5 draws anew where a file lacks it: `copies`.
@@ -64,7 +65,7 @@ class SwitchFamily(Family):
             feed_forward_proj=feed_forward(plain, weights, default="relu"),
         )
         jitter = _number(values, "router_jitter_noise", 0.01, below=1.0)
-        return config.replace(
+        config = config.replace(
             num_experts=_whole(values, "num_experts", 8, least=1),
             encoder_sparse_layers=_layers(values, "encoder", config.num_layers),
             decoder_sparse_layers=_layers(values, "decoder", config.decoder_layers),
@@ -78,18 +79,16 @@ class SwitchFamily(Family):
             tie_word_embeddings=not weights.own_head,
             own_embeddings=weights.own_embeddings,
             scale_decoder_outputs=flag(values, "tie_word_embeddings", default=True),
-            **_own_fields(values),
         )
+        return config.without_scale().replace(**_own_fields(values))
 
     def write(self, config: SwitchConfig, task: str) -> dict[str, Any]:
         losses = config.router_losses
         losses = FrozenDict(load_balance=0.01, z=0.0) if losses is None else losses
-        own = {name: getattr(config, name) for name in _OWN}
-        own = {
-            name: thawed(value)
-            for name, value in own.items()
-            if value != getattr(SwitchConfig, name)
-        }
+        plain = SwitchConfig(num_experts=config.num_experts, d_model=config.d_model)
+        plain = plain.without_scale()
+        changed = (name for name in _OWN if getattr(config, name) != getattr(plain, name))
+        own = {name: thawed(getattr(config, name)) for name in changed}
         return {
             **written_fields(config, task, "SwitchTransformers"),
             **({"moezoo_config": own} if own else {}),

@@ -65,6 +65,7 @@ class MoezooConfig(PreTrainedConfig):  # type: ignore[misc]
     dropout_rate: Any = None
     layer_norm_epsilon: Any = None
     initializer_factor: Any = None
+    initializer_scale: Any = None
     tie_word_embeddings: Any = None
     own_embeddings: Any = None
     scale_decoder_outputs: Any = None
@@ -91,7 +92,8 @@ class MoezooConfig(PreTrainedConfig):  # type: ignore[misc]
         stored = dict(kwargs.pop("moezoo_config", None) or {})
         kwargs = {**stored.pop("other_fields", {}), **kwargs}
         said = {n: getattr(self, n) for n in FIELDS if getattr(self, n) is not None}
-        switch = SwitchConfig.from_dict({**stored, **said})
+        # Fields alone are a new config; what was stored may be of before a field was there.
+        switch = SwitchConfig.from_dict({**stored, **said}) if stored else SwitchConfig(**said)
         super().__post_init__(**kwargs)
         values = switch.to_dict()
         for name in FIELDS:

@@ -121,7 +121,7 @@ def target_config(
     )
     width = init.expert_width(source.d_ff, recipe.num_experts)
     experts: dict[str, Any] = {"name": "stacked", "d_ff": width}
-    return source.replace(
+    converted = source.replace(
         num_experts=recipe.num_experts,
         encoder_sparse_layers=encoder,
         decoder_sparse_layers=decoder,
@@ -130,3 +130,5 @@ def target_config(
         experts="stacked" if width == source.d_ff else experts,
         wo_scale=preserving_scale(init, router, recipe.num_experts, recipe.preserve),
     )
+    # Nothing of it is drawn, so that its files need not say how.
+    return converted.without_scale()

@@ -15,17 +15,15 @@ from moezoo.functional.seeded import Seeded, keyed_seed
 from moezoo.functional.shards import local_of, part_of
 from moezoo.private_torch import own_parameters
 
-SWITCH_SCALE = 0.1
-
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: SwitchConfig) -> None:
     """Draw every weight of a model; each module's own `reset_parameters` says how.
 
     Dense: N(0, f^2) embeddings, N(0, f^2 / fan-in) projections, queries smaller by sqrt(d_kv), as
-    Mesh TensorFlow's T5 does. Sparse: truncated normals of variance 0.1 f^2 / fan-in (Switch
-    Transformers, section 2.4: 0.1x is what makes large sparse models train). f is
-    `initializer_factor`; routers start as they do alone.
+    Mesh TensorFlow's T5 does. Sparse: truncated normals of variance s f^2 / fan-in, where s is
+    `config.sparse_variance` (Switch Transformers, section 2.4: 0.1 is what makes large sparse
+    models train). f is `initializer_factor`; routers start as they do alone.
     """
     _set_scale(model, config)
     for child in model.children():
@@ -48,7 +46,7 @@ def initialize_parts(model: nn.Module, config: SwitchConfig, *, seed: int) -> No
 
 def _set_scale(model: nn.Module, config: SwitchConfig) -> None:
     dense = config.num_experts == 0
-    scale = config.initializer_factor * (1.0 if dense else SWITCH_SCALE**0.5)
+    scale = config.initializer_factor * (1.0 if dense else config.sparse_variance**0.5)
     for module in model.modules():
         initial = getattr(module, "initial", None)
         if isinstance(initial, FanIn):

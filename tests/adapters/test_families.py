@@ -427,3 +427,18 @@ def test_a_dropout_of_one_drops_everything_and_stays_finite(num_experts: int, ac
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
     model.eval()
     assert model(ids, labels=ids).logits.any()
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "moezoo"])
+@pytest.mark.parametrize("scale", [None, 0.1, 0.5])
+def test_how_a_small_model_was_drawn_is_kept_and_a_file_of_before_has_the_papers_scale(
+    layout: str, scale: float | None, tmp_path: Path
+) -> None:
+    moezoo.save(tiny(initializer_scale=scale), tmp_path / "out", layout=layout)
+    assert moezoo.load(tmp_path / "out").config.initializer_scale == scale
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text())
+    assert ("moezoo_config" in values) == (layout == "moezoo" or scale != 0.1)
+    values.get("moezoo_config", {}).pop("initializer_scale", None)
+    path.write_text(json.dumps(values))
+    assert moezoo.load(tmp_path / "out").config.initializer_scale == 0.1

@@ -49,6 +49,17 @@ def test_a_model_is_built_from_what_was_set_on_the_config(name: str, value: Any)
     assert tied is model.config.tie_word_embeddings
 
 
+def test_only_a_config_that_was_stored_before_has_the_papers_initial_weights() -> None:
+    small = {"d_model": 64, "num_experts": 4}
+    assert MoezooConfig(**small).switch.initializer_scale is None
+    assert MoezooConfig.of(SwitchConfig(**small)).switch.initializer_scale is None
+    stored = {**SwitchConfig(**small).to_dict()}
+    del stored["initializer_scale"]
+    config = MoezooConfig(moezoo_config=stored)
+    assert config.switch.initializer_scale == 0.1
+    assert MoezooConfig.from_dict(config.to_dict()).switch.initializer_scale == 0.1
+
+
 def test_special_ids_that_are_set_on_a_live_config_are_followed() -> None:
     model, labels = wrapped(), torch.tensor([[5, -100, 6]])
     model.config.decoder_start_token_id = 9

@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
     "num_heads": 4,
     "num_layers": 2,
     "num_experts": 4,
+    "initializer_scale": 0.1,  # with the factor on the decoder below: answers of order one
     "dropout_rate": 0.0,
     "tie_word_embeddings": False,
 }

@@ -295,17 +295,24 @@ def test_what_lies_in_padded_embeddings_never_matters() -> None:
     assert torch.equal(clean, dirty)
 
 
-def test_a_sparse_model_starts_with_a_tenth_of_the_variance() -> None:
-    sizes = {"d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16}
-    sparse, dense = (moezoo.build(TINY, seed=0, num_experts=e, **sizes) for e in (4, 0))
+@pytest.mark.parametrize(
+    ("width", "given", "scale"),
+    [(64, None, 1.0), (64, 0.1, 0.1), (511, None, 1.0), (512, None, 0.1), (512, 1.0, 1.0)],
+)
+def test_a_sparse_model_starts_with_a_tenth_of_the_variance_from_the_smallest_published_size_on(
+    width: int, given: float | None, scale: float
+) -> None:
+    sizes = {"d_model": width, "d_ff": 128, "num_heads": 4, "d_kv": 16}
+    config = TINY.replace(**sizes, initializer_scale=given)
+    sparse, dense = (moezoo.build(config, seed=0, num_experts=e) for e in (4, 0))
     block, plain = sparse.encoder.blocks[0], dense.encoder.blocks[0]
     for found, expected in (
-        (block.mlp.wi.weight, (0.1 / 64) ** 0.5),
-        (block.attention.o.weight, (0.1 / 64) ** 0.5),
-        (sparse.encoder.blocks[1].mlp.experts.wo, (0.1 / 128) ** 0.5),
+        (block.mlp.wi.weight, (scale / width) ** 0.5),
+        (block.attention.o.weight, (scale / 64) ** 0.5),
+        (sparse.encoder.blocks[1].mlp.experts.wo, (scale / 128) ** 0.5),
         (sparse.encoder.blocks[1].mlp.router.classifier.weight, 0.02),
-        (plain.mlp.wi.weight, 64**-0.5),
-        (plain.attention.q.weight, (64 * 16) ** -0.5),
+        (plain.mlp.wi.weight, width**-0.5),
+        (plain.attention.q.weight, (width * 16) ** -0.5),
     ):
         assert found.std().item() == pytest.approx(expected, rel=0.1)
 

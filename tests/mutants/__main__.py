@@ -50,6 +50,7 @@ NEAR = {
     "moezoo/reporting/": ["tests/reporting/test_known.py"],
     "moezoo/capacity/base.py": ["tests/reporting/test_known.py"],
     "moezoo/cli/parser.py": ["tests/cli/test_grammar.py"],
+    "moezoo/config.py": ["tests/test_config.py"],
     "moezoo/dtypes.py": ["tests/test_first_mistakes.py"],
     "moezoo/registry.py": ["tests/test_first_mistakes.py"],
     "moezoo/training/smoothing.py": ["tests/training/test_smoothing.py"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moezoo.adapters.checkpoint import load
 from moezoo.cli import main
 
 CONFIG = {"vocab_size": 512, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2}
@@ -88,6 +89,28 @@ def test_training_what_was_upcycled_says_which_router_it_has_and_how_to_have_the
     # What was trained and saved again is still what was upcycled; a dense model is not.
     assert "router: a weight of 1" in said(tmp_path / "b" / "model", "d")
     assert "router:" not in said(dense, "e")
+
+
+def test_a_small_models_config_that_is_silent_keeps_the_papers_initial_weights_and_says_so(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--text", trained / "text.txt", "--steps", 1, "--input-length", 32, *FAST]
+    words += ["--seed", 3, "--learning-rate", "1e-9"]
+    found = {}
+    for name, fields, flags in (
+        ("silent", {}, []),
+        ("said", {"initializer_scale": 0.1}, []),
+        ("set", {}, ["--set", "initializer_scale=null"]),
+        ("null", {"initializer_scale": None}, []),
+    ):
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**CONFIG, "num_experts": 2, **fields}))
+        assert moezoo("train", tmp_path / name, "--config", config, *words, *flags) == 0
+        assert ("initializer_scale=null" in capsys.readouterr().err) == (name == "silent")
+        weights = load(tmp_path / name / "model").state_dict()
+        found[name] = float(weights["encoder.blocks.1.mlp.experts.wo"].var() * 64)
+    assert found["silent"] == found["said"] == pytest.approx(0.1, rel=0.1)
+    assert found["set"] == found["null"] == pytest.approx(1.0, rel=0.1)
 
 
 def test_a_run_writes_its_settings_and_every_step(trained: Path) -> None:
