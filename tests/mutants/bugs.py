@@ -84,7 +84,7 @@ BUGS = [
     Bug("the gate computes in the model's precision", FUNCTIONS + "gates.py",
         "return torch.promote_types(dtype, torch.float32)", "return dtype", historic=True),
     Bug("ties go to the highest expert", FUNCTIONS + "assign.py",
-        "return choice_TE.detach().max(dim=-1, keepdim=True).indices",
+        "return choice_TE.argmax(dim=-1, keepdim=True)",
         "return choice_TE.shape[1] - 1 - choice_TE.flip(-1).argmax(dim=-1, keepdim=True)"),
     Bug("ties among many experts go to the last window", FUNCTIONS + "assign.py",
         "window_T = most_TW.max(-1).indices",
