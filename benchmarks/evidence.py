@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence_facts import Book
-from benchmarks.evidence_page import page
+from benchmarks.evidence_page import page, pictures
 from benchmarks.evidence_text import STEPS as TEXT_STEPS
 from benchmarks.evidence_text import Text
 from benchmarks.evidence_tuning import Task, Trial, run
@@ -92,6 +92,9 @@ TABLES: dict[str, dict[str, Trial]] = {
     "text": {
         "dense": Trial(scratch={}, steps=TEXT_STEPS),
         "8 experts": sparse(8, TEXT_STEPS),
+        "8 experts, slow router": replace(
+            sparse(8, TEXT_STEPS), training={"router_learning_rate": 0.1}
+        ),
         "8 experts, 0.1x initialisation": sparse(8, TEXT_STEPS, widen=1.0),
     },
     "text-upcycling": {
@@ -125,7 +128,9 @@ def main() -> None:
                     ends = (f"{abs(task.moments(row)[i].recall):.3f}" for i in (0, -1))
                     print(f"{label}, rate {row['rate']:g}, seed {row['seed']}: "
                           f"{' -> '.join(ends)}", flush=True)  # fmt: skip
-    page(TABLES, read(options.out), options.out.with_suffix(".md"))
+    rows = read(options.out)
+    page(TABLES, rows, options.out.with_suffix(".md"))
+    pictures(TABLES, rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -15,6 +16,7 @@ from benchmarks.tables import machine, table
 from moezoo.demonstration.closed_book import Learner, Moment, spread
 from moezoo.training.facts import Facts
 
+ROOT = Path(__file__).resolve().parents[1]
 Tables = Mapping[str, Mapping[str, Trial]]
 _AFTER = f"Upcycled after {evidence_facts.PARENT_STEPS:,} steps, {evidence_facts.STEPS} further"
 _TEXT_AFTER = f"Text: upcycled after {evidence_text.STEPS:,} steps, as many further"
@@ -82,7 +84,38 @@ def _section(name: str, trials: Mapping[str, Trial], task: Task, rows: list[Row]
     head = _TEXTS if isinstance(task, Text) else _FACTS
     body = [cells for cells in body if cells]
     level = "###" if isinstance(task, Text) else "##"
-    return f"{level} {TITLES[name]}\n\n{table(head, body)}" if body else ""
+    image = f"![{TITLES[name]}](../{picture_of(name).relative_to(ROOT)})"
+    return f"{level} {TITLES[name]}\n\n{table(head, body)}\n\n{image}" if body else ""
+
+
+def picture_of(name: str) -> Path:
+    """Where the picture of a table is."""
+    return ROOT / "docs" / "images" / f"evidence-{name}.png"
+
+
+def pictures(tables: Tables, rows: list[Row]) -> None:
+    """Draw every table of which a row has all seeds."""
+    # matplotlib is a second's import, and a page needs none.
+    from benchmarks.evidence_picture import draw
+
+    for name, trials in tables.items():
+        on_text = name.startswith("text")
+        task: Task = Text(None, _last_text(rows)) if on_text else Book()
+        seeds = {label: of_seeds(task, trial, rows) for label, trial in trials.items()}
+        curves = {
+            label: [task.moments(row) for row in found.values()]
+            for label, found in seeds.items()
+            if len(found) == len(SEEDS)
+        }
+        if curves and on_text:
+            curves = {label: [_losses(c[1:]) for c in found] for label, found in curves.items()}
+        if curves:
+            what = "held-out loss, nats" if on_text else "facts recalled"
+            draw(curves, what, picture_of(name))
+
+
+def _losses(curve: tuple[Moment, ...]) -> tuple[Moment, ...]:
+    return tuple(replace(moment, recall=-moment.recall) for moment in curve)
 
 
 def _facts_row(

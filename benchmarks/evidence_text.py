@@ -41,6 +41,7 @@ SIZES: dict[str, Any] = {
     "dropout_rate": 0.0,
 }
 STEPS, BATCH_SIZE, POINTS = 1000, 64, 10
+PARENT_RATE = 3.2e-2  # the best from scratch
 HELD_OUT_BATCHES = 24
 VOCABULARY_DOCUMENTS = 400  # a vocabulary is learned from these; all of them would take an hour
 SETTINGS = TrainingRecipe(schedule="linear", warmup=30)
@@ -132,7 +133,7 @@ class Text:
             return parent
         return moezoo.upcycle(parent, **trial.upcycle, seed=seed)
 
-    def _parent(self, seed: int, rate: float = 8e-3) -> dict[str, Tensor]:
+    def _parent(self, seed: int, rate: float = PARENT_RATE) -> dict[str, Tensor]:
         """Weights of the dense model of `STEPS` steps, kept from its trial or trained again."""
         if (seed, rate) not in self._parents:
             self.measure(Trial(scratch={}, steps=STEPS), rate, seed)
