@@ -51,7 +51,10 @@ def test_a_model_gets_one_per_sparse_layer_from_its_config() -> None:
     assert torch.isfinite(model(ids, labels=ids).loss)
 
 
-def test_every_feed_forward_of_a_model_starts_at_the_papers_scale() -> None:
+@pytest.mark.parametrize(("said", "scale"), [(0.1, 0.1), (1.0, 1.0), (None, 1.0)])
+def test_every_feed_forward_of_a_model_starts_at_its_scale(
+    said: float | None, scale: float
+) -> None:
     config = moezoo.SwitchConfig(
         vocab_size=32,
         d_model=64,
@@ -62,12 +65,13 @@ def test_every_feed_forward_of_a_model_starts_at_the_papers_scale() -> None:
         num_experts=2,
         experts={"name": "modules", "sizes": [64, 256]},
         shared_expert={"d_ff": 128},
+        initializer_scale=said,
     )
     found = [m for m in moezoo.build(config, seed=0).modules() if isinstance(m, FeedForward)]
     assert len(found) == 6
     for module in found:
         for weight in module.parameters():
-            wanted = (0.1 / weight.shape[-1]) ** 0.5
+            wanted = (scale / weight.shape[-1]) ** 0.5
             assert 0.85 < weight.std().item() / wanted < 1.05
 
 
