@@ -133,8 +133,9 @@ class Text:
             return parent
         return moezoo.upcycle(parent, **trial.upcycle, seed=seed)
 
-    def _parent(self, seed: int, rate: float = PARENT_RATE) -> dict[str, Tensor]:
+    def _parent(self, seed: int) -> dict[str, Tensor]:
         """Weights of the dense model of `STEPS` steps, kept from its trial or trained again."""
+        rate = PARENT_RATE
         if (seed, rate) not in self._parents:
             self.measure(Trial(scratch={}, steps=STEPS), rate, seed)
         return self._parents[seed, rate]

@@ -115,8 +115,9 @@ def test_text_is_learned_from_the_parents_weights_and_refused_where_it_would_rep
     monkeypatch.setattr(evidence_text, "SIZES", sizes)
     monkeypatch.setattr(evidence_text, "BATCH_SIZE", 4)
     monkeypatch.setattr(evidence_text, "STEPS", 20)
+    monkeypatch.setattr(evidence_text, "PARENT_RATE", 8e-3)
     task = Text(write_text(tmp_path / "text.jsonl"))
-    dense = task.measure(Trial(scratch={}, steps=20), 8e-3, 0)
+    dense = task.measure(Trial(scratch={}, steps=20), evidence_text.PARENT_RATE, 0)
     unit = {"num_experts": 2, "layers": "all", "router": {"name": "switch", "weight": "unit"}}
     upcycled = task.measure(Trial(upcycle=unit, steps=20), 8e-3, 0)
     before, after = dense["curve"][0]["loss"], dense["curve"][-1]["loss"]
