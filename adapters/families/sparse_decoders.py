@@ -59,10 +59,6 @@ class SparseKind:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def all_sparse(self) -> bool:
-        return self.placement is ALL
-
-    @property
     def title(self) -> str:
         """The name of the class, without what it is for."""
         return self.architecture.removesuffix("ForCausalLM")
