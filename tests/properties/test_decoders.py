@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from moezoo.adapters.families.decoder_config import DecoderConfig
 from moezoo.adapters.families.decoders import DecoderFamily
+from moezoo.adapters.tensor_files import TensorPlan, wholes
 from moezoo.adapters.upcycle import downcycle, upcycle
 from moezoo.adapters.upcycle.grow import grow
+from moezoo.errors import ConfigError
 from moezoo.frozen import frozen
 
 SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -30,9 +32,10 @@ def dense(path: Path, model_type: str, **fields: Any) -> Weights:
     """A dense decoder of random weights on disk."""
     values = {"model_type": model_type, **SIZES, **fields}
     shapes = DecoderFamily(model_type).shapes(DecoderConfig(frozen(values)), "any")
-    names = {DecoderFamily(model_type).disk_names(name)[0]: shape for name, shape in shapes.items()}
+    parts = [TensorPlan(DecoderFamily(model_type).disk_names(name)[0], "F32", shape)
+             for name, shape in shapes.items()]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    held = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+    held = {plan.name: torch.randn(plan.shape, generator=generator) for plan in wholes(parts)}
     path.mkdir()
     save_file(held, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(values))
@@ -41,6 +44,14 @@ def dense(path: Path, model_type: str, **fields: Any) -> Weights:
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def matrices(held: Weights, start: str) -> list[Tensor]:
+    """Gate, up and down of a dense layer, of which some files hold the first two in one tensor."""
+    both = held.get(f"{start}mlp.gate_up_proj.weight")
+    names = ("gate_proj", "up_proj") if both is None else ()
+    inner = [held[f"{start}mlp.{name}.weight"] for name in names] or list(both.chunk(2))
+    return [*inner, held[f"{start}mlp.down_proj.weight"]]
 
 
 def routed(
@@ -85,11 +96,12 @@ def sparse(x: Tensor, held: Weights, model_type: str, start: str, k: int) -> Ten
 
 
 PAIRS = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe", "granite": "granitemoe",
-         "ernie4_5": "ernie4_5_moe", "hunyuan_v1_dense": "hunyuan_v1_moe"}  # fmt: skip
+         "ernie4_5": "ernie4_5_moe", "hunyuan_v1_dense": "hunyuan_v1_moe",
+         "phi3": "mixtral"}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", PAIRS)
-@settings(deadline=None, max_examples=4)  # each writes three checkpoints to the disk
+@settings(deadline=None, max_examples=4)  # each writes four checkpoints to the disk
 @given(experts=st.integers(1, 5), data=st.data())
 def test_a_sparse_layer_is_the_mlp_that_it_was_made_from_and_grows(
     model_type: str, experts: int, data: st.DataObject
@@ -102,10 +114,14 @@ def test_a_sparse_layer_is_the_mlp_that_it_was_made_from_and_grows(
         made = load_file(Path(folder) / "moe" / "model.safetensors")
         start = "model.layers.1."
         x = torch.randn(5, 8, generator=torch.Generator().manual_seed(experts))
-        names = (f"{start}mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
-        expected = mlp(x, *(before[name] for name in names))
+        expected = mlp(x, *matrices(before, start))
         assert_near(sparse(x, made, PAIRS[model_type], start, k), expected)
-        after = downcycle(Path(folder) / "moe")
+        if model_type == "phi3":
+            whole = before[f"{start}self_attn.qkv_proj.weight"].split([8, 4, 4])
+            for name, part in zip("qkv", whole, strict=True):
+                assert torch.equal(made[f"{start}self_attn.{name}_proj.weight"], part)
+        downcycle(Path(folder) / "moe", Path(folder) / "back")
+        after = load_file(Path(folder) / "back" / "model.safetensors")
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
         generator = torch.Generator().manual_seed(1)
         made = {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in made.items()}
@@ -137,6 +153,8 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
          {"layer_types": ["full_attention", "sliding_attention"], "norm_topk_prob": True}),
         ("qwen2", {"max_window_layers": 1}, {"layer_types": ["full_attention"] * 2}),
+        ("ministral", {}, {"qkv_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
+        ("helium", {}, {"use_bias": False, "rope_theta": 100_000.0}),
         ("mistral", {}, {"sliding_window": 4096, "max_position_embeddings": 131072}),
     ],
 )  # fmt: skip
@@ -148,3 +166,13 @@ def test_what_a_silent_config_means_is_spelled_out(
     upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=2)
     values = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert {name: values[name] for name in told} == told
+
+
+def test_a_field_of_rope_that_the_sibling_lacks_is_refused_where_it_is_nested(
+    tmp_path: Path,
+) -> None:
+    dense(tmp_path / "dense", "phi3", rope_parameters={"partial_rotary_factor": 0.5})
+    with pytest.raises(ConfigError, match="no partial_rotary_factor but 1.0; .*found 0.5") as one:
+        upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=2)
+    assert str(tmp_path / "dense" / "config.json") in str(one.value)
+    assert not (tmp_path / "moe").exists()
