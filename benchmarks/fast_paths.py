@@ -96,7 +96,7 @@ PATHS = (
           ("model with a mask, forward",)),
     FastPath("cache: keys in buffers", "models.cache", "is_transformed",
           ("64 tokens by modules", "256 tokens by modules"), lambda: True),
-    FastPath("step: a decoder's step", "models.stepper", "steps_apart", ("64 tokens",)),
+    FastPath("step: a decoder's step", "models.step:Step", "fits", ("64 tokens",)),
     FastPath("int8: one row", "ops.int8", "is_eager", ("64 tokens, int8",)),
 )  # fmt: skip
 
@@ -270,7 +270,7 @@ def _generate(tokens: int = 64, *, int8: bool = False, modules: bool = False) ->
     ids = torch.randint(3, 2048, (1, 32))
 
     def run() -> object:
-        with patch.object(stepper, "steps_apart", _no) if modules else nullcontext():
+        with patch.object(stepper, "STEPS", ()) if modules else nullcontext():
             return model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens)
 
     return run

@@ -132,6 +132,26 @@ class MoE(Component):
         admitted = self.router.reweigh(self.capacity(routing))
         return routing if admitted is offered else replace(routing, assignment=admitted)
 
+    def takes_lone_row(self) -> bool:
+        """Whether `lone_row` is what `forward` computes: a single token is sure to go through the
+        expert that the router says, and nobody looks at the routing.
+        """
+        if any(module.training or is_observed(module, whole=True) for module in self.modules()):
+            return False
+        if is_observed(self, "route") or not isinstance(self.experts, Experts):
+            return False
+        # Not inherited: another `forward` may do otherwise.
+        says = "alone" in vars(type(self.router)) and self.router.may_be_alone()
+        keeps = vars(type(self.capacity)).get("keeps_one", False)
+        return bool(says and keeps) and self.shared is None and not self.experts.is_spread
+
+    def lone_row(self, row: Tensor) -> tuple[Tensor, float]:
+        """What the expert of a single token (1, D) in float32 makes of it (1, D), without a
+        gradient, and the weight that it has to be multiplied by.
+        """
+        expert, weight = self.router.alone(row)
+        return self.experts.alone(row, expert), weight
+
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
 

@@ -16,10 +16,11 @@ from moezoo.functional.collective import num_ranks, summed_over_ranks
 from moezoo.functional.shards import is_sharded
 from moezoo.models.cache import DecoderCache
 from moezoo.models.decoding import Decoding
-from moezoo.models.graph_step import GraphStep, may_be_a_graph
-from moezoo.models.step import DecoderStep, steps_apart
+from moezoo.models.graph_step import GraphStep
+from moezoo.models.host_step import HostStep
+from moezoo.models.step import Step
 
-_WORTH_A_GRAPH = 8  # tokens: recording one takes as long as a few of them
+STEPS: tuple[type[Step], ...] = (HostStep, GraphStep)
 
 
 class Stepper:
@@ -46,14 +47,9 @@ class Stepper:
         self.model, self.memory, self.real, self.rows = model, memory, real, rows
         self.prompt_real, self.table = prompt_real, model.decoder.table(model.shared)
         self.cache = DecoderCache() if use_cache else None
-        self.step: DecoderStep | GraphStep | None = None
         self.together = num_ranks() > 1 and is_sharded(cast(nn.Module, model))
-        if not use_cache or not rows or prompt_real is not None:
-            return
-        if steps_apart(model.decoder, memory):
-            self.step = DecoderStep(model.decoder, memory, real, rows=rows)
-        elif tokens >= _WORTH_A_GRAPH:
-            self.step = self._graph()
+        apart = use_cache and rows > 0 and prompt_real is None
+        self.step = self._fitting(tokens) if apart else None
 
     def scores(self, ids: Tensor) -> Tensor:
         """float32 logits (R, V) of the token after ids (R, L); L grows by one with every call.
@@ -62,12 +58,9 @@ class Stepper:
         """
         if self.together:
             self._stepping(1)
-        newest = ids[:, -1:]
         if self.step is None or self.step.length != ids.shape[1] - 1:
             return self._by_modules(ids)
-        if isinstance(self.step, GraphStep):
-            return self.step(newest)
-        return self.model.head(self.step(self.table(newest[:, 0]), newest)).float()
+        return self.step(ids[:, -1:])
 
     def reorder(self, rows: Tensor) -> None:
         """Continue from the given rows of the batch."""
@@ -108,10 +101,11 @@ class Stepper:
             self.cache = None
         return self.model.head(hidden[:, -1]).float()
 
-    def _graph(self) -> GraphStep | None:
-        if not may_be_a_graph(self.model, self.memory):
-            return None
-        try:
-            return GraphStep(self.model, self.memory, self.real, rows=self.rows)
-        except torch.OutOfMemoryError:  # a graph keeps memory of its own
-            return None
+    def _fitting(self, tokens: int) -> Step | None:
+        for kind in STEPS:
+            if tokens >= kind.worth_from and kind.fits(self.model, self.memory):
+                try:
+                    return kind(self.model, self.memory, self.real, rows=self.rows)
+                except torch.OutOfMemoryError:  # a graph keeps memory of its own
+                    return None
+        return None

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moezoo.models import graph_step
-from moezoo.models.generate import Stepper
-from moezoo.models.graph_step import GraphStep, may_be_a_graph
+from moezoo.models import stepper
+from moezoo.models.graph_step import GraphStep
 from tests.models.tiny import source, tiny
 
 OPTIONS = ({}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1})
@@ -54,10 +53,10 @@ def test_recorded_steps_give_the_tokens_of_eager_ones(
         return record(self)
 
     monkeypatch.setattr(GraphStep, "_recorded", counted)
-    monkeypatch.setattr(graph_step, "FIRST_SIZE", 4)  # grows to 8, 16 and 32
+    monkeypatch.setattr(GraphStep, "first_size", 4)  # grows to 8, 16 and 32
     found = generated(model, ids, options)
     assert len(recorded) == 4
-    monkeypatch.setattr(Stepper, "_graph", lambda _: None)
+    monkeypatch.setattr(stepper, "STEPS", ())
     eager = generated(model, ids, options)
     # Sums over as many places as the buffers have are rounded otherwise than over those in use.
     assert (found == eager).float().mean() > 0.9
@@ -72,5 +71,5 @@ def test_exact_tokens_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     here = generated(model, ids, options)
     model.cuda()
     with torch.no_grad():
-        assert not may_be_a_graph(model, torch.zeros(1, device="cuda"))  # exact float32 waits
+        assert not GraphStep.fits(model, torch.zeros(1, device="cuda"))  # exact float32 waits
     assert torch.equal(generated(model, ids.cuda(), options).cpu(), here)

@@ -13,7 +13,7 @@ import moezoo
 from moezoo.capacity import FirstCome
 from moezoo.layer import MoE
 from moezoo.models import stepper as steppers
-from moezoo.models.step import steps_apart
+from moezoo.models.host_step import HostStep, _Dense, _Lone
 from moezoo.models.stepper import Stepper
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers import SwitchRouter
@@ -43,6 +43,11 @@ def stepper(model: nn.Module, *, rows: int, copies: int = 1, masked: bool = Fals
     return Stepper(model, memory, real, rows=rows * copies, use_cache=True)
 
 
+def sparse(step: Any) -> list[object]:
+    """What a step makes of the sparse layers."""
+    return [layer.mlp for layer in step.layers if type(layer.mlp) is not _Dense]
+
+
 def scores(model: nn.Module, steps: int = 6, **sizes: Any) -> list[Tensor]:
     """Of each step after random tokens, the rows put in another order on the way."""
     step = stepper(model, **sizes)
@@ -50,7 +55,7 @@ def scores(model: nn.Module, steps: int = 6, **sizes: Any) -> list[Tensor]:
     random = torch.Generator().manual_seed(4)
     found = []
     for number in range(steps):
-        found.append(step.scores(ids))
+        found.append(step.scores(ids).clone())  # the next one may overwrite them
         token = torch.randint(2, model.config.vocab_size, (ids.shape[0], 1), generator=random)
         ids = torch.cat([ids, token], 1)
         if number in (2, 34):
@@ -98,9 +103,9 @@ def test_a_class_of_your_own_says_itself_what_holds_for_one_token(
         new.load_state_dict(old.state_dict())
         setattr(layer, part, new.eval())
     step = stepper(model, rows=1).step
-    assert {layer.alone for layer in step.layers if layer.wo is None} == {alone}
+    assert {type(mlp) is _Lone for mlp in sparse(step)} == {alone}
     apart = scores(model, rows=1)
-    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "STEPS", ())
     for a, b in zip(apart, scores(model, rows=1), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
@@ -119,7 +124,7 @@ def test_it_equals_the_decoder_token_by_token(
     masked = rows > 1
     assert stepper(model, rows=rows, copies=copies).step is not None
     found = scores(model, rows=rows, copies=copies, masked=masked)
-    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "STEPS", ())
     expected = scores(model, rows=rows, copies=copies, masked=masked)
     # A last bit more or less may round to another of 255 levels.
     tolerance = 0.2 if rounded else 1e-4
@@ -137,7 +142,7 @@ def test_it_goes_on_after_a_prompt_as_the_modules_do(
     found = [model.generate(ids, **asked, num_beams=n, return_scores=True) for n in (1, 3)]
     with torch.no_grad():
         assert stepper(model, rows=2).step is not None
-    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "STEPS", ())
     for beams, ours in zip((1, 3), found, strict=True):
         theirs = model.generate(ids, **asked, num_beams=beams, return_scores=True)
         assert torch.equal(ours.sequences, theirs.sequences)
@@ -149,7 +154,7 @@ def test_it_goes_on_after_a_prompt_as_the_modules_do(
 def test_it_keeps_every_key_when_its_buffer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     found = scores(model, steps=70, rows=2)
-    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "STEPS", ())
     for ours, theirs in zip(found, scores(model, steps=70, rows=2), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -158,24 +163,23 @@ def test_it_keeps_every_key_when_its_buffer_grows(monkeypatch: pytest.MonkeyPatc
 def test_what_it_would_pass_by_is_left_to_the_modules() -> None:
     model = tiny().eval()
     memory = torch.randn(1, 3, 16)
-    decoder = model.decoder
-    assert steps_apart(decoder, memory)
-    assert not steps_apart(decoder.double(), memory.double())
-    assert not steps_apart(decoder.float().train(), memory)
-    assert steps_apart(decoder.eval(), memory)
+    assert HostStep.fits(model, memory)
+    assert not HostStep.fits(model.double(), memory.double())
+    assert not HostStep.fits(model.float().train(), memory)
+    assert HostStep.fits(model.eval(), memory)
     with torch.enable_grad():
-        assert not steps_apart(decoder, memory)
+        assert not HostStep.fits(model, memory)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not steps_apart(decoder, memory)
-    attention = decoder.blocks[0].attention
+        assert not HostStep.fits(model, memory)
+    attention = model.decoder.blocks[0].attention
     handle = attention.register_forward_pre_hook(lambda *_: None)
-    assert not steps_apart(decoder, memory)
+    assert not HostStep.fits(model, memory)
     handle.remove()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not steps_apart(decoder, memory)
+    assert not HostStep.fits(model, memory)
     handle.remove()
     attention.q = type("Other", (type(attention.q),), {})(16, 8)
-    assert not steps_apart(decoder, memory)
+    assert not HostStep.fits(model, memory)
 
 
 def test_hooks_in_the_decoder_fire_as_often_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +198,7 @@ def test_hooks_in_the_decoder_fire_as_often_as_without_it(monkeypatch: pytest.Mo
         return seen, out
 
     found = fired()
-    monkeypatch.setattr(steppers, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(steppers, "STEPS", ())
     expected = fired()
     assert found[0] == expected[0]
     assert torch.equal(found[1], expected[1])

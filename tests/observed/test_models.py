@@ -61,7 +61,7 @@ def test_a_step_of_decoding_sees_what_the_modules_see(
     with QUICK[way](model, part, changed):
         found = scores(model, steps=2, rows=1)
         with monkeypatch.context() as patch:
-            patch.setattr(stepper, "steps_apart", lambda *_: False)
+            patch.setattr(stepper, "STEPS", ())
             expected = scores(model, steps=2, rows=1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[-1], plain[-1], atol=1e-4)
@@ -86,7 +86,7 @@ def test_a_replayed_trace_is_followed_when_decoding(monkeypatch: pytest.MonkeyPa
     }
     with traces.replay(model, traces.Trace(elsewhere)):
         found = decoded()
-    monkeypatch.setattr(stepper, "steps_apart", lambda *_: False)
+    monkeypatch.setattr(stepper, "STEPS", ())
     with traces.replay(model, traces.Trace(elsewhere)):
         assert torch.equal(found, decoded())
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import moezoo
 from moezoo.experts import stacked
 from moezoo.functional import gates, grouped_mlp, streamed
-from moezoo.models import attention, feed_forward, step
+from moezoo.models import attention, feed_forward
+from moezoo.models.host_step import HostStep, _Lone
 from moezoo.routers import SwitchRouter
 
 CONFIG = moezoo.SwitchConfig(
@@ -42,10 +43,10 @@ def test_a_built_decoder_steps_apart_and_passes_its_sparse_layers_by() -> None:
     model = moezoo.build(CONFIG).eval()
     memory = torch.randn(1, 3, 16)
     with torch.no_grad():
-        assert step.steps_apart(model.decoder, memory)
-        made = step.DecoderStep(model.decoder, memory, None, rows=1)
-    sparse = [layer for layer in made.layers if layer.wo is None]
-    assert sparse and all(layer.alone for layer in sparse)
+        assert HostStep.fits(model, memory)
+        made = HostStep(model, memory, None, rows=1)
+    passed_by = [layer.mlp for layer in made.layers if type(layer.mlp) is _Lone]
+    assert len(passed_by) == len(CONFIG.decoder_sparse) > 0
 
 
 def test_generation_of_one_sequence_calls_no_sparse_layer_after_its_prompt(
