@@ -51,6 +51,7 @@ _UNIT = {"router": {"name": "switch", "weight": "unit"}}
 _WIDE = {"router_init": "normal:0.02"}
 _ENCODER = {"decoder_sparse_layers": ()}
 _DEEP = {"num_layers": 2, "num_decoder_layers": 2}
+_TWICE = {"d_model": 64, "d_ff": 128, "num_heads": 8}
 TABLES: dict[str, dict[str, Trial]] = {
     "upcycling": {
         "dense goes on": Trial(),
@@ -81,6 +82,10 @@ TABLES: dict[str, dict[str, Trial]] = {
         ),
         "2 + 2 layers, dense, 800 steps": Trial(scratch=_DEEP),
         "2 + 2 layers, 8 experts, 800 steps": sparse(8, 800, **_DEEP),
+    },
+    "larger": {
+        "d_model 64, dense, 800 steps": Trial(scratch=_TWICE),
+        "d_model 64, 8 experts, 800 steps": sparse(8, 800, **_TWICE),
     },
     "adafactor": {
         "dense goes on": relative(Trial()),

@@ -23,6 +23,7 @@ _TEXT_AFTER = f"Text: upcycled after {evidence_text.STEPS:,} steps, as many furt
 TITLES = {
     "upcycling": _AFTER,
     "scratch": "From scratch",
+    "larger": "From scratch, d_model 64",
     "adafactor": f"{_AFTER}, Adafactor",
     "text": "Text: from scratch",
     "text-upcycling": _TEXT_AFTER,
