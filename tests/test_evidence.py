@@ -72,7 +72,9 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
 
 def test_every_recorded_trial_belongs_to_a_table() -> None:
     rows = read(RESULTS)
-    text = Text(None, next((json.loads(r["key"]).get("text", "") for r in rows[::-1]), ""))
+    found = {json.loads(row["key"]).get("text") for row in rows} - {None}
+    assert len(found) == 1, "of one text"
+    text = Text(None, *found)
     keys = {
         (text if name in TEXTS else Book()).key(trial, row["rate"], row["seed"])
         for name, trials in TABLES.items()
