@@ -46,6 +46,7 @@ def load(
     drop_heads: bool = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> SwitchForConditionalGeneration: ...
 
@@ -61,6 +62,7 @@ def load(
     drop_heads: bool = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> SwitchModel: ...
 
@@ -76,6 +78,7 @@ def load(
     drop_heads: bool = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> SwitchEncoderModel: ...
 
@@ -91,6 +94,7 @@ def load(
     drop_heads: bool = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> Any: ...
 
@@ -105,6 +109,7 @@ def load(
     drop_heads: bool = False,
     mesh: DeviceMesh | None = None,
     precision: torch.dtype | str | None = None,
+    hybrid: bool = False,
     **overrides: Any,
 ) -> Any:
     """Load a T5-family or Switch checkpoint, dense or sparse, or a model of transformers that
@@ -124,7 +129,8 @@ def load(
             are refused otherwise.
         mesh: of `moezoo.parallel.mesh`: the model as `moezoo.parallel.shard` makes it, of which a
             rank reads and holds its own part alone. Every rank must call it.
-        precision: with a mesh, what products compute in; see `moezoo.parallel.shard`.
+        precision, hybrid: with a mesh, what products compute in, and whether dense weights are
+            divided within a node alone; see `moezoo.parallel.shard`.
         overrides: fields of SwitchConfig that change no shape, such as `capacity="transformers"`.
 
     Raises CheckpointError (CorruptFile, IndexFileError, TensorMismatch, NonFiniteWeights,
@@ -134,13 +140,14 @@ def load(
     kind = as_dtype(dtype)
     if read_plugged(path) is not None:
         others = {"task": task, "drop_heads": drop_heads, "mesh": mesh, "precision": precision}
-        refuse_beside_plugged(**others, **overrides)
+        refuse_beside_plugged(**others, hybrid=hybrid, **overrides)
         return load_plugged(path, device=device, dtype=kind)
     with open_source(path) as source:
         description = describe(source, drop_heads=drop_heads)
         config = description.config.replace(**overrides)
         chosen = _task(task, description)
-        model = build(config, task=chosen, device="meta", mesh=mesh, precision=precision)
+        over: dict[str, Any] = {"mesh": mesh, "precision": precision, "hybrid": hybrid}
+        model = build(config, task=chosen, device="meta", **over)
         if mesh is not None and device is None:
             device = usable_device(mesh.device_type)
         tensors = _Tensors(source, description, device, kind, allow_nonfinite)

@@ -40,6 +40,7 @@ def build(
     seed: int | None = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> SwitchForConditionalGeneration: ...
 
@@ -55,6 +56,7 @@ def build(
     seed: int | None = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> SwitchModel: ...
 
@@ -70,6 +72,7 @@ def build(
     seed: int | None = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> SwitchEncoderModel: ...
 
@@ -85,6 +88,7 @@ def build(
     seed: int | None = ...,
     mesh: DeviceMesh | None = ...,
     precision: torch.dtype | str | None = ...,
+    hybrid: bool = ...,
     **overrides: Any,
 ) -> nn.Module: ...
 
@@ -99,6 +103,7 @@ def build(
     seed: int | None = None,
     mesh: DeviceMesh | None = None,
     precision: torch.dtype | str | None = None,
+    hybrid: bool = False,
     **overrides: Any,
 ) -> nn.Module:
     """Build a model with random weights, in evaluation mode as `load` gives it.
@@ -112,7 +117,8 @@ def build(
         mesh: of `moezoo.parallel.mesh`: the model as `moezoo.parallel.shard` makes it, of which a
             rank draws its own experts alone. With a seed its weights are the same over any ranks,
             and others than without a mesh. Every rank must call it.
-        precision: with a mesh, what products compute in; see `moezoo.parallel.shard`.
+        precision, hybrid: with a mesh, what products compute in, and whether dense weights are
+            divided within a node alone; see `moezoo.parallel.shard`.
         overrides: any field of SwitchConfig, such as `num_experts=16` or `router="top_k"`.
 
     Raises RegistryError for an unknown name, ConfigError for a bad task, field or combination.
@@ -128,7 +134,13 @@ def build(
         raise ConfigError("seed must be a whole number", field="seed", found=repr(seed))
     kind = as_dtype(dtype)
     if mesh is not None:
-        return _construct_parts(TASKS[task], config, mesh, precision, device, kind, seed)
+        from moezoo.parallel import shard  # which brings torch's compiler
+
+        divided = shard(_empty(TASKS[task], config, kind), mesh, precision=precision, hybrid=hybrid)
+        place = usable_device(mesh.device_type if device is None else device)
+        return _drawn_parts(divided, config, place, seed)
+    if hybrid:
+        raise ConfigError("hybrid needs a mesh", field="hybrid", hint="Pass mesh=...")
     if precision is not None:
         hint = "Pass dtype=..., or use torch.autocast."
         raise ConfigError("a precision needs a mesh", field="precision", hint=hint)
@@ -156,20 +168,12 @@ def _construct(
     return built
 
 
-def _construct_parts(
-    model: type[nn.Module],
-    config: SwitchConfig,
-    mesh: DeviceMesh,
-    precision: torch.dtype | str | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    seed: int | None,
+def _drawn_parts(
+    made: nn.Module, config: SwitchConfig, place: torch.device, seed: int | None
 ) -> nn.Module:
-    """The same over ranks: divided while it has no memory, so that no rank ever holds the whole."""
-    from moezoo.parallel import shard  # which brings torch's compiler
-
-    made = shard(_empty(model, config, dtype), mesh, precision=precision)
-    place = usable_device(mesh.device_type if device is None else device)
+    """The same over ranks, of a model that was divided while it had no memory, so that no rank ever
+    holds the whole.
+    """
     if place.type != "meta":
         made.to_empty(device=place)
         drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed

@@ -169,3 +169,9 @@ def share_timeout(groups: Iterable[ProcessGroup], device: str) -> None:
 def flattened(mesh: DeviceMesh) -> DeviceMesh:
     """A mesh of the same ranks in one dimension."""
     return mesh if mesh.ndim == 1 else mesh._flatten()
+
+
+def unflattened(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh of one dimension as one of several."""
+    made: DeviceMesh = mesh._unflatten(0, sizes, names)
+    return made

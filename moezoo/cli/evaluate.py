@@ -51,6 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         ep=arguments.ep,
         precision=arguments.precision,
+        hybrid=bool(arguments.hybrid),
     )
     tokenizer = named_tokenizer(arguments.tokenizer, arguments.source, model.config)
     if arguments.json:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 OVER_RANKS = ("train", "finetune", "evaluate")
-_FLAGS = ("ep", "precision", "timeout", "heartbeat")
+_FLAGS = ("ep", "hybrid", "precision", "timeout", "heartbeat")
 _ALONE = ("watch",)  # flags of one process
 
 
@@ -40,6 +40,12 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
         "--ep", type=int, help="ranks that share the experts (as many as fit a node)"
     )
     group.add_argument(
+        "--hybrid",
+        action="store_true",
+        default=None,
+        help="divide dense weights within a node alone, a copy for each",
+    )
+    group.add_argument(
         "--precision",
         choices=("bfloat16",),
         help="of products; routers, norms and the weights that are trained stay in float32",
@@ -56,7 +62,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     a lost rank is RankLost. Without torchrun nothing happens.
 
     Raises ConfigError for a flag of ranks where there are none, for one of a process alone where
-    there are several, and for an `--ep` that does not divide them.
+    there are several, for an `--ep` that does not divide them, and for `--hybrid` on one node.
     """
     rank, ranks = world()
     _refuse_flags(arguments, ranks)
@@ -65,10 +71,12 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
         return
     from moezoo.errors import RankLost
     from moezoo.parallel import guard, join, leave
-    from moezoo.parallel.meshes import check_ep
+    from moezoo.parallel.meshes import check_ep, check_nodes
 
     if arguments.ep is not None:
         check_ep(arguments.ep, ranks)
+    if arguments.hybrid:
+        check_nodes(range(ranks), int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     given = {name: getattr(arguments, name) for name in ("timeout", "heartbeat")}
     join(**{name: value for name, value in given.items() if value is not None})
     try:

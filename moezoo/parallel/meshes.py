@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -10,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moezoo.errors import ConfigError
 from moezoo.functional.collective import is_distributed
-from moezoo.private_torch import share_timeout
+from moezoo.private_torch import flattened, share_timeout, unflattened
 
 NAMES = ("dp", "ep")
+_BY_NODE = ("copies", "node")
 
 
 def mesh(ep: int | None = None, *, device: torch.device | str | None = None) -> DeviceMesh:
@@ -55,6 +58,36 @@ def check_mesh(mesh: object) -> DeviceMesh:
         hint = 'Use moezoo.parallel.mesh(), or the part mesh["dp", "ep"] of a larger one.'
         raise ConfigError("not a mesh of data and experts", field="mesh", found=found, hint=hint)
     return mesh
+
+
+def by_node(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks of a mesh ("dp", "ep") as one row per node: torchrun's `LOCAL_WORLD_SIZE`
+    neighbours, or, where nobody says it, those along "ep". Every rank must call it.
+
+    Raises ConfigError as `check_nodes` does.
+    """
+    said = os.environ.get("LOCAL_WORLD_SIZE")
+    shape = check_nodes(mesh.mesh.flatten().tolist(), int(said) if said else mesh["ep"].size())
+    if mesh.shape == shape:
+        return mesh
+    made = unflattened(flattened(mesh), shape, _BY_NODE)
+    share_timeout(made.get_all_groups(), mesh.device_type)
+    return made
+
+
+def check_nodes(ranks: Sequence[int], size: int) -> tuple[int, int]:
+    """Over how many nodes of `size` ranks some ranks lie, and how many of them on each. Raises
+    ConfigError unless there are several of both, equally many on each.
+    """
+    nodes = [rank // size for rank in ranks]
+    runs = [len(list(run)) for _, run in groupby(nodes)]
+    if len(runs) == 1 or runs[0] == 1 or set(runs) != {runs[0]} or len(set(nodes)) < len(runs):
+        reason = "hybrid divides dense weights within a node and copies them beyond"
+        wanted = "several ranks, equally many, on each of several nodes"
+        found = f"nodes of {', '.join(map(str, runs))}"
+        hint = "Leave it out: dense weights are then divided over all ranks."
+        raise ConfigError(reason, field="hybrid", expected=wanted, found=found, hint=hint)
+    return len(runs), runs[0]
 
 
 def _accelerator() -> str:

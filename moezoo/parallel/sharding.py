@@ -22,7 +22,7 @@ from moezoo.experts import StackedExperts
 from moezoo.functional.shards import is_divided, is_sharded
 from moezoo.models.block import Block
 from moezoo.models.norm import RMSNorm
-from moezoo.parallel.meshes import check_mesh
+from moezoo.parallel.meshes import by_node, check_mesh
 from moezoo.parallel.style import expert_parallel
 from moezoo.private_torch import flattened
 from moezoo.routers.base import Router
@@ -52,14 +52,15 @@ def shard(
             precision, 2101.03961, section 2.4). None: everything stays.
         reshard: give a block's gathered weights back after its forward, and gather them again in
             backward: less memory, half as much traffic again.
-        hybrid: what is no expert is divided along "ep" alone, with a copy for every place along
-            "dp": more memory, and no weight travels between nodes where "ep" is one (HSDP).
+        hybrid: what is no expert is divided within a node alone, with a copy for every node
+            (HSDP): more memory, and of dense weights only gradients travel between nodes. A node
+            is as many neighbours as torchrun's `LOCAL_WORLD_SIZE`, or those along "ep".
 
     Returns:
         The model.
 
-    Raises ConfigError for a model that is not moezoo's or is under FSDP already, and as
-    `expert_parallel` does.
+    Raises ConfigError for a model that is not moezoo's or is under FSDP already, for `hybrid` on
+    one node or with one rank on each, and as `expert_parallel` does.
     """
     mesh = check_mesh(mesh)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
@@ -73,6 +74,8 @@ def shard(
     if precision is not None and precision not in _HALVES:
         wanted = " or ".join(map(str, _HALVES))
         raise ConfigError("bad precision", field="precision", expected=wanted, found=precision)
+    # Of two dimensions: copies, then parts.
+    everyone = by_node(mesh) if hybrid else flattened(mesh)
     if mesh["ep"].size() > 1:
         _check_widths(model, mesh["dp"].size())
     if not is_sharded(model) and any(block.sparse for block in blocks):
@@ -80,7 +83,6 @@ def shard(
     if mesh.size() == 1 and precision is None:
         return model
     aside = _shard_experts(model, mesh, precision, reshard)
-    everyone = mesh if hybrid else flattened(mesh)  # of two dimensions: copies, then parts
     options: dict[str, Any] = {"mesh": everyone, "ignored_params": aside}
     policy = _policy(precision)
     for block in blocks:

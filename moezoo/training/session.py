@@ -99,7 +99,8 @@ def prepared(
         compile_blocks(model)
     if teacher is not None:
         check_student(model, teacher)
-    model = over_ranks(model, ep=arguments.ep, precision=arguments.precision)
+    hybrid = bool(arguments.hybrid)
+    model = over_ranks(model, ep=arguments.ep, precision=arguments.precision, hybrid=hybrid)
     if teacher is None:
         return Session(model, tokenizer, settings)
     if settings.label_smoothing:
@@ -219,6 +220,7 @@ def _model(
             device=arguments.device,
             ep=arguments.ep,
             precision=arguments.precision,
+            hybrid=bool(arguments.hybrid),
             whole=arguments.compile,
             **overrides,
         )

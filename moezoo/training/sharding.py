@@ -22,7 +22,11 @@ _PRECISIONS = {None: None, "bfloat16": torch.bfloat16}
 
 
 def over_ranks(
-    model: nn.Module, *, ep: int | None = None, precision: str | None = None
+    model: nn.Module,
+    *,
+    ep: int | None = None,
+    precision: str | None = None,
+    hybrid: bool = False,
 ) -> nn.Module:
     """A model divided among all ranks, experts along `ep` of them; in one process, or where it is
     divided already, as it is.
@@ -30,9 +34,10 @@ def over_ranks(
     Args:
         ep: ranks that share one set of experts; None: the most of a node that divide the experts.
         precision: None or "bfloat16"; see `moezoo.parallel.shard`.
+        hybrid: divide dense weights within a node alone, as there.
 
-    Raises ConfigError for an `ep` that divides neither ranks nor experts, and for experts that
-    cannot be divided.
+    Raises ConfigError for an `ep` that divides neither ranks nor experts, for experts that cannot
+    be divided, and for `hybrid` on one node.
     """
     if num_ranks() == 1 or is_sharded(model):
         return model
@@ -40,7 +45,7 @@ def over_ranks(
 
     config: Any = model.config
     mesh = _mesh(config, ep, next(model.parameters()).device)
-    return shard(model, mesh, precision=_PRECISIONS[precision])
+    return shard(model, mesh, precision=_PRECISIONS[precision], hybrid=hybrid)
 
 
 def load_over_ranks(
@@ -49,6 +54,7 @@ def load_over_ranks(
     device: str,
     ep: int | None = None,
     precision: str | None = None,
+    hybrid: bool = False,
     whole: bool = False,
     **overrides: Any,
 ) -> nn.Module:
@@ -61,7 +67,7 @@ def load_over_ranks(
     if num_ranks() > 1 and not whole:
         config = read_config(path).replace(**overrides)
         options["mesh"] = _mesh(config, ep, torch.device(device))
-        options["precision"] = _PRECISIONS[precision]
+        options |= {"precision": _PRECISIONS[precision], "hybrid": hybrid}
     model: nn.Module = load(path, **options, **overrides)
     return model
 

@@ -39,18 +39,24 @@ def test_other_verbs_are_refused_by_name_and_once(
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("ep", "2"), ("precision", "bfloat16"), ("timeout", "9"), ("heartbeat", "9")],
+    [
+        ("ep", ["2"]),
+        ("hybrid", []),
+        ("precision", ["bfloat16"]),
+        ("timeout", ["9"]),
+        ("heartbeat", ["9"]),
+    ],
 )
 @pytest.mark.parametrize("verb", OVER_RANKS)
 def test_flags_of_ranks_are_refused_in_one_process(
-    verb: str, flag: str, value: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    verb: str, flag: str, value: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words = {
         "train": [str(tmp_path / "out"), "--steps", "1"],
         "finetune": ["nowhere", str(tmp_path / "out"), "--steps", "1"],
         "evaluate": ["nowhere"],
     }
-    assert cli.main([verb, *words[verb], f"--{flag}", value]) == 2
+    assert cli.main([verb, *words[verb], f"--{flag}", *value]) == 2
     assert f"--{flag} is for several ranks. Start with `torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -182,6 +184,18 @@ def dense_weights_may_be_copied_along_dp(ranks: Ranks) -> None:
     for name, parameter in model.named_parameters():
         expected = (Shard(1), Shard(0)) if ".experts." in name else (Replicate(), Shard(0))
         assert parameter.placements == expected, name
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}):  # whatever ep is
+        for over in [mesh(ep, device="cpu") for ep in (1, 4)] * 2:
+            by_node = shard(lively(**SAME), over, hybrid=True)
+            dense = by_node.shared.weight
+            assert dense.placements == (Replicate(), Shard(0))
+            assert dense.device_mesh.mesh.tolist() == [[0, 1], [2, 3]]
+            by_node(**given.of(ranks.rank, 4).given()).loss.backward()
+            gradients_agree(by_node, alone, within=EXACT)
+    for size, found in (("4", "nodes of 4"), ("1", "nodes of 1, 1, 1, 1"), ("3", "nodes of 3, 1")):
+        refused = pytest.raises(ConfigError, match=f"hybrid divides .* found {found}")
+        with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": size}), refused:
+            shard(lively(**SAME), grid, hybrid=True)
     target = ranks.folder / "hybrid"
     moezoo.save(model, target)
     saved = moezoo.load(target).state_dict()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
 import moezoo
 from moezoo.adapters import checkpoint, tensor_files
@@ -72,6 +73,22 @@ def a_sharded_model_is_saved_as_the_bytes_of_the_whole_one(ranks: Ranks) -> None
                 moezoo.save(divide(lively(**overrides), grid), place, **options)
                 assert len(contents(place)) > 4
                 assert contents(place) == contents(target), (divide, grid)
+
+
+@claims.over(4)
+def dense_weights_are_drawn_and_read_by_node(ranks: Ranks) -> None:
+    grid, target = mesh(2, device="cpu"), ranks.folder / "by node"
+    drawn = moezoo.build(TINY, mesh=grid, seed=5, hybrid=True)
+    moezoo.save(drawn, target)
+    assert contents(target) == contents(ranks.folder / "drawn tied")
+    read, whole = moezoo.load(target, mesh=grid, hybrid=True), moezoo.load(target)
+    for name, tensor in read.named_parameters():
+        if ".experts." not in name:
+            assert local_of(drawn.get_parameter(name)).shape == local_of(tensor).shape, name
+            assert tensor.placements == (Replicate(), Shard(0)), name
+        assert torch.equal(whole_of(tensor), whole.get_parameter(name)), name
+    with pytest.raises(ConfigError, match="hybrid needs a mesh"):
+        moezoo.load(target, hybrid=True)
 
 
 @claims.over(2, 4)

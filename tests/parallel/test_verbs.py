@@ -18,10 +18,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard
 
 import moezoo
 from moezoo import cli
-from moezoo.training import evaluation, session
+from moezoo.training import evaluation, session, sharding
 from moezoo.training.tasks import task
 from tests.parallel.ranks import Claims, Ranks, started
 
@@ -43,8 +44,8 @@ SCORES: dict[str, list[str]] = {
     "beams": ["evaluate", "sparse", *PAIRS, "--num-beams", "2"],
     "dense": ["evaluate", "dense", *PAIRS, "--json"],
 }
-_MOST = 24  # verbs, each of which meets in a store of its own
-_verbs = itertools.count()
+_MOST = 32  # verbs, each of which meets in a store of its own
+_verbs = {2: itertools.count(), 4: itertools.count(24)}
 
 
 def answer(*words: str) -> tuple[int, str, str]:
@@ -56,14 +57,14 @@ def answer(*words: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def over_ranks(ranks: Ranks, *words: str) -> tuple[int, str, str]:
-    """The same of a rank that torchrun starts, with its store."""
+def over_ranks(ranks: Ranks, *words: str, node: int = 0) -> tuple[int, str, str]:
+    """The same of a rank that torchrun starts, with its store; `node` ranks on each, or all."""
     numbers = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.world}
     environment = {name: str(value) for name, value in numbers.items()}
     environment |= {
-        "LOCAL_WORLD_SIZE": str(ranks.world),
+        "LOCAL_WORLD_SIZE": str(node or ranks.world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": (ranks.folder / "ports").read_text().split()[next(_verbs)],
+        "MASTER_PORT": (ranks.folder / "ports").read_text().split()[next(_verbs[ranks.world])],
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     with patch.dict(os.environ, environment), contextlib.chdir(ranks.folder):
@@ -128,6 +129,39 @@ def products_in_bfloat16_train_weights_of_float32(ranks: Ranks) -> None:
         assert all(abs(found[key] - wanted[key]).max() < 1e-2 for key in wanted)
 
 
+@claims.over(4)
+def a_run_over_two_nodes_is_that_of_one_process(ranks: Ranks) -> None:
+    """`hybrid`: begun by four, and gone on with by one; the tests below compare."""
+    words = [word.replace("OUT", "hybrid-ranks") for word in RUNS["student"]]
+    words[words.index("--save-every") + 1] = "1"
+    del words[words.index("--teacher") :]
+    kinds = ("--from", "dense", "--hybrid", "--ep", "1"), ("--from", "sparse", "--hybrid")
+    seen: list[Any] = []
+    divide = sharding.load_over_ranks
+
+    def noted(*given: Any, **options: Any) -> Any:
+        seen.append(divide(*given, **options))
+        return seen[-1]
+
+    for number, kind in enumerate(kinds):
+        named = [word.replace("hybrid", f"hybrid{number}") for word in words]
+        with patch.object(session, "load_over_ranks", noted):
+            code, _, err = over_ranks(ranks, *named, *kind, node=2)
+        assert code == 0, err
+        shared = seen[-1].shared.weight
+        assert shared.placements == (Replicate(), Shard(0))
+        assert shared.device_mesh.mesh.tolist() == [[0, 1], [2, 3]]
+    score = [*SCORES["all"], "--hybrid"]
+    code, out, err = over_ranks(ranks, *score, node=2)
+    assert code == 0, err
+    if not ranks.rank:
+        exact = json.loads((ranks.folder / "all.txt").read_text())
+        assert json.loads(out) == pytest.approx(exact, rel=1e-6)
+    code, out, err = over_ranks(ranks, *score)
+    assert (code, out) == (2, "")
+    assert "several nodes, found nodes of 4" in err
+
+
 @claims.over(2)
 def scores_are_those_of_one_process(ranks: Ranks) -> None:
     for name, words in SCORES.items():
@@ -169,6 +203,7 @@ def what_cannot_be_is_refused_before_anything_is_written(ranks: Ranks) -> None:
     for words, reason in [
         ([*scratch, "--ep", "3"], "bad ep; expected a divisor of 2 ranks, found 3"),
         ([*scratch, "--ep", "0"], "bad ep; expected a divisor of 2 ranks, found 0"),
+        ([*scratch, "--hybrid"], "hybrid divides dense weights within a node"),
         ([*scratch, "--watch"], "--watch is for one process. Leave it out."),
         (["finetune", "sparse", "no", *PAIRS, *FAST, "--watch"], "--watch is for one process."),
         (["generate", "sparse", "hello"], "generate runs in one process, not in 2."),
@@ -219,8 +254,12 @@ def meeting_points(folder: Path) -> list[dist.TCPStore]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, str], str]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> Iterator[dict[tuple[int, str], str]]:
     prepare(folder)
     stores = meeting_points(folder)
     yield started(__name__, folder)
@@ -230,3 +269,29 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[in
 @pytest.mark.parametrize(("world", "claim"), claims.names())
 def test_over_ranks(world: int, claim: str, outcomes: dict[tuple[int, str], str]) -> None:
     assert not outcomes[world, claim], outcomes[world, claim]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_process_goes_on_from_two_nodes(
+    number: int, outcomes: dict[tuple[int, str], str], folder: Path
+) -> None:
+    """Of four ranks' checkpoint of the first step it makes the second one as they did."""
+    run = folder / f"hybrid{number}-ranks"
+    wanted, trained = metrics(run), weights(run)
+    name = ("dense", "sparse")[number]
+    words = ["train", str(run), *TEXT, *FAST, "--from", name, "--resume-from", "1"]
+    with contextlib.chdir(folder):
+        code, _, err = answer(*words)
+    assert code == 0, err
+    for ours, theirs in zip(metrics(run), wanted, strict=True):
+        for key in ours.keys() & {"loss", "gradient_norm", "held_out", "tokens"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-4), key
+    again = weights(run)
+    assert all(abs(again[key] - trained[key]).max() < 2e-3 for key in trained)
+    alone = folder / f"alone{number}"
+    with contextlib.chdir(folder):
+        code, _, err = answer("train", str(alone), *TEXT, *FAST, "--from", name)
+    assert code == 0, err
+    for ours, theirs in zip(wanted, metrics(alone), strict=True):
+        for key in ours.keys() & {"loss", "gradient_norm", "held_out", "tokens"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-4), key
