@@ -2,7 +2,7 @@
 that never repeats.
 
     OMP_NUM_THREADS=1 python -m benchmarks.evidence [TABLE ...]    # 80 minutes of one core
-    OMP_NUM_THREADS=1 python -m benchmarks.evidence text text-upcycling --text FILE    # 30 more
+    OMP_NUM_THREADS=1 python -m benchmarks.evidence text text-upcycling --text FILE    # 50 more
 
 Every trial is first run at each rate that its task begins with on seed 0, and on beyond them while
 the best is at an end; the best rate is then run on the other seeds. Finished trials are lines of

@@ -70,13 +70,14 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
         yield
         return
     from moezoo.errors import RankLost
+    from moezoo.functional.collective import node_size
     from moezoo.parallel import guard, join, leave
     from moezoo.parallel.meshes import check_ep, check_nodes
 
     if arguments.ep is not None:
         check_ep(arguments.ep, ranks)
     if arguments.hybrid:
-        check_nodes(range(ranks), int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+        check_nodes(range(ranks), node_size(ranks))
     given = {name: getattr(arguments, name) for name in ("timeout", "heartbeat")}
     join(**{name: value for name, value in given.items() if value is not None})
     try:

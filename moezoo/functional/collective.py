@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ def rank_of_all() -> int:
 def num_ranks() -> int:
     """How many processes train together (1 without torch.distributed)."""
     return dist.get_world_size(data_group()) if is_distributed() else 1
+
+
+def node_size(otherwise: int) -> int:
+    """How many ranks a node has, as torchrun says by `LOCAL_WORLD_SIZE`; `otherwise` without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", otherwise))
 
 
 def rank() -> int:

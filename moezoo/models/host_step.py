@@ -52,6 +52,11 @@ class HostStep(Step):
         # Tensors of inference mode must not reach the hooks of a sparse layer, which may keep them.
         self.unseen = not any(isinstance(layer.mlp, _Called) for layer in self.layers)
 
+    def reorder(self, rows: Tensor) -> None:
+        # In the order of memory: two thirds of the time that it takes in that of `places`.
+        filled = self.places.permute(0, 3, 1, 2, 4)[:, : self.length]
+        filled.copy_(filled.index_select(2, rows))
+
     def _hidden(self, x: Tensor, token_ids: Tensor) -> Tensor:
         x, end = x.squeeze(1), self.length + 1
         new = self.cache[:, self.length].view(self.cache.shape[0], self.rows, -1).unbind(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar, cast
 
@@ -17,7 +18,7 @@ from moezoo.ops.eager import is_eager
 from moezoo.ops.observed import is_observed
 
 
-class Step:
+class Step(ABC):
     """Logits of the next token, token by token, as calling `model.decoder` with a cache and the
     head gives them.
 
@@ -97,9 +98,9 @@ class Step:
         logits: Tensor = self.model.head(hidden).float()
         return logits
 
+    @abstractmethod
     def _hidden(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """Hidden states (R, D) of embeddings (R, 1, D), which may be used up, after the norm."""
-        raise NotImplementedError
 
     def _grow(self) -> None:
         old = self.places
@@ -125,14 +126,14 @@ class Step:
         return self.memory.new_zeros(sizes)
 
     @classmethod
+    @abstractmethod
     def _parts(cls, model: Decoding) -> Iterable[nn.Module]:
         """What it reads weights of."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _passed_by(cls, model: Decoding) -> Iterable[nn.Module]:
         """The modules whose calls it does without."""
-        raise NotImplementedError
 
     @classmethod
     def _is_plain(cls, module: nn.Module) -> bool:
@@ -140,11 +141,11 @@ class Step:
         return known and not module.training and not is_observed(module, whole=True)
 
     @classmethod
+    @abstractmethod
     def _knows(cls, kind: type[nn.Module]) -> bool:
         """Whether it computes what a module of exactly this class does."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _suits(cls, model: Decoding, memory: Tensor) -> bool:
         """What else must hold."""
-        raise NotImplementedError

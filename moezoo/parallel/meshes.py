@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moezoo.errors import ConfigError
-from moezoo.functional.collective import is_distributed
+from moezoo.functional.collective import is_distributed, node_size
 from moezoo.private_torch import flattened, share_timeout, unflattened
 
 NAMES = ("dp", "ep")
@@ -35,7 +34,7 @@ def mesh(ep: int | None = None, *, device: torch.device | str | None = None) -> 
         raise ConfigError("there is no process group to make a mesh of", field="mesh", hint=hint)
     ranks = dist.get_world_size()
     if ep is None:
-        ep = min(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), ranks)
+        ep = min(node_size(ranks), ranks)
     check_ep(ep, ranks)
     kind = torch.device(device).type if device is not None else _accelerator()
     made = init_device_mesh(kind, (ranks // ep, ep), mesh_dim_names=NAMES)
@@ -66,8 +65,7 @@ def by_node(mesh: DeviceMesh) -> DeviceMesh:
 
     Raises ConfigError as `check_nodes` does.
     """
-    said = os.environ.get("LOCAL_WORLD_SIZE")
-    shape = check_nodes(mesh.mesh.flatten().tolist(), int(said) if said else mesh["ep"].size())
+    shape = check_nodes(mesh.mesh.flatten().tolist(), node_size(mesh["ep"].size()))
     if mesh.shape == shape:
         return mesh
     made = unflattened(flattened(mesh), shape, _BY_NODE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from moezoo.adapters.checkpoint import load, read_config
 from moezoo.config import SwitchConfig
-from moezoo.functional.collective import num_ranks
+from moezoo.functional.collective import node_size, num_ranks
 from moezoo.functional.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -78,6 +77,5 @@ def _mesh(config: SwitchConfig, ep: int | None, device: torch.device) -> DeviceM
     # Nobody here changes in place what a block returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if ep is None:
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
-        ep = math.gcd(config.num_experts or 1, node)
+        ep = math.gcd(config.num_experts or 1, node_size(num_ranks()))
     return mesh(ep, device=device)

@@ -13,7 +13,7 @@ import moezoo
 from moezoo.capacity import FirstCome
 from moezoo.layer import MoE
 from moezoo.models import stepper as steppers
-from moezoo.models.host_step import HostStep, _Dense, _Lone
+from moezoo.models.host_step import HostStep, _Called, _Dense, _Lone
 from moezoo.models.stepper import Stepper
 from moezoo.records import Assignment, Routing, Tokens
 from moezoo.routers import SwitchRouter
@@ -156,6 +156,34 @@ def test_it_keeps_every_key_when_its_buffer_grows(monkeypatch: pytest.MonkeyPatc
     found = scores(model, steps=70, rows=2)
     monkeypatch.setattr(steppers, "STEPS", ())
     for ours, theirs in zip(found, scores(model, steps=70, rows=2), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+class Wrapped(nn.Module):
+    """What a tool puts into a layer's place; it changes what the layer gives."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, **more: Any) -> tuple[Tensor, Any]:
+        y, routing = self.layer(x, **more)
+        return 2 * y, routing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_sparse_layer_that_a_tool_wraps_is_called_inside_the_step(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    for block in model.decoder.blocks:
+        if block.sparse:
+            block.mlp = Wrapped(block.mlp).eval()
+    assert {type(mlp) for mlp in sparse(stepper(model, rows=rows).step)} == {_Called}
+    apart = scores(model, rows=rows)
+    monkeypatch.setattr(steppers, "STEPS", ())
+    for ours, theirs in zip(apart, scores(model, rows=rows), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
