@@ -19,10 +19,11 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	$(BIN)/pip install $(if $(CI),--quiet) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+DEMO := --out $(or $(OUT),out/demo)$(if $(THREADS), --threads $(THREADS))
+DEMO := $(DEMO)$(if $(STEPS), --steps $(STEPS))$(if $(MINUTES), --minutes $(MINUTES))
+
 demo: $(STAMP)  ## what experts are for, in minutes (THREADS=1 STEPS=600 MINUTES=4 OUT=out/demo)
-	OMP_WAIT_POLICY=passive $(BIN)/moezoo demo --out $(or $(OUT),out/demo) \
-	  $(if $(THREADS),--threads $(THREADS)) $(if $(STEPS),--steps $(STEPS)) \
-	  $(if $(MINUTES),--minutes $(MINUTES))
+	OMP_WAIT_POLICY=passive $(BIN)/moezoo demo $(DEMO)
 
 test: $(STAMP)  ## all tests
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -q

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moezoo.cli.terminal import Progress, duration, table
+from moezoo.demonstration.effort import USUAL
 
 if TYPE_CHECKING:
     from moezoo.demonstration.closed_book import Book
@@ -24,14 +25,20 @@ if TYPE_CHECKING:
     from moezoo.training.loop import StepRecord
 
 TOLERANCE = 1e-4
-TEXT_STEP = 2.5  # a step on text takes about so many times one on facts
-TEXT_REST = 1000  # the vocabulary, two commands, evaluation and the picture, in steps on facts
 MARK = "made-by-moezoo-demo.txt"
+WHAT = {
+    "steps": "of each training on facts",
+    "text_steps": "of the dense model on text",
+    "further": "of both models on text",
+}
 NOTES = (
     "Facts reward parameters more than any other task: no fact follows from another.",
-    "A token of the Switch model uses the parameters of one expert per layer, so that a step "
-    "costs hardly more; all experts have to be in memory.",
+    "A token of the Switch model uses one expert of each layer, hardly more parameters than in the "
+    "dense model; but all experts lie in memory, with the optimizer's state for them, and finding "
+    "each token's expert takes time: the smaller the model, the larger its share of a step.",
+    "Both curves dip at first: the learning rate had fallen to 0 and rises to its height again.",
     "On real text at this size the gain is a few hundredths of a nat at best: see the text part.",
+    "Processor seconds are those of training alone, whatever else the machine does meanwhile.",
 )
 
 
@@ -39,13 +46,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for all of it")
     parser.add_argument("--overwrite", action="store_true", help="also into a folder of others")
-    parser.add_argument("--minutes", type=float, default=4.0, help="to aim at, with more seeds (4)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=4.0,
+        help="to aim at, with more seeds or, on a busy machine, fewer steps (4)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="more rarely help this size (1)")
     parser.add_argument("--seeds", type=int, default=3, help="of the facts, at most (3)")
     parser.add_argument("--facts", type=int, default=8192, help="to learn by heart (8192)")
-    parser.add_argument("--steps", type=int, default=600, help="of each training on facts (600)")
-    parser.add_argument("--text-steps", type=int, default=150, help="of the dense model (150)")
-    parser.add_argument("--further", type=int, default=75, help="of both, on text (75)")
+    unless = "unless --minutes ask for fewer"
+    for name, what in WHAT.items():
+        told = f"{what} ({USUAL[name]} {unless})"
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help=told)
     parser.add_argument("--experts", type=int, default=8, help="per sparse layer (8)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step (32)")
     parser.add_argument("--vocabulary", type=int, default=1024, help="ids of the tokenizer (1024)")
@@ -78,7 +91,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("threads", "seeds", "facts", "steps", "text_steps", "further", "experts",
                  "batch_size", *least):  # fmt: skip
         value, low = getattr(arguments, name), least.get(name, 1)
-        if value < low:
+        if value is not None and value < low:
             option = "--" + name.replace("_", "-")
             raise ConfigError(f"{option} is at least {low}", field=name, found=value)
 
@@ -100,27 +113,37 @@ def _claimed(arguments: argparse.Namespace) -> Path:
 def _closed_book(arguments: argparse.Namespace, out: Path, began: float) -> Book:
     """Facts by heart: a dense T5, the Switch made from it, and both trained on, seed by seed."""
     from moezoo.demonstration.closed_book import Book
+    from moezoo.demonstration.effort import Pace, effort
     from moezoo.reporting.trial import HEADER
 
     _say(1, f"A closed book: {arguments.facts:,} random facts, which only weights can store")
     print("  A name of three symbols and a relation -> one of 64 values. Nothing can be inferred,")
     print("  so recall shows how much a model stores: the task that rewards parameters most.")
-    book = Book(arguments.facts, arguments.steps, arguments.experts)
-    each, text = book.rehearsed(), arguments.text_steps + 3 * arguments.further
-    rest = (text * TEXT_STEP + TEXT_REST) * book.seconds_per_step
-    spare = 60 * arguments.minutes - (time.monotonic() - began) - rest
-    seeds = min(arguments.seeds, max(1, int(spare / each)))
-    total = time.monotonic() - began + seeds * each + rest
-    print(
-        f"  Here, now: about {duration(each)} a seed; {_count(seeds, 'seed')} and the text after it"
-    )
-    print(f"  take about {duration(total)} (--minutes {arguments.minutes:g}, --seeds, --steps).")
+    print("  A mixture of experts has more weights for the same work a token, and has to hold all")
+    print("  of them in memory.")
+    book = Book(arguments.facts, arguments.experts)
+    pace, asked = Pace(*book.rehearsed()), {name: getattr(arguments, name) for name in USUAL}
+    gone = time.monotonic() - began
+    fitting = effort(asked, pace, 60 * arguments.minutes - gone)
+    seeds = fitting.seeds(pace, 60 * arguments.minutes - gone, arguments.seeds)
+    book.steps, arguments.text_steps, arguments.further = (
+        fitting.steps, fitting.text_steps, fitting.further
+    )  # fmt: skip
+    each = fitting.seed(pace)
+    if fitting.share < 1:
+        print(f"  This machine is slow or busy: {fitting.share:.0%} of the usual steps.")
+    print(f"  Here, now: {book.steps:,} steps a training, about {duration(each)} a seed; "
+          f"{_count(seeds, 'seed')} and the text after it\n  take about "
+          f"{duration(gone + seeds * each + fitting.rest(pace))} of the clock "
+          f"(--minutes {arguments.minutes:g}, --seeds, --steps).")  # fmt: skip
     for seed in range(arguments.seed, arguments.seed + seeds):
         for label, train in book.trainings(seed):
-            with _bar(f"{label} {seed}", arguments.steps) as step:
+            with _bar(f"{label} {seed}", book.steps) as step:
                 learner = train(step)
-            print(f"  seed {seed}  {label:<7} recall {learner.curve[0].recall:.3f} -> "
-                  f"{learner.recall:.3f} in {learner.curve[-1].seconds:.0f} s")  # fmt: skip
+            print(
+                f"  seed {seed}  {label:<7} recall {learner.curve[0].recall:.3f} -> "
+                f"{learner.recall:.3f} in {learner.curve[-1].seconds:.0f} processor seconds"
+            )
     print("\n" + table(HEADER, book.table()) + "\n\n" + book.verdict(), flush=True)
     return book
 
@@ -187,7 +210,7 @@ def _dense(arguments: argparse.Namespace, out: Path, material: Material) -> Curv
     _say(3, f"Train a dense T5 on span corruption for {arguments.text_steps:,} steps")
     model = moezoo.build(small_t5(arguments.vocabulary), seed=arguments.seed)
     with _bar("dense", arguments.text_steps) as step:
-        _, history = train(model, material, steps=arguments.text_steps, on_step=step)
+        _, history, _ = train(model, material, steps=arguments.text_steps, on_step=step)
     moezoo.save(model, out / "dense", overwrite=True)
     (out / "spiece.model").rename(out / "dense" / "spiece.model")
     print(f"  held-out loss {history[0][1]:.3f} -> {history[-1][1]:.3f} nats; in {out / 'dense'}")
@@ -236,10 +259,10 @@ def _report(
 
     from moezoo.errors import how_to_install
     from moezoo.reporting.page import html_table, write_page
-    from moezoo.reporting.trial import HEADER, rows, verdict
+    from moezoo.reporting.trial import HEADER, balance, rows, verdict
 
-    facts = rows(dense, switch)
-    print("\n" + table(HEADER, facts) + "\n\n" + verdict(dense, switch) + "\n")
+    facts, said = rows(dense, switch), f"{verdict(dense, switch)} {balance(switch)}"
+    print("\n" + table(HEADER, facts) + "\n\n" + said + "\n")
     results = {"closed_book": book.to_dict(), "history": history, "dense": dense.to_dict(),
                "switch": switch.to_dict()}  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -249,8 +272,8 @@ def _report(
     else:
         from moezoo.reporting.picture import draw
 
-        picture = draw(book.dense, book.switch, history, dense, switch, path=out / "demo.png")
-    text = ["<h2>On text</h2>", f"<p>{escape(verdict(dense, switch))}</p>",
+        picture = draw(book.dense, book.switch, book.price(), dense, switch, path=out / "demo.png")
+    text = ["<h2>On text</h2>", f"<p>{escape(said)}</p>",
             html_table(HEADER, facts)]  # fmt: skip
     page = write_page(
         out / "demo.html", title="What experts are for: a dense T5 and the Switch made from it",

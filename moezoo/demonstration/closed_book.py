@@ -15,9 +15,10 @@ from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.building import build
 from moezoo.config import SwitchConfig
 from moezoo.cost import cost
+from moezoo.reporting.trial import Price
 from moezoo.training.facts import VOCAB_SIZE, Facts
 from moezoo.training.loop import StepRecord, TrainingState, fit, start
-from moezoo.training.recipes import TrainingRecipe
+from moezoo.training.recipes import TrainingRecipe, recipe
 
 POINTS = 16
 OnStep = Callable[[StepRecord], None]
@@ -30,7 +31,6 @@ UPCYCLING: dict[str, Any] = {
     "router": {"name": "switch", "weight": "unit"},
     "router_init": "normal:0.02",
 }
-ROUTER_RATE = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Learner:
     def recall(self) -> float:
         """At the end."""
         return self.curve[-1].recall
+
+    @property
+    def price(self) -> Price:
+        end = self.curve[-1]
+        return Price(self.parameters, self.active, end.seconds / max(end.step, 1))
 
     def reaches(self, recall: float) -> Moment | None:
         """The first moment with at least this recall, between two measurements by a straight
@@ -94,18 +99,18 @@ class Book:
     """The comparison over seeds: for each, a dense T5 trained for `steps` on `count` facts, then
     trained on for as long, as it is and upcycled to `experts` experts in every layer.
 
-    Attributes: dense, switch: their curves after the common start, by seed. seconds_per_step: of
-    the wall, on facts, as rehearsed.
+    Attributes: dense, switch: their curves after the common start, by seed.
     """
 
-    def __init__(self, count: int, steps: int, experts: int) -> None:
-        self.count, self.steps, self.experts = count, steps, experts
+    def __init__(self, count: int, experts: int, steps: int = 600) -> None:
+        self.count, self.experts, self.steps = count, experts, steps
         self.dense: list[Learner] = []
         self.switch: list[Learner] = []
-        self.seconds_per_step = 0.0
 
-    def rehearsed(self, steps: int = 12) -> float:
-        """The seconds of the wall that a seed will take, from a few steps of both models."""
+    def rehearsed(self, steps: int = 12) -> tuple[float, float]:
+        """The seconds of the clock that a step of the dense model and one of the Switch model
+        take here and now, from a few steps of both.
+        """
         facts, taken = self._facts(0), []
         model = build(small_t5(), seed=0)
         for each in (model, self._upcycled(model, 0)):
@@ -113,8 +118,7 @@ class Book:
             began = time.monotonic()
             fit(start(each, SETTINGS, steps=steps), facts, SETTINGS, steps=steps)
             taken.append((time.monotonic() - began) / steps)
-        self.seconds_per_step = taken[0]
-        return self.steps * (2 * taken[0] + taken[1])
+        return taken[0], taken[1]
 
     def trainings(self, seed: int) -> Iterator[tuple[str, Callable[[OnStep], Learner]]]:
         """The parts of a seed in order, each to be called with what sees its steps."""
@@ -135,11 +139,14 @@ class Book:
             return run
 
         yield "dense", further(self.dense, "dense", parent)
-        slow = {"router_learning_rate": ROUTER_RATE}
+        slow = {"router_learning_rate": recipe("upcycle").router_learning_rate}
         yield "switch", further(self.switch, "switch", switch, **slow)
 
     def table(self) -> list[tuple[str, str, str]]:
         return comparison(self.dense, self.switch)
+
+    def price(self) -> Price:
+        return price(self.dense, self.switch)
 
     def verdict(self) -> str:
         return verdict(self.dense, self.switch)
@@ -217,18 +224,33 @@ def comparison(dense: Sequence[Learner], switch: Sequence[Learner]) -> list[tupl
         both("recall after", lambda side: spread([s.recall for s in side], ".3f")),
         both("steps to dense's end", lambda side: to_dense_end(side, "step")),
         both("processor seconds to it", lambda side: to_dense_end(side, "seconds")),
-        both("seconds in all", lambda side: spread([s.curve[-1].seconds for s in side], ".1f")),
-        both("parameters", lambda side: f"{side[0].parameters:,}"),
-        both("active per token", lambda side: f"{side[0].active:,}"),
-    ]
+        both("processor seconds in all",
+             lambda side: spread([s.curve[-1].seconds for s in side], ".1f")),
+        both("parameters in memory", lambda side: f"{side[0].parameters:,}"),
+        both("parameters used by a token", lambda side: f"{side[0].active:,}"),
+    ]  # fmt: skip
+
+
+def price(dense: Sequence[Learner], switch: Sequence[Learner]) -> Price:
+    """What the Switch side asks for in multiples of the dense one; of seconds the mean."""
+    each = [s.price / d.price for d, s in zip(dense, switch, strict=True)]
+    seconds = sum(one.seconds for one in each) / len(each)
+    return dataclasses.replace(each[0], seconds=seconds)
 
 
 def verdict(dense: Sequence[Learner], switch: Sequence[Learner]) -> str:
-    """What was seen, whichever side is ahead, in two sentences."""
+    """What was seen, whichever side is ahead, and what it costs, in a few sentences."""
     ends = [(sum(s.recall for s in side) / len(side)) for side in (dense, switch)]
     seeds = f"{len(dense)} seeds" if len(dense) > 1 else "one seed"
+    asks = price(dense, switch)
+    costs = (
+        f" It holds {asks.parameters:.1f} times the parameters, all of them in memory; a token "
+        f"uses {asks.active:.2f} times as many, and a step takes {asks.seconds:.2f} times the "
+        "processor's time."
+    )
     if ends[1] <= ends[0]:
-        return f"After the same steps dense recalls {ends[0]:.0%}, switch {ends[1]:.0%} ({seeds})."
+        said = f"After the same steps dense recalls {ends[0]:.0%}, switch {ends[1]:.0%} ({seeds})."
+        return said + costs.replace(" It", " Switch", 1)
     moments = [s.reaches(d.recall) for d, s in zip(dense, switch, strict=True)]
     steps, seconds = (
         sum(
@@ -242,7 +264,7 @@ def verdict(dense: Sequence[Learner], switch: Sequence[Learner]) -> str:
     return (
         f"From the same start and the same steps, switch recalls {ends[1]:.0%} of the facts and "
         f"dense {ends[0]:.0%} ({seeds}). It passes dense's end in {steps:.1f} times fewer steps "
-        f"and {seconds:.1f} times fewer seconds."
+        f"and {seconds:.1f} times fewer processor seconds.{costs}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,10 @@ def train(
     skip: int = 0,
     points: int = 5,
     on_step: OnStep,
-) -> tuple[list[StepRecord], Curve]:
+) -> tuple[list[StepRecord], Curve, float]:
     """Train for `steps`, and measure the held-out loss at `points` of them and at both ends.
+
+    Returns the records, the held-out losses, and the processor's seconds of training alone.
 
     Args:
         skip: batches that were used before; both models of a comparison go on at the same one.
@@ -106,11 +109,15 @@ def train(
     settings = recipe("small")
     curve: Curve = [(0, material.loss(model))]
     every = max(1, steps // points)
+    began, measuring = time.process_time(), 0.0
 
     def after(state: TrainingState, record: StepRecord) -> None:
+        nonlocal measuring
+        paused = time.process_time()
         on_step(record)
         if state.step % every == 0 or state.step == steps:
             curve.append((state.step, material.loss(model)))
+        measuring += time.process_time() - paused
 
     records = fit(
         start(model, settings, steps=steps),
@@ -119,15 +126,16 @@ def train(
         steps=steps,
         on_step=after,
     )
+    seconds = time.process_time() - began - measuring
     model.eval()
-    return records, curve
+    return records, curve, seconds
 
 
 def trial(
     name: str, model: nn.Module, material: Material, *, steps: int, skip: int, on_step: OnStep
 ) -> Trial:
     """Train a model on, and write down all that was measured."""
-    records, curve = train(model, material, steps=steps, skip=skip, on_step=on_step)
+    records, curve, seconds = train(model, material, steps=steps, skip=skip, on_step=on_step)
     config = model.config
     assert isinstance(config, SwitchConfig)
     size = cost(config)
@@ -136,7 +144,7 @@ def trial(
         before=curve[0][1],
         after=curve[-1][1],
         steps=steps,
-        seconds=sum(record.seconds for record in records),
+        seconds=seconds,
         tokens=sum(record.tokens for record in records),
         parameters=size.parameters,
         active=size.active,

@@ -17,8 +17,9 @@ def advice(layers: Sequence[dict[str, Any]]) -> list[str]:
         dead, experts = len(layer["dead"]), layer["experts"]
         if dead > experts // 8:
             said.append(
-                f"{layer['name']}: {dead} of {experts} experts get no token. Raise the "
-                "load-balance coefficient, or start from router_init='mean_orthogonal'."
+                f"{layer['name']}: {dead} of {experts} experts get no token. Train longer with a "
+                "higher load-balance coefficient, move routers slowly (router_learning_rate) or, "
+                "if it was not upcycled so, start from router_init='mean_orthogonal'."
             )
         at = dropped_at(layer, _USUAL)
         if at is not None and at > 0.1:

@@ -1,51 +1,63 @@
-"""The picture of a comparison: loss curves, and how busy each expert was."""
+"""The picture of a comparison: what experts bring, what they cost, and how busy each was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.errors import MissingExtra
-from moezoo.reporting.trial import Curve, Trial
+from moezoo.reporting.trial import Curve, Price, Trial
 
 if TYPE_CHECKING:
     from moezoo.demonstration.closed_book import Learner
 
-DENSE, SWITCH, PALE, INK = "#7a8594", "#d1495b", "#e8ebef", "#25303b"
+DENSE, SWITCH, INK = "#7a8594", "#d1495b", "#25303b"
 
 
 def draw(
     learners: Sequence[Learner],
     sparse_learners: Sequence[Learner],
-    history: Curve,
+    price: Price,
     dense: Trial,
     switch: Trial,
     *,
     path: Path,
 ) -> Path:
-    """Draw both parts of the demo as a PNG: recall of facts above, text below.
+    """Draw both parts of the demo as a PNG: recall of facts above, what the experts cost below it,
+    then text.
 
     Args:
-        learners, sparse_learners: the curves of both sides by seed.
-        history: held-out loss by step of the dense model before both went on.
+        learners, sparse_learners: the curves of both sides by seed. price: of the latter, in
+            multiples of the former.
 
     Raises MissingExtra when matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError:
         raise MissingExtra("a picture", "matplotlib", extra="report") from None
-    figure = Figure(figsize=(11, 8.6), dpi=150, layout="constrained")
-    panels = figure.subplots(2, 2)
+    engine = ConstrainedLayoutEngine(h_pad=0.12)
+    figure = Figure(figsize=(11, 11.6), dpi=150, layout=engine)
+    panels = figure.subplot_mosaic(
+        [["steps", "seconds"], ["price", "price"], ["text", "loads"]], height_ratios=(4, 2.6, 3.6)
+    )
     sides = ((learners, "dense", DENSE), (sparse_learners, "switch", SWITCH))
-    _recall(panels[0][0], sides, "step", "steps after upcycling")
-    _recall(panels[0][1], sides, "seconds", "seconds of the processor")
-    panels[0][0].set_title("Facts recalled, by steps", loc="left", fontsize=12, color=INK)
-    panels[0][1].set_title("and by seconds", loc="left", fontsize=12, color=INK)
-    _curves(panels[1][0], history, dense, switch)
-    _loads(panels[1][1], switch)
-    for axes in panels.flat:
+    _recall(panels["steps"], sides, "step", "steps after upcycling")
+    _recall(panels["seconds"], sides, "seconds", "processor seconds after upcycling")
+    _price(panels["price"], {"facts": price, "text": switch.price / dense.price})
+    _curves(panels["text"], dense, switch)
+    _loads(panels["loads"], switch)
+    titles = {
+        "steps": "What experts bring: facts recalled, by steps",
+        "seconds": "and by processor seconds",
+        "price": "What they cost: the Switch model in multiples of the dense one (dashed)",
+        "text": "Loss on held-out text after upcycling",
+        "loads": "Tokens by expert, held-out text",
+    }
+    for name, axes in panels.items():
+        axes.set_title(titles[name], loc="left", fontsize=12, color=INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, labelsize=9)
     figure.savefig(path)
@@ -72,38 +84,41 @@ def _recall(
     axes.plot(
         [0, place[-1]], [goal, goal], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0
     )
-    axes.set_xlim(0, furthest * 1.2)
+    axes.set_xlim(0, furthest * 1.25)
     axes.set_ylim(0, 1)
     axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("share of facts", fontsize=9)
 
 
-def _curves(axes: Any, history: Curve, dense: Trial, switch: Trial) -> None:
-    start = history[-1][0] if history else 0
-    axes.plot(*_columns(history), color=INK, linewidth=1.6)
-    axes.axvline(start, color=PALE, linewidth=6, zorder=0)
+def _price(axes: Any, parts: Mapping[str, Price]) -> None:
+    """A bar a quantity and part of the demo; in the order of reading, from the top."""
+    shown = {"parameters in memory": "parameters", "processor time of a step": "seconds",
+             "parameters that a token uses": "active"}  # fmt: skip
+    shades, height, furthest = (SWITCH, "#e9a3ac"), 0.8 / len(parts), 1.0
+    for row, field in enumerate(shown.values()):
+        for index, (part, price) in enumerate(parts.items()):
+            place, value = row - 0.4 + height * (index + 0.5), getattr(price, field)
+            axes.barh(place, value, height * 0.9, color=shades[index % len(shades)])
+            axes.text(value, place, f" {value:.2f} ({part})", va="center", fontsize=9, color=INK)
+            furthest = max(furthest, value)
+    axes.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(shown)), list(shown))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * furthest)
+
+
+def _curves(axes: Any, dense: Trial, switch: Trial) -> None:
     for trial, color in ((dense, DENSE), (switch, SWITCH)):
-        shifted = [(start + step, loss) for step, loss in trial.held_out]
-        axes.plot(*_columns(shifted), color=color, linewidth=2)
-        trained = [(start + step, loss) for step, loss in _smooth(trial.training)]
-        axes.plot(*_columns(trained), color=color, linewidth=0.8, alpha=0.45)
+        axes.plot(*_columns(trial.held_out), color=color, linewidth=2, marker="o", markersize=3)
     ends = sorted(
         (trial.after, trial, color) for trial, color in ((dense, DENSE), (switch, SWITCH))
     )
     for (after, trial, color), place in zip(ends, ("top", "bottom"), strict=True):
         label = f" {trial.name} {after:.3f}"
-        axes.text(start + trial.steps, after, label, color=color, va=place, fontsize=10)
-    losses = [loss for _, loss in [*history, *dense.held_out, *switch.held_out]]
-    margin = 0.06 * (max(losses) - min(losses))
-    axes.set_ylim(min(losses) - margin, max(losses) + margin)
-    axes.set_xlim(0, (start + dense.steps) * 1.2)
-    axes.annotate(
-        "upcycled here", (start, 1), xycoords=("data", "axes fraction"), xytext=(-6, -4),
-        textcoords="offset points", ha="right", va="top", fontsize=9, color=INK,
-    )  # fmt: skip
-    axes.set_title("Loss on held-out text", loc="left", fontsize=12, color=INK)
-    axes.set_xlabel("training steps (thin: training loss, smoothed)", fontsize=9)
-    axes.set_ylabel("nats per target token", fontsize=9)
+        axes.text(trial.steps, after, label, color=color, va=place, fontsize=10)
+    axes.set_xlim(0, dense.steps * 1.25)
+    axes.set_xlabel("steps after upcycling", fontsize=9)
+    axes.set_ylabel("nats per target token (axis does not begin at 0)", fontsize=9)
 
 
 def _loads(axes: Any, switch: Trial) -> None:
@@ -120,19 +135,9 @@ def _loads(axes: Any, switch: Trial) -> None:
         axes.legend(frameon=False, fontsize=9, loc="upper right")
         tallest = max(share for layer in layers for share in switch.loads[layer])
         axes.set_ylim(0, max(130 * tallest, 125 / experts))
-    axes.set_title("Tokens by expert, held-out", loc="left", fontsize=12, color=INK)
     axes.set_xlabel("expert (dashed: an equal share)", fontsize=9)
     axes.set_ylabel("% of the layer's tokens", fontsize=9)
 
 
 def _columns(curve: Curve) -> tuple[list[int], list[float]]:
     return [step for step, _ in curve], [loss for _, loss in curve]
-
-
-def _smooth(curve: Curve, *, window: int = 40) -> Curve:
-    """A running mean over at most `window` steps."""
-    smoothed, total = [], 0.0
-    for index, (step, loss) in enumerate(curve):
-        total += loss - (curve[index - window][1] if index >= window else 0.0)
-        smoothed.append((step, total / min(index + 1, window)))
-    return smoothed[min(window, len(curve)) // 2 :]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moezoo import cli
-from moezoo.reporting.trial import Trial, verdict
+from moezoo.demonstration.effort import LEAST, USUAL, Pace, effort
+from moezoo.reporting.trial import Trial, balance, verdict
 
 SUBJECTS = "router expert token layer model tensor gate batch".split()
 VERBS = "sends weighs drops keeps trains holds".split()
@@ -40,6 +41,8 @@ def test_the_demo_goes_from_facts_and_text_to_a_picture(
     assert cli.main(["demo", "--out", str(out), "--text", str(text), *SMALL]) == 0
     said = capsys.readouterr().out
     assert "steps to dense's end" in said
+    assert "times the parameters, all of them in memory" in said
+    assert "The least even layer is " in said
     assert "held-out loss after, nats" in said
     assert "    verified: " in said
     results = json.loads((out / "results.json").read_text())
@@ -100,3 +103,24 @@ def test_whichever_model_is_lower_is_named(dense: float, switch: float, winner: 
     sizes = {"before": 5.0, "steps": 9, "seconds": 2.0, "tokens": 10, "parameters": 3, "active": 3}
     said = verdict(Trial("dense", after=dense, **sizes), Trial("switch", after=switch, **sizes))
     assert f"{winner} is ahead" in said or f"{winner} models stand" in said
+
+
+def test_the_least_even_layer_is_named() -> None:
+    loads = {"encoder 1": [0.3, 0.3, 0.2, 0.2], "decoder 1": [0.97, 0.0, 0.02, 0.01]}
+    said = balance(Trial("switch", 5.0, 4.0, 9, 2.0, 10, 3, 3, loads=loads))
+    assert "decoder 1: of 4 experts the busiest takes 97%" in said and "and 3 take less" in said
+    assert not balance(Trial("dense", 5.0, 4.0, 9, 2.0, 10, 3, 3))
+
+
+def test_the_demo_takes_fewer_steps_where_time_is_short() -> None:
+    nothing = dict.fromkeys(USUAL)
+    fast, slow = Pace(0.02, 0.03), Pace(0.08, 0.1)
+    assert effort(nothing, fast, 200).share == 1.0
+    assert effort(nothing, fast, 200).seeds(fast, 200, most=3) == 3
+    fewer = effort(nothing, slow, 200)
+    assert LEAST < fewer.share < 1 and fewer.steps == round(fewer.share * USUAL["steps"])
+    assert fewer.seed(slow) + fewer.rest(slow) == pytest.approx(200, rel=0.02)
+    assert fewer.seeds(slow, 200, most=3) == 1
+    assert effort(nothing, Pace(9.0, 9.0), 200).share == LEAST
+    asked = effort({**nothing, "steps": 600}, slow, 200)
+    assert asked.steps == 600 and asked.text_steps < USUAL["text_steps"]

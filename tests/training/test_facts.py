@@ -53,13 +53,16 @@ def test_an_untrained_model_guesses_and_a_trained_one_recalls() -> None:
 
 
 def test_both_sides_start_from_the_same_recall() -> None:
-    book = Book(64, 5, 4)
+    book = Book(64, 4, 5)
     for _, train in book.trainings(1):
         train(lambda record: None)
     assert book.dense[0].curve[0].recall == book.switch[0].curve[0].recall
     assert book.switch[0].parameters > book.dense[0].parameters
     assert book.dense[0].curve[-1].step == 5
-    assert book.rehearsed(2) > 0
+    assert min(book.rehearsed(2)) > 0
+    asks = book.price()
+    assert asks.parameters == book.switch[0].parameters / book.dense[0].parameters > 1
+    assert 1 < asks.active < asks.parameters
 
 
 def test_the_moment_of_a_recall_lies_between_two_measurements() -> None:
@@ -69,4 +72,8 @@ def test_the_moment_of_a_recall_lies_between_two_measurements() -> None:
     assert learner.reaches(0.9) is None
     slower = replace(learner, curve=(Moment(0, 0.0, 0.2), Moment(20, 2.0, 0.6)))
     assert "1.3 times fewer steps" in verdict([slower], [learner])
+    larger = replace(learner, parameters=3, active=2, curve=(*curve[:2], Moment(20, 3.0, 0.8)))
+    said = verdict([learner], [replace(larger, curve=(*larger.curve[:2], Moment(20, 3.0, 0.9)))])
+    assert "3.0 times the parameters" in said and "uses 2.00 times" in said
+    assert "takes 1.50 times" in said
     assert "dense recalls 80%" in verdict([learner], [slower])
