@@ -16,7 +16,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -35,7 +34,6 @@ from moezoo.functional.assign import best_experts
 from moezoo.functional.gated_units import SiluGate
 from moezoo.functional.routed_mlp import Networks, routed_mlp
 from moezoo.models import stepper
-from moezoo.models.feed_forward import DenseMLP
 from moezoo.records import Tokens
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -76,7 +74,8 @@ PATHS = (
           ("layer, 512 tokens, training", "layer of small experts, training",
            "layer of small experts, two of them, training")),
     FastPath("grouped_mlp: fused", "functional.grouped_mlp", "_fuses",
-          ("layer, 512 tokens", "layer, 512 tokens, training")),
+          ("layer, 1 token, training", "layer, 64 tokens, training", "layer, 512 tokens",
+           "layer, 512 tokens, training")),
     FastPath("routed_mlp: fused", "functional.routed_mlp", "_fuses",
           ("gated experts, 1 token", "gated experts, 512 tokens",
            "gated experts, 512 tokens, training")),
@@ -84,20 +83,13 @@ PATHS = (
           ("layer, 512 tokens", "model, training", "64 tokens")),
     FastPath("stacked: dropout not called", "experts.stacked", "is_plain",
           ("layer, 512 tokens, training", "layer, dropout, training")),
-    FastPath("feed_forward: relu and dropout at once", "models.feed_forward", "is_plain",
-          ("dense network, dropout, training", "model, dropout, training")),
     FastPath("attention: dropout a part at a time", "models.attention", "is_eager",
           ("model, dropout, training",)),
     FastPath("dropout: cheap random numbers", "functional.dropout", "_cheap",
           ("model, dropout, training",)),
-    FastPath("rms_norm: gradient by hand", "functional.rms_norm", "is_eager",
-          ("model, forward", "model, training")),
-    FastPath("inputs: no mask where nothing is masked", "models.inputs", "is_eager",
-          ("model with a mask, forward",)),
     FastPath("cache: keys in buffers", "models.cache", "is_transformed",
           ("64 tokens by modules", "256 tokens by modules"), lambda: True),
     FastPath("step: a decoder's step", "models.step:Step", "fits", ("64 tokens",)),
-    FastPath("int8: one row", "ops.int8", "is_eager", ("64 tokens, int8",)),
 )  # fmt: skip
 
 
@@ -220,18 +212,6 @@ def _gated(tokens: int = 512, train: bool = False) -> Run:
     return run
 
 
-def _dense() -> Run:
-    dense = DenseMLP(WIDTH, HIDDEN, dropout=0.1).train()
-    x = torch.randn(1, 512, WIDTH, requires_grad=True)
-
-    def both() -> None:
-        dense(x).sum().backward()
-        dense.zero_grad()
-        x.grad = None
-
-    return both
-
-
 @cache
 def _model(dropout: float = 0.0) -> nn.Module:
     config = moezoo.SwitchConfig(
@@ -242,15 +222,9 @@ def _model(dropout: float = 0.0) -> nn.Module:
     return moezoo.build(config, seed=0)
 
 
-def _batch(mask: bool = False) -> dict[str, torch.Tensor]:
+def _batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 2048, (2, 128))
-    batch = {"input_ids": ids, "labels": torch.randint(3, 2048, (2, 48))}
-    return {**batch, "attention_mask": torch.ones_like(ids)} if mask else batch
-
-
-def _forward(mask: bool = False) -> Run:
-    model, batch = _model().eval(), _batch(mask)
-    return torch.no_grad()(lambda: model(**batch))
+    return {"input_ids": ids, "labels": torch.randint(3, 2048, (2, 48))}
 
 
 def _training(dropout: float = 0.0) -> Run:
@@ -263,10 +237,8 @@ def _training(dropout: float = 0.0) -> Run:
     return step
 
 
-def _generate(tokens: int = 64, *, int8: bool = False, modules: bool = False) -> Run:
-    model: Any = deepcopy(_model()).eval() if int8 else _model().eval()
-    if int8:
-        moezoo.quantize(model)
+def _generate(tokens: int = 64, *, modules: bool = False) -> Run:
+    model: Any = _model().eval()
     ids = torch.randint(3, 2048, (1, 32))
 
     def run() -> object:
@@ -278,6 +250,8 @@ def _generate(tokens: int = 64, *, int8: bool = False, modules: bool = False) ->
 
 WHOLES: dict[str, Callable[[], Run]] = {
     "layer, 1 token": lambda: _layer(1),
+    "layer, 1 token, training": lambda: _layer(1, train=True),
+    "layer, 64 tokens, training": lambda: _layer(64, train=True),
     "layer, 512 tokens": lambda: _layer(512),
     "layer, 512 tokens, training": lambda: _layer(512, train=True),
     "layer, dropout, training": lambda: _layer(512, train=True, dropout=0.1),
@@ -287,7 +261,6 @@ WHOLES: dict[str, Callable[[], Run]] = {
         2048, hidden=64, train=True, router="top_k"
     ),
     "small layer, 1 token": lambda: _layer(1, width=64, hidden=256),
-    "dense network, dropout, training": _dense,
     "gated experts, 1 token": lambda: _gated(1),
     "gated experts, 512 tokens": _gated,
     "gated experts, 512 tokens, training": lambda: _gated(train=True),
@@ -297,14 +270,11 @@ WHOLES: dict[str, Callable[[], Run]] = {
     "choice of 256 experts": lambda: _choice(256),
     "choice of 2,048 experts": lambda: _choice(2048),
     "2 of 2,048 experts": lambda: _choice(2048, 2),
-    "model, forward": _forward,
-    "model with a mask, forward": lambda: _forward(mask=True),
     "model, training": _training,
     "model, dropout, training": lambda: _training(0.1),
     "64 tokens": _generate,
     "64 tokens by modules": lambda: _generate(modules=True),
     "256 tokens by modules": lambda: _generate(256, modules=True),
-    "64 tokens, int8": lambda: _generate(int8=True),
 }
 
 

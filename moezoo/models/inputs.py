@@ -93,7 +93,7 @@ def check_batch(x: Tensor, rows: int, name: str, other: str) -> None:
 def real_tokens(
     mask: Tensor | None, x: Tensor, name: str, cache: DecoderCache | None = None
 ) -> Tensor | None:
-    """A checked mask (B, Lk) as bool, or None where every token is real.
+    """A checked mask (B, Lk) as bool; None stays None.
 
     Raises ShapeError or DtypeError for a mask that does not fit x (B, L, D) and the cached
     positions before it.
@@ -108,11 +108,7 @@ def real_tokens(
     if mask.is_floating_point() or mask.is_complex():
         hint = "Pass 1 or True for real tokens, 0 or False for padding."
         raise DtypeError(f"{name} must be bool or integer", field=name, found=mask.dtype, hint=hint)
-    real = mask.bool()
-    # Attention and experts are faster without a mask; on other devices looking would wait.
-    if real.device.type == "cpu" and is_eager() and bool(real.all()):
-        return None
-    return real
+    return mask.bool()
 
 
 def shifted_right(labels: Tensor, config: SwitchConfig) -> Tensor:
@@ -122,16 +118,13 @@ def shifted_right(labels: Tensor, config: SwitchConfig) -> Tensor:
     return torch.where(shifted == IGNORED, config.pad_token_id, shifted)
 
 
-def up_to_last_label(labels: Tensor) -> Tensor | None:
-    """True (B, L) up to each row's last label; None where that is everywhere.
+def up_to_last_label(labels: Tensor) -> Tensor:
+    """True (B, L) up to each row's last label.
 
     What lies behind is padding: no label and, attention being causal, no label's position needs it,
     so experts need not see it and router losses must not count it.
     """
-    real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-    if real.device.type == "cpu" and is_eager() and bool(real.all()):
-        return None
-    return real
+    return (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 def _check_tensor(x: Tensor, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moezoo.ops.eager import is_eager
 from moezoo.private_torch import int8_product
 
 _LEVELS = 127.0
@@ -30,10 +29,6 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     Every row of x is rounded to eight bits by its own scale (LLM.int8(), arXiv 2208.07339, eq. 4),
     so that a row's result depends on that row alone; products add up exactly, in 32 bits.
     """
-    if x.shape[0] == 1 and x.shape[1] > 1 and is_eager():
-        peak = float(torch.linalg.vector_norm(x.float(), torch.inf))
-        if _LEVELS * torch.finfo(torch.float32).tiny < peak < torch.inf:
-            return _row(x, peak / _LEVELS, codes, scale)
     if not x.shape[0]:
         return x.new_zeros(0, codes.shape[0])
     rows, row_scale = rounded_rows(x)
@@ -41,13 +36,4 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         product = rows.float() * codes.float().t()
     else:
         product = int8_product(rows, codes.t())
-    return torch.mul(product, row_scale).mul_(scale).to(x.dtype)
-
-
-def _row(x: Tensor, row_scale: float, codes: Tensor, scale: Tensor) -> Tensor:
-    """`int8_linear` of one row, whose scale the host knows: fewer operators, and the weights come
-    first in the product, to be read as they lie.
-    """
-    column = torch.div(x.float(), row_scale).round_().to(torch.int8).view(-1, 1)
-    product = int8_product(codes, column).view(1, -1)
     return torch.mul(product, row_scale).mul_(scale).to(x.dtype)
