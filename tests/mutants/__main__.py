@@ -6,6 +6,7 @@ in a forked process. A bug is caught when a test fails: an error in the machiner
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -67,9 +68,14 @@ PASSED, FAILED = int(pytest.ExitCode.OK), int(pytest.ExitCode.TESTS_FAILED)
 
 def main(words: list[str]) -> int:
     """Print caught / total; 0 when every bug is caught and the sound package passes."""
-    chosen = [bug for bug in BUGS if "--quick" not in words or bug.quick]
-    names = [word for word in words if not word.startswith("-")]
-    chosen = [bug for bug in chosen if not names or any(name in bug.name for name in names)]
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=main.__doc__)
+    parser.add_argument("--quick", action="store_true", help="the small selection")
+    parser.add_argument("names", nargs="*", metavar="WORD", help="bugs with one of these words")
+    options = parser.parse_args(words)
+    chosen = [bug for bug in BUGS if bug.quick or not options.quick]
+    chosen = [bug for bug in chosen if any(name in bug.name for name in options.names or [""])]
+    if not chosen:
+        parser.error(f"no bug has one of these words: {' '.join(options.names)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         for ranks in {bug.ranks for bug in chosen}:
