@@ -27,12 +27,11 @@ _STRETCH = 2**21  # numbers of a result that are computed in one go, 8 MiB
 class Limits:
     """For how many rows which product is the fastest; else it is `torch.mm`.
 
-    weight_first, for tall weights weight_first_tall: up to so many. onednn, onednn_transposed: from
-    the first number of rows to the one before the second.
+    weight_first: up to so many, one of them by halves. onednn, onednn_transposed: from the first
+    number of rows to the one before the second.
     """
 
     weight_first: int = 0
-    weight_first_tall: int = 0
     onednn: tuple[int, int] = (0, 0)
     onednn_transposed: tuple[int, int] = (0, 0)
 
@@ -45,7 +44,7 @@ class Limits:
 # Measured with 768 x 3,072 weights that are not in the cache (benchmarks/layer.md). MKL, which
 # `torch.mm` calls, has other kernels for other makers' processors.
 LIMITS = {
-    "AuthenticAMD": Limits(4, 8, onednn=(1, _ALWAYS), onednn_transposed=(3, _ALWAYS)),
+    "AuthenticAMD": Limits(4, onednn=(1, _ALWAYS), onednn_transposed=(3, _ALWAYS)),
     "GenuineIntel": Limits(onednn=(4, 32)),
 }
 # oneDNN keeps half a MiB of code for every number of rows it has met with a weight, a thousand of
@@ -104,6 +103,9 @@ def product(
     if kind == "mm":
         y = torch.mm(x, weight.t(), out=out)
         return y.relu_() if relu else y
+    if kind == "halves":
+        y = _by_halves(x, weight, out)
+        return y.relu_() if relu else y
     if kind == "onednn":
         wide = x if not training and _is_exact(x, weight, relu) else _rounded(x)
         # Not a slice: what autograd takes for a view may not be changed in place.
@@ -122,13 +124,16 @@ class Prepared:
     def __init__(self, weight: Tensor, rows: int) -> None:
         self.weight = weight.detach()
         plain = bool(rows and weight.numel()) and fast_products(weight, weight)
-        mm = plain and _kind(rows, weight, training=False) == "mm"
-        self.transposed = self.weight.t() if mm else None
+        kind = _kind(rows, weight, training=False) if plain else ""
+        self.transposed = self.weight.t() if kind == "mm" else None
+        self.halves = _halves(self.weight) if kind == "halves" else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (rows, K) -> (rows, M), into `out` if there is one."""
         if self.transposed is not None:
             return torch.mm(x, self.transposed, out=out)
+        if self.halves is not None:
+            return _by_halves(x, self.weight, out)
         y = product(x, self.weight)
         return y if out is None else out.copy_(y)
 
@@ -136,6 +141,8 @@ class Prepared:
         """total += self(x), in one go where the library can."""
         if self.transposed is not None:
             total.addmm_(x, self.transposed)
+        elif self.halves is not None:
+            total.view(2, -1, 1).baddbmm_(self.halves, x.t().expand(2, -1, 1))
         else:
             total += product(x, self.weight)
 
@@ -182,8 +189,9 @@ def _kind(rows: int, weight: Tensor, training: bool, placed: bool = False) -> st
         return "mm"
     found, plain = limits(), weight.stride(1) == 1
     if plain and outer >= weight.shape[1]:
-        tall = outer >= _TALL * weight.shape[1]
-        if rows <= (found.weight_first_tall if tall else found.weight_first):
+        if rows == 1 and found.weight_first and outer % 2 == 0 and weight.is_contiguous():
+            return "halves"
+        if 1 < rows <= found.weight_first:
             return "weight first"
     first, last = _MEDIUM_ROWS
     if weight.numel() <= _MEDIUM_WEIGHT and first <= rows and (placed or rows < last):
@@ -218,13 +226,21 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def _weight_first(x: Tensor, weight: Tensor) -> Tensor:
-    """`weight @ x^T` streams the weight from memory, where `x @ weight^T` packs it first; and a
-    product of two equal columns beats the matrix-vector product of MKL, which does not keep enough
-    loads in flight (benchmarks/decode.py).
-    """
-    if x.shape[0] == 1:
-        return torch.mm(weight, torch.cat((x, x)).t())[:, 0].contiguous()[None]
+    """`weight @ x^T` streams the weight from memory, where `x @ weight^T` packs it first."""
     return torch.mm(weight, x.t()).t().contiguous()
+
+
+def _by_halves(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """`weight @ x^T` of one row, (1, M), as a batch of both halves of the weight: MKL's product of
+    a batch keeps more loads in flight than its matrix-vector product (benchmarks/decode.py).
+    """
+    place = None if out is None else out.view(2, -1, 1)
+    y = torch.bmm(_halves(weight), x.t().expand(2, -1, 1), out=place)
+    return y.view(1, -1)
+
+
+def _halves(weight: Tensor) -> Tensor:
+    return weight.view(2, weight.shape[0] // 2, weight.shape[1])
 
 
 def _onednn(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
