@@ -13,7 +13,7 @@ from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import quoted, read_json
 from moezoo.adapters.fused import split_fused
 from moezoo.adapters.names import HEAD, is_head
-from moezoo.errors import ConfigError, TensorMismatch, did_you_mean
+from moezoo.errors import ConfigError, TensorMismatch, nearest
 
 _MAX_CONFIG_BYTES = 1 << 20
 Places = dict[str, dict[int | None, str]]
@@ -64,7 +64,7 @@ def _described(
         elif not family.is_stray(name):
             raise TensorMismatch(
                 f"unexpected tensor {quoted(name)}", path=source.path, key=name[:120],
-                hint=did_you_mean(name, list(known)[:500]) if len(name) < 120 else None,
+                hint=_meant(name, known, source, family),
             )  # fmt: skip
     if dropped and not drop_heads:
         raise TensorMismatch(
@@ -73,6 +73,19 @@ def _described(
             hint="Leave it out with --drop-heads, in Python with drop_heads=True.",
         )  # fmt: skip
     return Description(family, config, "", places, aliases, tuple(dropped), (), True, values)
+
+
+def _meant(
+    name: str, known: Mapping[str, object], source: Source, family: DecoderFamily
+) -> str | None:
+    """The name that a strange one may stand for: of those that a file lacks, where it lacks as many
+    as it has too many.
+    """
+    strange = [n for n in source.tensors if n not in known and not family.is_stray(n)]
+    lacking = [n for n in known if n not in source.tensors]
+    near = len(name) < 120 and len(strange) <= len(lacking)
+    match = nearest(name, lacking[:500]) if near else None
+    return f"Did you mean {match!r}?" if match else None
 
 
 def _by_disk_name(

@@ -16,7 +16,7 @@ _SPARSE = (
     'A mixture of experts already: transformers loads it, experts_implementation="moezoo" runs it, '
     "`moezoo report` looks into it."
 )
-_STACKS = "`moezoo upcycle` takes it with its config.json; moezoo.plug takes the live model."
+_STACKS = "Put its config.json beside it; moezoo.plug takes the live model."
 _MERGE = "Merge it into its model first: merge_and_unload() of peft, then save_pretrained."
 _FLOATING = "Use the model's weights in float32, bfloat16 or float16."
 # Classes of transformers by how their names begin, for configs without a model_type.

@@ -13,7 +13,7 @@ from typing import Any
 from moezoo.adapters.buildable import check_buildable
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, expressible, layout_for
-from moezoo.adapters.families.decoders import zero_shapes
+from moezoo.adapters.families.decoders import constant_of, filled, zero_shapes
 from moezoo.adapters.formats import TensorInfo
 from moezoo.adapters.left_behind import left_behind
 from moezoo.adapters.names import SHARED
@@ -23,6 +23,7 @@ from moezoo.adapters.upcycle.decoders import sparse_sibling
 from moezoo.adapters.upcycle.inits import ExpertInit, RouterInit, expert_inits, router_inits
 from moezoo.adapters.upcycle.preservation import router_for
 from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
+from moezoo.adapters.upcycle.scaling import constant_bytes
 from moezoo.adapters.upcycle.target import choice_words, settled, target_config
 from moezoo.config import SwitchConfig
 from moezoo.cost import layer_cost
@@ -67,7 +68,7 @@ class Plan:
     router_init: RouterInit
     moves: tuple[Move, ...] = field(repr=False)
     routers: dict[str, TensorPlan] = field(repr=False)  # by layer
-    zeros: dict[str, tuple[TensorPlan, ...]] = field(repr=False)  # by layer, of the router too
+    constants: dict[str, tuple[TensorPlan, ...]] = field(repr=False)  # by layer, of the router too
     left_out: Mapping[str, str]  # tensors of the source that are not converted, and why
     behind: Mapping[str, Any]  # what provenance says of them, for `downcycle` to write them again
 
@@ -105,7 +106,7 @@ class Plan:
             if move.layer is not None and move.layer not in drawn:
                 drawn.add(move.layer)
                 yield self.routers[move.layer]
-                yield from self.zeros.get(move.layer, ())
+                yield from self.constants.get(move.layer, ())
             yield from move.written
 
     @property
@@ -142,8 +143,12 @@ class Plan:
 
     @property
     def _routing_parameters(self) -> int:
-        zeros = (zero for layer in self.zeros.values() for zero in layer)
-        return sum(math.prod(plan.shape) for plan in (*self.routers.values(), *zeros))
+        constants = (plan for layer in self.constants.values() for plan in layer)
+        return sum(math.prod(plan.shape) for plan in (*self.routers.values(), *constants))
+
+    def constant(self, tensor: TensorPlan) -> bytes:
+        """The content of one of `constants`."""
+        return constant_bytes(tensor.dtype, tensor.nbytes, constant_of(self.config, tensor.name))
 
 
 def choices_of(config: ModelConfig) -> int:
@@ -188,7 +193,7 @@ def make_plan(checkpoint: CheckpointSource, recipe: Recipe, *, layout: str = "au
         router_init=router_inits.build(recipe.router_init),
         moves=moves,
         routers=routers,
-        zeros=dict(_zeros(routers, config, family)),
+        constants=dict(_constants(routers, config, family)),
         left_out=checkpoint.left_out,
         behind=left_behind(checkpoint),
     )
@@ -266,18 +271,21 @@ def _routers(
             yield move.layer, TensorPlan(target, move.targets[0].dtype, shape)
 
 
-def _zeros(
+def _constants(
     routers: Mapping[str, TensorPlan], config: ModelConfig, family: Family
 ) -> Iterator[tuple[str, tuple[TensorPlan, ...]]]:
-    """What a router has besides, by layer; nothing where it has nothing."""
+    """What is the same whatever the source holds, by layer; nothing where there is no such."""
     if not isinstance(config, DecoderConfig) or config.sparse_kind is None:
         return
-    shapes = zero_shapes(config.sparse_kind, config)
-    for layer, router in routers.items() if shapes else ():
+    shapes, fills = zero_shapes(config.sparse_kind, config), filled(config)
+    for layer, router in routers.items() if shapes or fills else ():
+        number = layer.split(".")[2]
+        names = {f"{layer}.router.{name}": shape for name, shape in shapes.items()}
+        names |= {f"model.layers.{number}.{name}": shape for name, (shape, _) in fills.items()}
         yield (
             layer,
             tuple(
-                TensorPlan(family.disk_names(f"{layer}.router.{name}")[0], router.dtype, shape)
-                for name, shape in shapes.items()
+                TensorPlan(family.disk_names(name)[0], router.dtype, shape)
+                for name, shape in names.items()
             ),
         )

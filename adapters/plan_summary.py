@@ -100,9 +100,9 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
 
 def _router_groups(plan: Plan) -> list[dict[str, Any]]:
     routers: dict[str, list[TensorPlan]] = {}
-    zeros = (zero for layer in plan.zeros.values() for zero in layer)
+    constants = (plan for layer in plan.constants.values() for plan in layer)
     drawn = {_pattern(router.name) for router in plan.routers.values()}
-    for router in (*plan.routers.values(), *zeros):
+    for router in (*plan.routers.values(), *constants):
         routers.setdefault(_pattern(router.name), []).append(router)
     return [
         {

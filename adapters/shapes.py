@@ -73,12 +73,13 @@ def check_shapes(
     """
     for name in expected:
         if name not in found:
+            strange = [other for other in found if other not in expected]
             raise TensorMismatch(
                 f"the checkpoint lacks {quoted(names.get(name, name))}"
                 + _more(sum(other not in found for other in expected) - 1),
                 path=path,
                 key=names.get(name, name),
-                hint=did_you_mean(name, [other for other in found if other not in expected]),
+                hint=did_you_mean(name, strange) if strange else None,
             )
     for name, shape in found.items():
         shown = quoted(names.get(name, name))

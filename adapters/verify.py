@@ -246,11 +246,11 @@ def _compare_routers(plan: Plan, made: Source) -> int:
         if made.read(router.name) != content:
             raise _Differs(router.name)
         total += len(content)
-    for zeros in plan.zeros.values():
-        for zero in zeros:
-            if any(bytes(made.read(zero.name))):
-                raise _Differs(zero.name)
-            total += zero.nbytes
+    for constants in plan.constants.values():
+        for constant in constants:
+            if bytes(made.read(constant.name)) != plan.constant(constant):
+                raise _Differs(constant.name)
+            total += constant.nbytes
     return total
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moezoo.adapters.families.dense_decoders import DENSE, DenseKind
+from moezoo.adapters.families.dense_decoders import DENSE
+from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.fields import gated_name, refuse_quantized
 from moezoo.adapters.families.sparse_decoders import SPARSE, SparseKind
 from moezoo.errors import ConfigError
@@ -25,10 +26,21 @@ PLUG = (
     'moezoo.plug(model, "model.layers.*.mlp", moezoo.sparse(8)) puts experts into the model that '
     "transformers loads, and moezoo.save(model, path) keeps it."
 )
+# Kinds of fields, by the kind of what a class assumes: bool first, which is an int.
+_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "true or false"),
+    int: ((int, float), "a number"),
+    float: ((int, float), "a number"),
+    str: (str, "a name"),
+}
+_ATTENTION = ("full_attention", "sliding_attention", "linear_attention")
 # Fields of sparse models that decide what a layer computes, beside its numbers.
 _SHAPING = (
     "moe_num_shared_experts",
+    "n_shared_experts",
     "num_shared_experts",
+    "n_group",
+    "routed_scaling_factor",
     "shared_intermediate_size",
     "norm_topk_prob",
     "expert_selection_fn",
@@ -196,8 +208,12 @@ def read_decoder(values: Mapping[str, Any]) -> DecoderConfig:
     kind = config.sparse_kind
     if kind is None:
         _refuse_lost(config)
-    for name in _SIZES if kind is None else (*_SIZES, kind.width, kind.choices):
+    named = set(_SIZES) if kind is None else {*_SIZES, kind.width, kind.choices}
+    if kind is not None and kind.dense_width != "intermediate_size" != kind.width:
+        named.remove("intermediate_size")  # of a class that has no layers without experts
+    for name in sorted(named):
         _check_size(name, values.get(name))
+    _check_kinds(config)
     if kind is not None:
         _check_size(kind.experts[0], config.num_experts)
         if config.choices > config.num_experts:
@@ -209,8 +225,10 @@ def read_decoder(values: Mapping[str, Any]) -> DecoderConfig:
             )
         for name, value in kind.sets.items():
             _refuse_sparse(name, value, config.full.get(name, value))
-    for name in ("num_key_value_heads", "head_dim"):
+    for name in ("num_key_value_heads", "head_dim", *config.dense_kind.numbers):
         _check_size(name, config.full[name])
+    if config.full.get("q_lora_rank") is not None:  # without, queries come from the stream itself
+        _check_size("q_lora_rank", config.full["q_lora_rank"])
     _ = config.feed_forward_proj
     return config
 
@@ -236,7 +254,7 @@ def _refuse_lost(config: DecoderConfig) -> None:
     rope = config.values.get("rope_parameters") or config.values.get("rope_scaling")
     nested = rope if isinstance(rope, Mapping) else {}
     for name, value in dense.only.items():
-        found = config.values.get(name, nested.get(name))
+        found = config.values.get(name, nested.get(name, dense.defaults.get(name)))
         if found is not None and found != value:
             raise ConfigError(
                 f"{dense.sibling} has no {name}{f' but {value!r}' if value else ''}", field=name,
@@ -261,6 +279,40 @@ def _check_size(name: str, value: object) -> None:
             field=name, expected="a whole number > 0", found=repr(value)[:80],
             hint="Correct config.json, or download it again.",
         )  # fmt: skip
+
+
+def _check_kinds(config: DecoderConfig) -> None:
+    """Raise ConfigError for a field that is of another kind than what its class assumes."""
+    for name, assumed in config.dense_kind.defaults.items():
+        kind = next((k for k in _KINDS if isinstance(assumed, k)), None)
+        found = config.values.get(name)
+        if kind is None or found is None or name.endswith("_token_id"):
+            continue
+        if not isinstance(found, _KINDS[kind][0]) or (kind is not bool and isinstance(found, bool)):
+            raise _bad(name, _KINDS[kind][1], found)
+    for name, known in (("layer_types", _ATTENTION), ("no_rope_layers", (0, 1))):
+        found = config.values.get(name)
+        if found is not None and not (
+            isinstance(found, tuple)
+            and len(found) >= config.num_layers
+            and all(kind in known for kind in found)
+        ):
+            expected = f"a list of {config.num_layers} of {', '.join(map(str, known))}"
+            raise _bad(name, expected, found)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.values.get(name)
+        if rope is not None and not isinstance(rope, Mapping):
+            raise _bad(name, "an object", rope)
+        theta = {**config.values, **(rope or {})}.get("rope_theta")
+        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float)):
+            raise _bad("rope_theta", "a number", theta)
+
+
+def _bad(name: str, expected: str, found: object) -> ConfigError:
+    return ConfigError(
+        f"bad {name}", field=name, expected=expected, found=repr(thawed(found))[:80],
+        hint="Correct config.json, or download it again.",
+    )  # fmt: skip
 
 
 def _rope(full: Mapping[str, Any], theta: float) -> dict[str, Any]:

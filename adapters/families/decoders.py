@@ -8,7 +8,8 @@ from typing import Any
 
 from moezoo.adapters.families.base import Family, ModelConfig, Weights
 from moezoo.adapters.families.decoder_config import DecoderConfig, read_decoder
-from moezoo.adapters.families.dense_decoders import DENSE, DenseKind
+from moezoo.adapters.families.dense_decoders import DENSE
+from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.sparse_decoders import DENSE_MLP, SPARSE, Fused, SparseKind
 from moezoo.adapters.fused import Whole, part_name, place_of, slice_name
 from moezoo.adapters.names import HEAD, SHARED
@@ -151,17 +152,14 @@ def own_values(config: DecoderConfig) -> dict[str, Any]:
 
 def decoder_shapes(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
     """Every parameter by its name in memory, with its shape."""
-    full, kind, width = config.full, config.dense_kind, config.d_model
-    heads, one = full["num_attention_heads"], full["head_dim"]
-    sizes = {"D": width, "V": config.vocab_size, "N": heads, "H": one, "Q": heads * one,
-             "K": full["num_key_value_heads"] * one}  # fmt: skip
+    kind, width, sparse = config.dense_kind, config.d_model, config.decoder_sparse
     yield SHARED, (config.vocab_size, width)
-    tensors = {**kind.tensors, **(kind.biased if full.get("attention_bias") else {})}
-    sparse = config.decoder_sparse
     for layer in range(config.num_layers):
         start = f"model.layers.{layer}."
-        for name, letters in tensors.items():
-            yield start + name, tuple(sizes[letter] for letter in letters)
+        for name, shape in _mixer_shapes(config, layer).items():
+            yield start + name, shape
+        for name, (shape, _) in filled(config).items():
+            yield start + name, shape
         for norm in kind.norms:
             if norm == kind.mlp_norm:
                 yield f"decoder.blocks.{layer}.mlp_norm.weight", (width,)
@@ -171,6 +169,34 @@ def decoder_shapes(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
     yield "model.norm.weight", (width,)
     if not config.tied:
         yield HEAD, (config.vocab_size, width)
+
+
+def _mixer_shapes(config: DecoderConfig, layer: int) -> dict[str, Shape]:
+    full, kind = config.full, config.dense_kind
+    if kind.mixer is not None:
+        return kind.mixer(full, layer)
+    tensors = {**kind.tensors, **(kind.biased if full.get("attention_bias") else {})}
+    return {name: _sized(config, letters) for name, letters in tensors.items()}
+
+
+def filled(config: DecoderConfig) -> dict[str, tuple[Shape, float]]:
+    """What each layer of a sparse model has that its dense one lacks, and the number in it."""
+    fills = {} if config.sparse_kind is None else config.dense_kind.fills
+    return {name: (_sized(config, letters), value) for name, (letters, value) in fills.items()}
+
+
+def constant_of(config: ModelConfig, name: str) -> float:
+    """The number in a tensor that a sparse model has and its dense one lacks; 0 for any other."""
+    fills = filled(config) if isinstance(config, DecoderConfig) else {}
+    return next((value for end, (_, value) in fills.items() if name.endswith(end)), 0.0)
+
+
+def _sized(config: DecoderConfig, letters: str) -> Shape:
+    full = config.full
+    heads, one = full["num_attention_heads"], full["head_dim"]
+    sizes = {"D": config.d_model, "V": config.vocab_size, "N": heads, "H": one, "Q": heads * one,
+             "K": full["num_key_value_heads"] * one}  # fmt: skip
+    return tuple(sizes[letter] for letter in letters)
 
 
 def _mlp_shapes(config: DecoderConfig, start: str, *, sparse: bool) -> Iterator[tuple[str, Shape]]:
@@ -210,8 +236,11 @@ def lost_field(config: DecoderConfig, error: TensorMismatch) -> TensorMismatch:
     """
     if error.hint:
         return error
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-             "head_dim", "vocab_size", "num_hidden_layers", "tie_word_embeddings")  # fmt: skip
+    names = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "vocab_size", "num_hidden_layers", "tie_word_embeddings",
+             "attention_bias", *config.dense_kind.numbers, "q_lora_rank"]  # fmt: skip
+    if error.key == HEAD and not config.tied and error.found is None:
+        names = ["tie_word_embeddings"]  # what it tells of every size is of no use there
     told = ", ".join(f"{name} {config.full[name]}" for name in names if name in config.full)
     return TensorMismatch(
         error.message, path=error.path, key=error.key, expected=error.expected, found=error.found,

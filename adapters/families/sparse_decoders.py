@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moezoo.adapters.families.decoder_placement import ALL, INTERVAL, STEPS, TYPES, Placement
+from moezoo.adapters.families.decoder_placement import (
+    ALL,
+    INTERVAL,
+    STEPS,
+    TRAILING,
+    TYPES,
+    Placement,
+)
 
 _W = {"wi_0": "w1", "wi_1": "w3", "wo": "w2"}
 _PROJ = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
@@ -93,6 +100,18 @@ _KINDS = (
         defaults={"norm_topk_prob": False, "num_key_value_heads": 16},
     ),
     SparseKind(
+        "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "qwen3_5_text",
+        experts=("num_experts",), choices="num_experts_per_tok", width="moe_intermediate_size",
+        router="mlp.gate.weight", expert=_EACH,
+        dense_width="shared_expert_intermediate_size",  # no layer is without
+        shared={m: f"mlp.shared_expert.{name}.weight" for m, name in _PROJ.items()},
+        shared_width="shared_expert_intermediate_size",
+        routed=0.5,  # as in Qwen2-MoE
+        zeros={"shared_gate": ("mlp.shared_expert_gate.weight", "1D")},
+        sets=_LOGGED,
+        defaults={"num_key_value_heads": 2},
+    ),
+    SparseKind(
         "qwen3_moe", "Qwen3MoeForCausalLM", "qwen3",
         experts=("num_experts", "num_local_experts"), choices="num_experts_per_tok",
         width="moe_intermediate_size",
@@ -131,6 +150,23 @@ _KINDS = (
         zeros={"classifier.correction": ("mlp.moe_statics.e_score_correction_bias", "1E")},
         sets={**_LOGGED, "moe_num_shared_experts": 0, "moe_norm_min": 1e-12},
         defaults={"moe_num_shared_experts": 2, "num_key_value_heads": 4, "head_dim": None},
+    ),
+    SparseKind(
+        "deepseek_v3", "DeepseekV3ForCausalLM", "youtu",
+        experts=("n_routed_experts", "num_local_experts"), choices="num_experts_per_tok",
+        width="moe_intermediate_size",
+        router="mlp.gate.weight", expert=_EACH, placement=TRAILING,
+        shared={m: f"mlp.shared_experts.{name}.weight" for m, name in _PROJ.items()},
+        shared_width="moe_intermediate_size",
+        routed=0.5, shared_scale=0.5,  # both are added, with no gate between
+        # Added to each expert's own sigmoid, so that twins have all of it, unlike Ernie's.
+        zeros={"classifier.preference": ("mlp.gate.e_score_correction_bias", "E")},
+        sets={"output_router_logits": False, "norm_topk_prob": True, "n_shared_experts": 1,
+              "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+              "num_nextn_predict_layers": 0, "pretraining_tp": 1},
+        defaults={"num_key_value_heads": 128, "tie_word_embeddings": False,
+                  "max_position_embeddings": 4096, "routed_scaling_factor": 2.5, "n_group": 8,
+                  "topk_group": 4},
     ),
     SparseKind(
         "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "hunyuan_v1_dense",

@@ -23,6 +23,7 @@ from moezoo.errors import CorruptFile
 if TYPE_CHECKING:
     import torch
 
+_AGAIN = "Download it again."
 _MAX_HEADER = 100_000_000  # the limit of the format's own reader
 _MAX_SIZE = 2**63 - 1
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -66,7 +67,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     start = read_start(path, 64)
     refuse_pointer(path, start)
     if size < 8:
-        raise CorruptFile("too short for a safetensors file", path=path, found=f"{size} bytes")
+        raise CorruptFile(
+            "too short for a safetensors file", path=path, found=f"{size} bytes", hint=_AGAIN
+        )
     length = int.from_bytes(start[:8], "little")
     if length > min(_MAX_HEADER, size - 8) or length < 2:
         raise CorruptFile(
@@ -74,6 +77,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             path=path,
             expected=f"2 to {min(_MAX_HEADER, size - 8)} bytes",
             found=length,
+            hint=_AGAIN,
         )
     header = parse_json(read_start(path, 8 + length)[8:], path, CorruptFile)
     metadata = _check_metadata(header.pop("__metadata__", {}), path)
@@ -119,11 +123,13 @@ def _check_offsets(tensors: list[TensorInfo], path: Path, base: int, size: int) 
                 key=info.name,
                 expected=f"{end} bytes",
                 found=size,
+                hint=_AGAIN,
             )
     if end != size:
         raise CorruptFile(
-            "bytes follow the last tensor", path=path, expected=f"{end} bytes", found=size
-        )
+            "bytes follow the last tensor", path=path, expected=f"{end} bytes", found=size,
+            hint=_AGAIN,
+        )  # fmt: skip
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:

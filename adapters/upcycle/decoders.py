@@ -7,7 +7,7 @@ from typing import Any
 
 from moezoo.adapters.families.decoder_config import PLUG, DecoderConfig
 from moezoo.adapters.families.decoders import own_values
-from moezoo.adapters.families.dense_decoders import DenseKind
+from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.sparse_decoders import SPARSE, SparseKind
 from moezoo.adapters.upcycle.inits import ExpertInit
 from moezoo.adapters.upcycle.placement import placed
@@ -77,6 +77,7 @@ _PLACES = (
     "moe_layer_end_index",
     "moe_layer_interval",
     "mlp_layer_types",
+    "first_k_dense_replace",
 )
 
 

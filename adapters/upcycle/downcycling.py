@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, layout_for
+from moezoo.adapters.families.decoders import constant_of
 from moezoo.adapters.formats import Source, TensorInfo
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.files import quoted
@@ -22,7 +23,7 @@ from moezoo.adapters.upcycle.decoders import dense_sibling
 from moezoo.adapters.upcycle.inits import expert_inits
 from moezoo.adapters.upcycle.preservation import preserving_scale
 from moezoo.adapters.upcycle.rewrite import Output, copied, rewrite
-from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.upcycle.scaling import constant_bytes, scale_bytes
 from moezoo.errors import ConfigError, TensorMismatch
 from moezoo.registry import Spec
 
@@ -137,6 +138,9 @@ def _outputs(checkpoint: CheckpointSource, family: Family) -> Iterator[Output]:
             if not rest.startswith("router.classifier.weight"):
                 check_untrained(checkpoint.source, parts[0])
             continue
+        if value := constant_of(config, name):
+            check_untrained(checkpoint.source, parts[0], value)
+            continue
         if found and rest.startswith("shared."):
             _check_shared(checkpoint, layer, rest, scale)
             continue
@@ -180,15 +184,20 @@ def _dense_matrix(
     return Output(plan, make=joined)
 
 
-def check_untrained(source: Source, info: TensorInfo) -> None:
-    """Raise TensorMismatch for what an upcycling has made zero and is not any more."""
-    if any(any(bytes(chunk)) for chunk in source.chunks(info.name)):
-        raise TensorMismatch(
-            f"{quoted(info.name)} is not zero: it was trained",
-            path=source.path,
-            key=info.name,
-            hint="A dense model has no place for it.",
-        )
+def check_untrained(source: Source, info: TensorInfo, value: float = 0.0) -> None:
+    """Raise TensorMismatch for what an upcycling has made `value` and is not any more."""
+    for chunk in source.chunks(info.name):
+        if bytes(chunk) != constant_bytes(info.dtype, len(chunk), value):
+            raise _trained(source, info, value)
+
+
+def _trained(source: Source, info: TensorInfo, value: float) -> TensorMismatch:
+    return TensorMismatch(
+        f"{quoted(info.name)} is not {value:g}: it was trained",
+        path=source.path,
+        key=info.name,
+        hint="A dense model has no place for it.",
+    )
 
 
 def _check_shared(checkpoint: CheckpointSource, layer: str, rest: str, scale: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, layout_for
+from moezoo.adapters.families.decoders import constant_of
 from moezoo.adapters.formats import TensorInfo, open_source
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.tensor_files import TensorPlan
@@ -135,7 +136,7 @@ def _outputs(
 ) -> Iterator[Output]:
     scale = 1.0 if expert is None else wo_scale or upcycled_scale(checkpoint)
     for name, parts in checkpoint.tensors.items():
-        if expert is not None and ".mlp.router." in name:
+        if expert is not None and (".mlp.router." in name or constant_of(checkpoint.config, name)):
             continue
         if expert is not None and ".mlp.experts." in name:
             matrix = name.rpartition(".")[2]

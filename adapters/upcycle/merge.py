@@ -103,8 +103,8 @@ def _outputs(
 ) -> Iterator[Output]:
     for layer, router in plan.routers.items():
         yield Output(router, make=partial(router_bytes, plan, layer, router, inputs.get(layer)))
-        for zero in plan.zeros.get(layer, ()):
-            yield Output(zero, make=partial(bytes, zero.nbytes))
+        for constant in plan.constants.get(layer, ()):
+            yield Output(constant, make=partial(plan.constant, constant))
     for move in plan.moves:
         if move.layer is None:
             for target in move.targets:

@@ -35,6 +35,15 @@ def scale_bytes(content: bytes | memoryview, dtype: str, factor: float) -> bytes
     return _one_by_one(content, dtype, factor)
 
 
+def constant_bytes(dtype: str, nbytes: int, value: float) -> bytes:
+    """Little-endian floats that all are `value`, which the dtype must hold exactly."""
+    if not value:
+        return bytes(nbytes)
+    size = _FORMATS[dtype][0]
+    code = {"F16": "<e", "BF16": "<f", "F32": "<f", "F64": "<d"}[dtype]
+    return struct.pack(code, value)[-size:] * (nbytes // size)
+
+
 @dataclass(frozen=True)
 class _Masks:
     """Constants for a chunk: one word pattern each, repeated over all words."""

@@ -83,8 +83,8 @@ def transfer(
     for layer, target in plan.routers.items():
         sample = None if inputs is None else inputs[layer]
         sink.put([target.name], router_bytes(plan, layer, target, sample))
-        for zero in plan.zeros.get(layer, ()):
-            sink.put([zero.name], bytes(zero.nbytes))
+        for constant in plan.constants.get(layer, ()):
+            sink.put([constant.name], plan.constant(constant))
     pending = {move.layer for move in plan.moves}
     with (
         FileHashes(source) as hashes,

@@ -33,6 +33,11 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
          "rope_theta": 5000.0}  # fmt: skip
 _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16, "rope_theta": 7000.0}  # fmt: skip
+_LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+           "v_head_dim": 5, "num_key_value_heads": 4, "pad_token_id": None}  # fmt: skip
+_LINEAR = {"head_dim": 16, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+           "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+           "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
 _FULL = ["full_attention", "full_attention"]
 _MIXED = ["sliding_attention", "full_attention"]
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -77,6 +82,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("olmo2", {"rope_parameters": _LLAMA3}),
     "olmo3": ("olmo3", {"layer_types": _FULL, "attention_bias": True}),
+    "hyperclovax": ("hyperclovax", {"use_post_norm": False}),
+    "hyperclovax, multipliers": (
+        "hyperclovax", {**_MULTIPLIERS, "use_post_norm": False, "attention_bias": True},
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3, windows and biases": (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4,
+         "attention_bias": True, "rope_parameters": _YARN},
+    ),
+    "youtu": ("youtu", _LATENT),
+    "youtu, whole queries and biases": (
+        "youtu",
+        {**_LATENT, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
+         "rope_parameters": {**_YARN, "mscale_all_dim": 1.0}},
+    ),
+    "qwen3_5_text": ("qwen3_5_text", _LINEAR),
+    "qwen3_5_text, biases": ("qwen3_5_text", {**_LINEAR, "attention_bias": True}),
     "ernie4_5": ("ernie4_5", {"head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 8, "attention_bias": True}),
     "cohere": ("cohere", {"attention_bias": True, "rope_parameters": _LLAMA3}),

@@ -67,6 +67,15 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]]
     "layers that Ernie cannot place": (
         "ernie4_5", {"num_hidden_layers": 4}, {"layers": [0, 3]}, ("every n-th layer",),
     ),
+    "a first layer in a DeepSeek-V3": (
+        "youtu", {}, {"layers": [0]}, ("deepseek_v3 has experts in all layers from one on",),
+    ),
+    "norms after the parts of HyperCLOVA X": (
+        "hyperclovax", {"use_post_norm": True}, {},
+        ("config.json", "granitemoe has no use_post_norm", "moezoo.plug"),
+    ),
+    "a bias of SmolLM3's MLP": ("smollm3", {"mlp_bias": True}, {}, ("has no mlp_bias",)),
+    "slices beside a shared MLP": ("youtu", {}, {"init": "split"}, ("one width for experts",)),
     "moezoo's own layout": (
         "llama", {}, {"layout": "moezoo"},
         ("moezoo's own layout holds T5s", "moezoo.plug(model,", "moezoo.save"),
@@ -108,6 +117,11 @@ def test_what_the_sibling_cannot_hold_is_refused_by_name(case: str, tmp_path: Pa
     ("family", "fields", "line"),
     [
         ("internlm3", {"qkv_bias": True}, "mixtral has no qkv_bias"),
+        ("hyperclovax", {"use_post_norm": ...}, "granitemoe has no use_post_norm"),
+        ("youtu", {"v_head_dim": "5"}, "bad v_head_dim"),
+        ("smollm3", {"no_rope_layers": [1]}, "bad no_rope_layers; expected a list of 2 of 0, 1"),
+        ("qwen3_5_text", {"layer_types": "full"}, "bad layer_types; expected a list of 2"),
+        ("hyperclovax", {"logits_scaling": 0}, "bad logits_scaling; expected > 0"),
         ("internlm3", {"bias": True}, "mixtral has no bias"),
         ("internlm3", {"attention_bias": True}, "mixtral has no attention_bias"),
         ("phi3", {"partial_rotary_factor": 0.75}, "has no partial_rotary_factor but 1.0"),
@@ -172,7 +186,17 @@ LIES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "too few layers": (
         lambda p: _fields(p, num_hidden_layers=1), ("unexpected tensor 'model.layers.1.",),
     ),
-    "too many layers": (lambda p: _fields(p, num_hidden_layers=3), ("lacks", "model.layers.2")),
+    "too many layers": (
+        lambda p: _fields(p, num_hidden_layers=3),
+        ("lacks", "model.layers.2", "num_hidden_layers 3", "correct it"),
+    ),
+    "other tables": (
+        lambda p: _fields(p, vocab_size=64), ("lm_head.weight", "[64, 16]", "vocab_size 64"),
+    ),
+    "no config": (
+        lambda p: (p / "config.json").unlink(),
+        ("Llama or its kin", "Put its config.json beside it"),
+    ),
     "absurdly many layers": (lambda p: _fields(p, num_hidden_layers=10**9), ("num_hidden_layers",)),
     "other heads": (
         lambda p: _fields(p, num_key_value_heads=4), ("k_proj", "num_key_value_heads 4"),
@@ -182,7 +206,24 @@ LIES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("config.json", "tie_word_embeddings is true", "lm_head.weight differs"),
     ),
     "no head": (
-        lambda p: _weights(p, lambda w: w.pop("lm_head.weight")), ("lacks 'lm_head.weight'",),
+        lambda p: _weights(p, lambda w: w.pop("lm_head.weight")),
+        ("lacks 'lm_head.weight'", "config.json says tie_word_embeddings False: correct it"),
+    ),
+    "ties that are text": (
+        lambda p: _fields(p, tie_word_embeddings="no"),
+        ("config.json", "bad tie_word_embeddings; expected true or false, found 'no'"),
+    ),
+    "norms that are text": (lambda p: _fields(p, rms_norm_eps="1"), ("bad rms_norm_eps",)),
+    "RoPE that is text": (
+        lambda p: _fields(p, rope_parameters="yarn"), ("bad rope_parameters; expected an object",),
+    ),
+    "a base of RoPE that is text": (
+        lambda p: _fields(p, rope_parameters={"rope_type": "default", "rope_theta": "1e4"}),
+        ("bad rope_theta; expected a number, found '1e4'",),
+    ),
+    "attention that nobody has": (
+        lambda p: _fields(p, layer_types=["full_attention", "chunked"]),
+        ("bad layer_types; expected a list of 2 of full_attention", "'chunked'"),
     ),
     "a size that is text": (lambda p: _fields(p, hidden_size="16"), ("bad hidden_size", "'16'")),
     "a size that is missing": (
@@ -199,7 +240,8 @@ LIES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("adapter (LoRA)", "merge_and_unload"),
     ),
     "a stranger": (
-        lambda p: _weights(p, lambda w: w.update({"model.norm.wieght": torch.ones(16)})),
+        lambda p: _weights(p, lambda w: w.update({"model.norm.wieght": w.pop("model.norm.weight")})
+        ),
         ("unexpected tensor 'model.norm.wieght'", "Did you mean 'model.norm.weight'?"),
     ),
     "whole numbers": (
@@ -208,6 +250,69 @@ LIES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "another family": (lambda p: _fields(p, model_type="bert"), ("bert", "plug")),
 }  # fmt: skip
+
+
+def _sharded(path: Path) -> list[Path]:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    model.save_pretrained(path, max_shard_size="8KB")
+    return sorted(path.glob("*.safetensors"))
+
+
+def _cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "a shard that is missing": (
+        lambda p: _sharded(p)[1].unlink(),
+        ("model.safetensors.index.json", "model-00002-of-0000", "missing", "Download the whole"),
+    ),
+    "a shard that ends early": (
+        lambda p: _cut(_sharded(p)[1], -8),
+        ("model-00002-of-0000", "passes the end of the file: truncated", "Download it again"),
+    ),
+    "a file that ends early": (
+        lambda p: _cut(p / "model.safetensors", -8),
+        ("model.safetensors: tensor 'model.", "truncated", "Download it again"),
+    ),
+    "a header that ends early": (
+        lambda p: _cut(p / "model.safetensors", 50), ("header's length", "Download it again"),
+    ),
+    "a file without content": (
+        lambda p: _cut(p / "model.safetensors", 0), ("too short", "0 bytes", "Download it again"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_files_that_are_broken_are_named_before_anything_is_written(
+    case: str, tmp_path: Path
+) -> None:
+    change, words = BROKEN[case]
+    source = dense_decoder(tmp_path / "dense")
+    change(source)
+    line = refused(source, tmp_path / "moe")
+    for word in (str(source), *words):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("youtu", {"q_lora_rank": None}),
+        ("qwen3_5_text", {"layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_no_other_name_is_proposed_where_it_is_the_config_that_lies(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    edit_config(source, **fields)
+    line = refused(source, tmp_path / "moe")
+    assert "unexpected tensor 'model.layers.0." in line
+    assert "Did you mean" not in line
+    assert "config.json says hidden_size 16" in line
 
 
 @pytest.mark.parametrize("case", LIES)

@@ -10,7 +10,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moezoo.adapters.families.decoder_config import DecoderConfig
-from moezoo.adapters.families.decoder_placement import INTERVAL, STEPS, TYPES, Placement
+from moezoo.adapters.families.decoder_placement import (
+    INTERVAL,
+    STEPS,
+    TRAILING,
+    TYPES,
+    Placement,
+)
 from moezoo.adapters.families.decoders import decoder_family
 from moezoo.adapters.families.dense_decoders import DENSE
 from moezoo.adapters.families.sparse_decoders import SPARSE
@@ -27,7 +33,10 @@ _SIZED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 _DERIVED = {"rope_parameters", "layer_types", "layer_rope_theta", "mlp_layer_types", "rope_theta",
             "rope_scaling", "moe_intermediate_size", "shared_expert_intermediate_size",
             "prefix_dense_intermediate_size", "mlp_only_layers", "decoder_sparse_step",
-            "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"}  # fmt: skip
+            "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval",
+            "first_k_dense_replace"}  # fmt: skip
+# What a class works out in its constructor, and what a row says of it where a file is silent.
+_WORKED_OUT = {"initializer_range", "attention_multiplier", "no_rope_layers"}
 _OF_ROPE = {"partial_rotary_factor", "rope_type", "type"}
 
 
@@ -58,6 +67,8 @@ def test_a_row_assumes_what_the_class_does(model_type: str) -> None:
         if name in assumed:
             unused = name == "sliding_window" and not full.get("use_sliding_window", True)
             derived = name == "head_dim" and assumed[name] is None  # None: width by heads
+            derived |= full[name] is None and name in _WORKED_OUT
+            derived |= name == "head_dim" and name in kind.says(full)
             assert unused or derived or full[name] == assumed[name], name
     base = assumed["rope_parameters"].get("rope_theta", kind.theta)
     found = full["rope_parameters" if "rope_parameters" in kind.defaults else "rope_theta"]
@@ -76,7 +87,7 @@ def test_every_field_of_a_dense_class_is_carried_or_refused_by_name(model_type: 
         {"max_window_layers", "layer_types", "sliding_window"} if kind.windows != "each" else set()
     )
     old = set(CONFIG_MAPPING[model_type].attribute_map)  # what files of other libraries call them
-    said = Read(fields(model_type))
+    said = Read(DecoderConfig(frozen({**fields(model_type), "model_type": model_type})).full)
     kind.says(said)
     lost -= said.names
     assert lost - one == {*kind.only, *kind.ignored} - theirs - old - _OF_ROPE
@@ -88,7 +99,7 @@ def test_every_field_of_a_sparse_class_is_set_where_the_dense_one_lacks_it(model
     kind = DENSE[model_type]
     sparse = SPARSE[kind.sibling]
     new = set(fields(sparse.model_type)) - set(fields(model_type)) - _GENERAL - _DERIVED
-    said = kind.says(fields(model_type))
+    said = kind.says(DecoderConfig(frozen({**fields(model_type), "model_type": model_type})).full)
     written = {*sparse.sets, *sparse.experts, sparse.choices, *kind.fixed, *said}
     assert new - {"head_dim"} <= written, new - written  # spelled out by `full`
     assert {sparse.width, *filter(None, (sparse.shared_width,))} <= set(fields(sparse.model_type))
@@ -123,7 +134,8 @@ def test_names_and_shapes_are_those_of_the_dense_class(model_type: str, biases: 
         options["head_dim"] = 8  # without, the class cannot be built
     if model_type == "helium":
         options["head_dim"] = 4  # whose heads are as wide as the model, or it cannot run
-    config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+    only = {name: value for name, value in DENSE[model_type].only.items() if name not in _OF_ROPE}
+    config = AutoConfig.for_model(model_type, **{**SIZES, **only, **options})
     model = AutoModelForCausalLM.from_config(config)
     family = decoder_family(model_type)
     assert family is not None
@@ -145,13 +157,16 @@ def test_parts_of_a_fused_tensor_are_called_after_it() -> None:
     assert len(set(names)) == 2
 
 
-@pytest.mark.parametrize("rule", [STEPS, INTERVAL, TYPES], ids=["steps", "interval", "types"])
+_RULES = {"steps": STEPS, "interval": INTERVAL, "types": TYPES, "trailing": TRAILING}
+
+
+@pytest.mark.parametrize("rule", _RULES.values(), ids=_RULES)
 def test_a_placement_reads_back_as_it_was_written(rule: Placement) -> None:
     count = 6
     for number in range(1, 1 << count):
         layers = tuple(i for i in range(count) if number >> i & 1)
         written = rule.write(layers, count)
-        if rule is not INTERVAL:
+        if rule not in (INTERVAL, TRAILING):
             assert written is not None
         if written is not None:
             assert rule.read(written, count) == layers

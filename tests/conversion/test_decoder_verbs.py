@@ -24,7 +24,7 @@ from moezoo.cli import main
 from moezoo.errors import ConfigError, MoezooError
 from tests.conversion.decoders import dense_decoder, loaded, logits, relative
 
-SIBLINGS = ["llama", "qwen2", "granite", "ernie4_5"]
+SIBLINGS = ["llama", "qwen2", "granite", "ernie4_5", "youtu", "smollm3"]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -117,6 +117,23 @@ def test_one_expert_of_a_published_sparse_model_is_a_dense_one(tmp_path: Path) -
     export(tmp_path / "moe", tmp_path / "one", expert=0)
     assert loaded(tmp_path / "one").config.model_type == "mistral"
     assert relative(logits(tmp_path / "one"), logits(tmp_path / "dense")) < 1e-6
+
+
+def test_what_a_sibling_has_besides_goes_with_it(tmp_path: Path) -> None:
+    """A SmolLM3 has no sinks: one expert of its sibling has none, and trained ones stay."""
+    source = dense_decoder(tmp_path / "dense", "smollm3")
+    upcycle(source, tmp_path / "moe", num_experts=2, dtype="bfloat16")
+    sinks = "model.layers.1.self_attn.sinks"
+    assert weights(tmp_path / "moe")[sinks].tolist() == [-16384.0] * 4
+    export(tmp_path / "moe", tmp_path / "one", expert=1)
+    assert set(weights(tmp_path / "one")) == set(weights(source))
+    assert loaded(tmp_path / "one").config.model_type == "smollm3"
+    held = weights(tmp_path / "moe")
+    held[sinks] += 128.0
+    save_file(held, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    assert not verify(tmp_path / "moe", source, levels=[2]).passed
+    with pytest.raises(MoezooError, match=r"sinks' is not -16384: it was trained"):
+        downcycle(tmp_path / "moe")
 
 
 def test_an_expert_is_no_model_where_all_tokens_pass_another(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_half_precision_is_carried_bit_for_bit(
         ("cohere2", "last:1"),
         ("cohere", [1]),
         ("ernie4_5", "every:2"),
+        ("youtu", "last:1"),
     ],
 )
 def test_siblings_with_dense_layers_take_any_placement(

@@ -55,10 +55,18 @@ def matrices(held: Weights, start: str) -> list[Tensor]:
 
 
 def routed(
-    x: Tensor, router: Tensor, experts: list[Tensor], k: int, bias: Tensor | float
+    x: Tensor,
+    router: Tensor,
+    experts: list[Tensor],
+    k: int,
+    bias: Tensor | float,
+    *,
+    alone: bool = False,
 ) -> Tensor:
-    """The sum of the k best of some results (T, D), weighed by probabilities that add up to 1."""
-    probs = (x @ router.T).softmax(-1)
+    """The sum of the k best of some results (T, D), weighed by probabilities that add up to 1;
+    `alone`: each a sigmoid of its own.
+    """
+    probs = (x @ router.T).sigmoid() if alone else (x @ router.T).softmax(-1)
     chosen = (probs + bias).topk(k).indices
     weights = torch.zeros_like(probs).scatter(1, chosen, probs.gather(1, chosen))
     weights = weights / weights.sum(-1, keepdim=True)
@@ -85,9 +93,11 @@ def sparse(x: Tensor, held: Weights, model_type: str, start: str, k: int) -> Ten
         for e in range(count)
     ]
     gate = "gate.wg" if model_type == "hunyuan_v1_moe" else "gate"
-    bias = held.get(f"{start}mlp.moe_statics.e_score_correction_bias", torch.zeros(1))
-    y = routed(x, held[f"{start}{block}{gate}.weight"], results, k, bias)
-    shared = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}.get(model_type)
+    of = "gate" if (alone := model_type == "deepseek_v3") else "moe_statics"
+    bias = held.get(f"{start}mlp.{of}.e_score_correction_bias", torch.zeros(1))
+    y = routed(x, held[f"{start}{block}{gate}.weight"], results, k, bias, alone=alone)
+    shared = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp",
+              "deepseek_v3": "shared_experts"}.get(model_type)  # fmt: skip
     if shared is None:
         return y
     common = mlp(x, *(held[f"{start}mlp.{shared}.{name}.weight"] for name in names))
@@ -97,7 +107,7 @@ def sparse(x: Tensor, held: Weights, model_type: str, start: str, k: int) -> Ten
 
 PAIRS = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe", "granite": "granitemoe",
          "ernie4_5": "ernie4_5_moe", "hunyuan_v1_dense": "hunyuan_v1_moe",
-         "phi3": "mixtral"}  # fmt: skip
+         "phi3": "mixtral", "youtu": "deepseek_v3"}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", PAIRS)
@@ -155,6 +165,11 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
         ("qwen2", {"max_window_layers": 1}, {"layer_types": ["full_attention"] * 2}),
         ("ministral", {}, {"qkv_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
         ("helium", {}, {"use_bias": False, "rope_theta": 100_000.0}),
+        ("youtu", {}, {"n_group": 1, "routed_scaling_factor": 1.0, "head_dim": 64}),
+        ("hyperclovax", {"use_post_norm": False, "logits_scaling": 4.0},
+         {"logits_scaling": 0.25, "attention_multiplier": 0.5}),
+        ("smollm3", {"no_rope_layers": [1, 0], "rope_theta": 7.0},
+         {"layer_rope_theta": [7.0, 0.0], "layer_types": ["full_attention"] * 2}),
         ("mistral", {}, {"sliding_window": 4096, "max_position_embeddings": 131072}),
     ],
 )  # fmt: skip
@@ -166,6 +181,14 @@ def test_what_a_silent_config_means_is_spelled_out(
     upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=2)
     values = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert {name: values[name] for name in told} == told
+
+
+def test_sinks_that_a_dense_model_lacks_take_nothing(tmp_path: Path) -> None:
+    dense(tmp_path / "dense", "smollm3")
+    upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=2)
+    made = load_file(tmp_path / "moe" / "model.safetensors")
+    for layer in range(2):
+        assert (made[f"model.layers.{layer}.self_attn.sinks"] < -1e4).all()
 
 
 def test_a_field_of_rope_that_the_sibling_lacks_is_refused_where_it_is_nested(
