@@ -90,6 +90,7 @@ def load_transformers(
     """
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise ConfigError(
             f"{purpose} needs transformers, which is missing", field="transformers",
@@ -97,10 +98,16 @@ def load_transformers(
         ) from None  # fmt: skip
     # Its kernels for groups of rows refuse some sizes; the weights are what is looked at.
     plain = {"experts_implementation": "eager"} if checkpoint.config.decoder_sparse else {}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(checkpoint.path), dtype=torch.float32, output_loading_info=True, local_files_only=True,
-        **plain,
-    )  # fmt: skip
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.path), dtype=torch.float32, output_loading_info=True,
+            local_files_only=True, **plain,
+        )  # fmt: skip
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     names = [str(name) for found in report.values() for name in found]
     return model.to(device).eval(), names
 

@@ -44,6 +44,7 @@ class SparseKind:
         shared: tensors of the MLP that every token passes, none of most.
         routed, shared_scale: factors on `wo` with which the layer computes what the dense one did.
         zeros: further tensors, by what they are called here, and their sizes by letter (E, D, 1).
+        fewest: experts that its router can choose among.
         sets: fields that dense models have no word for, as an upcycled model needs them.
     """
 
@@ -62,6 +63,7 @@ class SparseKind:
     routed: float = 1.0
     shared_scale: float = 1.0
     zeros: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    fewest: int = 1
     sets: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -161,6 +163,7 @@ _KINDS = (
         routed=0.5, shared_scale=0.5,  # both are added, with no gate between
         # Added to each expert's own sigmoid, so that twins have all of it, unlike Ernie's.
         zeros={"classifier.preference": ("mlp.gate.e_score_correction_bias", "E")},
+        fewest=2,  # the best two of a group say whether it is taken
         sets={"output_router_logits": False, "norm_topk_prob": True, "n_shared_experts": 1,
               "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
               "num_nextn_predict_layers": 0, "pretraining_tp": 1},

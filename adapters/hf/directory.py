@@ -54,14 +54,17 @@ def record_text(
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    what = "its tokenizer"
     try:
         words: Any = AutoTokenizer.from_pretrained(tokenizer or path, local_files_only=True)
+        what = "it"
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, dtype="auto", experts_implementation="moezoo"
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
-        raise CheckpointError(reason, path=path) from None
+        reason = f"transformers cannot load {what}: {' '.join(str(error).split())[:200]}"
+        hint = "Name a directory that has one: --tokenizer DIR." if what != "it" else None
+        raise CheckpointError(reason, path=path, hint=hint) from None
     finally:
         if shown:
             logging.enable_progress_bar()

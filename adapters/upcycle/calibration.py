@@ -253,5 +253,5 @@ def _encoder(directory: Path) -> Callable[[str], list[int]]:
             f"calibration needs the tokenizer beside the source: {error.message}",
             field="calibration",
             path=directory,
-            hint="Put spiece.model there, or pass token ids in a JSON file.",
+            hint="Put tokenizer.json or spiece.model there, or pass token ids in a JSON file.",
         ) from None

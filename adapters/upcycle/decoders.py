@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moezoo.adapters.families.decoder_config import PLUG, DecoderConfig
@@ -10,7 +10,7 @@ from moezoo.adapters.families.decoders import own_values
 from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.sparse_decoders import SPARSE, SparseKind
 from moezoo.adapters.upcycle.inits import ExpertInit
-from moezoo.adapters.upcycle.placement import placed
+from moezoo.adapters.upcycle.placement import Layers, placed
 from moezoo.adapters.upcycle.preservation import router_for
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.errors import ConfigError
@@ -28,7 +28,7 @@ def sparse_sibling(
     """
     dense, sparse = source.dense_kind, SPARSE[source.dense_kind.sibling]
     layers = _layers(source, recipe, sparse)
-    choices = _choices(recipe, init)
+    choices = _choices(recipe, init, sparse)
     _refuse_capacity(recipe, sparse)
     width = init.expert_width(source.d_ff, recipe.num_experts)
     if width != source.d_ff and sparse.shared_width == sparse.width:
@@ -86,6 +86,11 @@ def _layers(source: DecoderConfig, recipe: Recipe, sparse: SparseKind) -> dict[s
     wanted = "all" if recipe.layers is None else recipe.layers
     if not isinstance(wanted, Mapping) and "=" not in wanted:
         wanted = {"decoder": wanted}
+    if any(str(part).strip().startswith("enc") for part in _stacks(wanted)):
+        raise ConfigError(
+            "a decoder has no encoder", field="layers", found=str(recipe.layers),
+            hint="Name its layers alone, such as '0,2' or 'all'.",
+        )  # fmt: skip
     _, layers = placed(wanted, encoder_layers=0, decoder_layers=source.num_layers)
     fields = sparse.placement.write(layers, source.num_layers)
     if fields is None:
@@ -96,9 +101,18 @@ def _layers(source: DecoderConfig, recipe: Recipe, sparse: SparseKind) -> dict[s
     return fields
 
 
-def _choices(recipe: Recipe, init: ExpertInit) -> int:
+def _stacks(layers: Layers) -> Iterable[object]:
+    return layers.split(";") if isinstance(layers, str) else layers
+
+
+def _choices(recipe: Recipe, init: ExpertInit, sparse: SparseKind) -> int:
     """Experts per token. Raises ConfigError for a router that these models do not have."""
     count = recipe.num_experts
+    if count < sparse.fewest:
+        raise ConfigError(
+            f"{sparse.model_type} cannot choose among fewer experts", field="num_experts",
+            expected=f">= {sparse.fewest}", found=count,
+        )  # fmt: skip
     wanted = {"name": "top_k"} if recipe.router is None else recipe.router
     spec = router_for(init, wanted, count)
     k = spec.options.get("k", min(2, count))

@@ -102,7 +102,9 @@ def _sparse_layers(config: ModelConfig, num_experts: int) -> list[str]:
     """Their names. Raises ConfigError where there is nothing to reduce to `num_experts`."""
     layers = [f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse]
     layers += [f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse]
-    if not layers or not 1 <= num_experts < config.num_experts:
+    if not layers:
+        raise ConfigError("the model is dense", field="source", hint="Use `moezoo upcycle`.")
+    if not 1 <= num_experts < config.num_experts:
         raise ConfigError(
             "num_experts must be fewer than the model has",
             field="num_experts",
@@ -112,7 +114,7 @@ def _sparse_layers(config: ModelConfig, num_experts: int) -> list[str]:
     if isinstance(config, DecoderConfig) and num_experts < config.choices:
         raise ConfigError(
             f"every token goes to {config.choices} experts", field="num_experts",
-            expected=f">= {config.choices}", found=num_experts,
+            expected=f">= {config.choices}", found=num_experts, hint="Keep as many.",
         )  # fmt: skip
     return layers
 

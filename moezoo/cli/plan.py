@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(facts: dict[str, Any]) -> str:
     from moezoo.cli.terminal import duration, quantity
 
-    held = "yes" if facts["expressible"] else f"no, because {facts['layout_reason']}"
+    held = facts["layout"] if facts["expressible"] else f"no, because {facts['layout_reason']}"
     totals = [
         f"parameters            {facts['parameters']:,} ({facts['active_parameters']:,} per token)",
         f"read / written        {quantity(facts['bytes_read'])}B / "

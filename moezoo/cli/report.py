@@ -140,7 +140,7 @@ def _of_transformers(
         watch=watched(arguments, "routing"),
     )
     ids = {name: tuple(calls) for name, calls in found.ids.items()}
-    return Observation(traces.of(found.tape, probs=True), ids), found.piece
+    return Observation(traces.of(found.tape, probs=True), ids, ours=False), found.piece
 
 
 def _loaded(source: str) -> Any:

@@ -30,13 +30,15 @@ class Observation:
 
     Fields: trace; ids, for each of its layers the ids (T,) of every call's tokens, None where they
     are not known; policies, the capacity policy of a layer, to be replayed at other factors (the
-    paper's where none is given); dense, the layers are those of a dense model, each one expert.
+    paper's where none is given); dense, the layers are those of a dense model, each one expert;
+    ours, the model is moezoo's and not of transformers.
     """
 
     trace: Trace
     ids: Ids = field(default_factory=dict)
     policies: Mapping[str, CapacityPolicy] = field(default_factory=dict)
     dense: bool = False
+    ours: bool = True
 
 
 @torch.no_grad()

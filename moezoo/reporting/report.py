@@ -165,7 +165,7 @@ def _routing(
         texts.append(text)
         _join(stream.layers, names, layers, pairs)
     ordered = [layers[name] for name in names]
-    said = [] if seen.dense else advice(ordered)
+    said = [] if seen.dense else advice(ordered, ours=seen.ours)
     return {"streams": texts, "layers": ordered, "dense": seen.dense, "notes": said}
 
 

@@ -185,6 +185,9 @@ def test_collapsed_routing_gets_advice() -> None:
     assert "3 of 4 experts get no token" in said
     assert "capacity='dropless'" in said
     assert "100%" in table(HEADER, rows(document)) and advice(document["layers"])
+    theirs = " ".join(advice(document["layers"], ours=False))
+    assert "3 of 4 experts get no token. Train with output_router_logits=True" in theirs
+    assert "capacity" not in theirs and "router_init" not in theirs
 
 
 def test_bars_are_full_at_twice_the_mean_and_half_at_it() -> None:

@@ -75,6 +75,12 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]]
         ("config.json", "granitemoe has no use_post_norm", "moezoo.plug"),
     ),
     "a bias of SmolLM3's MLP": ("smollm3", {"mlp_bias": True}, {}, ("has no mlp_bias",)),
+    "layers of an encoder": (
+        "llama", {}, {"layers": "enc=1;dec=all"}, ("a decoder has no encoder", "layers alone"),
+    ),
+    "one expert, where the best two of a group count": (
+        "youtu", {}, {"num_experts": 1}, ("deepseek_v3 cannot choose among fewer", ">= 2, found 1"),
+    ),
     "slices beside a shared MLP": ("youtu", {}, {"init": "split"}, ("one width for experts",)),
     "moezoo's own layout": (
         "llama", {}, {"layout": "moezoo"},

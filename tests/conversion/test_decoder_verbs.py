@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 import moezoo
 from moezoo.adapters.checkpoint_source import open_checkpoint
@@ -67,6 +68,30 @@ def test_a_grown_model_shrinks_to_what_it_was(sparse: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"every token goes to 4 experts; expected >= 4, found 3"):
         shrink(tmp_path / "grown", tmp_path / "less", num_experts=3)
     assert not (tmp_path / "less").exists()
+
+
+def test_a_dense_model_does_not_shrink(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=r"the model is dense. Use `moezoo upcycle`"):
+        shrink(source, tmp_path / "small", num_experts=1)
+
+
+def test_verification_shows_no_bars_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    logging.enable_progress_bar()
+    try:
+        assert main(["verify", str(tmp_path / "moe"), "--against", str(source)]) == 0
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.disable_progress_bar()
+    shown = capsys.readouterr()
+    assert "logits within" in shown.out
+    assert not shown.err
+    assert main(["plan", str(source), "--experts", "2"]) == 0
+    assert "Hugging Face layout   mixtral" in capsys.readouterr().out
 
 
 def test_a_fresh_upcycling_shrinks_to_the_same_function(tmp_path: Path) -> None:
