@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +34,7 @@ _KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: (str, "a name"),
 }
-_ATTENTION = ("full_attention", "sliding_attention", "linear_attention")
+_ATTENTION = ("full_attention", "sliding_attention", "linear_attention", "conv")
 # Fields of sparse models that decide what a layer computes, beside its numbers.
 _SHAPING = (
     "moe_num_shared_experts",
@@ -110,9 +111,11 @@ class DecoderConfig:
     def d_ff(self) -> int:
         """The hidden width of the dense MLP."""
         if self.dense_values is not None:
-            return int(self.dense_values["intermediate_size"])
+            return DecoderConfig(self.dense_values).d_ff
         sparse = self.sparse_kind
-        wide = None if sparse is None else self.values.get(sparse.dense_width)
+        if sparse is None:
+            return self.dense_kind.width(self.full)
+        wide = self.values.get(sparse.dense_width)
         return int(wide or self.values["intermediate_size"])
 
     @property
@@ -265,7 +268,10 @@ def _refuse_lost(config: DecoderConfig) -> None:
 
 def _refuse_sparse(name: str, value: Any, found: object) -> None:
     """Refuse a published sparse model whose layers are of a form that the row does not know."""
-    if name in _SHAPING and found != value:
+    same = found == value
+    if isinstance(value, float) and isinstance(found, float):
+        same = math.isclose(found, value, rel_tol=1e-5)  # see `added`
+    if name in _SHAPING and not same:
         raise ConfigError(
             f"moezoo does not know sparse layers with this {name}", field=name,
             expected=repr(value), found=repr(found)[:80], hint="Load it with transformers.",

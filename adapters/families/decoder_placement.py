@@ -54,15 +54,6 @@ def _write_interval(layers: Layers, count: int) -> dict[str, Any] | None:
     return None
 
 
-def _read_trailing(values: Values, count: int) -> Layers:
-    return tuple(range(values.get("first_k_dense_replace", 3), count))
-
-
-def _write_trailing(layers: Layers, count: int) -> dict[str, Any] | None:
-    first = layers[0] if layers else count
-    return {"first_k_dense_replace": first} if layers == tuple(range(first, count)) else None
-
-
 def _read_types(values: Values, count: int) -> Layers:
     first = values.get("first_k_dense_replace", 0)
     kinds = values.get("mlp_layer_types") or [
@@ -79,4 +70,16 @@ ALL = Placement(lambda values, count: tuple(range(count)), _every, "all layers")
 STEPS = Placement(_read_steps, _write_steps, "any layers")
 INTERVAL = Placement(_read_interval, _write_interval, "every n-th layer from one to another")
 TYPES = Placement(_read_types, _write_types, "any layers")
-TRAILING = Placement(_read_trailing, _write_trailing, "all layers from one on")
+
+
+def trailing(field: str, silent: int) -> Placement:
+    """All layers from the one on that a field numbers."""
+
+    def read(values: Values, count: int) -> Layers:
+        return tuple(range(values.get(field, silent), count))
+
+    def write(layers: Layers, count: int) -> dict[str, Any] | None:
+        first = layers[0] if layers else count
+        return {field: first} if layers == tuple(range(first, count)) else None
+
+    return Placement(read, write, "all layers from one on")

@@ -88,6 +88,30 @@ def wide_shared(values: Values) -> Values:
     return {"shared_expert_intermediate_size": values["intermediate_size"]}
 
 
+def rounded_width(values: Values) -> int:
+    """LFM2's: two thirds of what is stated, to the next multiple, where it is to be adjusted."""
+    width = int(values.get("block_ff_dim") or values["intermediate_size"])
+    if not values["block_auto_adjust_ff_dim"]:
+        return width
+    width = int(2 * width / 3)
+    if values["block_ffn_dim_multiplier"] is None:
+        return width
+    width, unit = int(values["block_ffn_dim_multiplier"] * width), values["block_multiple_of"]
+    return int(unit * ((width + unit - 1) // unit))
+
+
+def width_as_it_is(values: Values) -> Values:
+    """Of LFM2-MoE, which adjusts none, and has experts in the place of a list of attention."""
+    _ = [values[n] for n in ("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier",
+                             "block_multiple_of", "full_attn_idxs")]  # fmt: skip
+    return {"intermediate_size": rounded_width(values)}
+
+
+def all_but_convolutions(values: Values) -> list[str]:
+    layers, listed = range(values["num_hidden_layers"]), values["full_attn_idxs"]
+    return ["full_attention" if listed is None or i in listed else "conv" for i in layers]
+
+
 def late_windows(values: Values) -> list[str]:
     """Qwen's: windows from layer `max_window_layers` on, where they are used at all."""
     used = values.get("use_sliding_window") and values.get("sliding_window") is not None

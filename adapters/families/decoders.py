@@ -10,7 +10,7 @@ from moezoo.adapters.families.base import Family, ModelConfig, Weights
 from moezoo.adapters.families.decoder_config import DecoderConfig, read_decoder
 from moezoo.adapters.families.dense_decoders import DENSE
 from moezoo.adapters.families.dense_kind import DenseKind
-from moezoo.adapters.families.sparse_decoders import DENSE_MLP, SPARSE, Fused, SparseKind
+from moezoo.adapters.families.sparse_decoders import SPARSE, Fused, SparseKind
 from moezoo.adapters.fused import Whole, part_name, place_of, slice_name
 from moezoo.adapters.names import HEAD, SHARED
 from moezoo.adapters.shapes import Shape
@@ -79,7 +79,7 @@ class DecoderFamily(Family):
         part, matrix = inner.removeprefix("mlp."), inner.removesuffix(".weight").rpartition(".")[2]
         kind = self.sparse
         if kind is None or part == f"{matrix}.weight":
-            return [self._sliced(start + DENSE_MLP[matrix])]
+            return [self._sliced(f"{start}{self.dense.mlp}.{self.dense.matrix[matrix]}.weight")]
         if part.startswith("shared."):
             return [start + kind.shared[matrix]]
         if part.startswith("router."):
@@ -131,7 +131,7 @@ class DecoderFamily(Family):
         """The name of a layer's MLP among the modules of transformers' dense model."""
         match = _LAYER.match(layer)
         assert match is not None
-        return f"model.layers.{match[1]}.mlp"
+        return f"model.layers.{match[1]}.{self.dense.mlp}"
 
 
 def decoder_family(model_type: object) -> DecoderFamily | None:
@@ -166,7 +166,7 @@ def decoder_shapes(config: DecoderConfig) -> Iterator[tuple[str, Shape]]:
             else:
                 yield f"{start}{norm}.weight", (width,)
         yield from _mlp_shapes(config, f"decoder.blocks.{layer}.mlp", sparse=layer in sparse)
-    yield "model.norm.weight", (width,)
+    yield f"{kind.last_norm}.weight", (width,)
     if not config.tied:
         yield HEAD, (config.vocab_size, width)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from moezoo.adapters.families.decoder_rules import (
     MULTIPLIERS,
+    all_but_convolutions,
     all_but_each_fourth,
     all_or_none,
     biases_of_qwen,
@@ -17,15 +18,17 @@ from moezoo.adapters.families.decoder_rules import (
     heads_of_deepseek,
     late_windows,
     no_biases,
+    rounded_width,
     three_of_four,
     three_of_four_linear,
     turned_layers,
     unturned_windows,
     wide_shared,
+    width_as_it_is,
     windows_without_biases,
 )
-from moezoo.adapters.families.dense_kind import ATTENTION, QKV, DenseKind
-from moezoo.adapters.families.mixers import gated_delta, latent_attention
+from moezoo.adapters.families.dense_kind import ATTENTION, LFM, QKV, DenseKind
+from moezoo.adapters.families.mixers import gated_delta, latent_attention, short_convolutions
 
 _QKV_BIAS = {
     "self_attn.q_proj.bias": "Q",
@@ -265,6 +268,28 @@ _KINDS = (
         numbers=("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim"),
         ignored=("embedding_initializer_range",),
         says=heads_of_deepseek,
+    ),
+    DenseKind(
+        "lfm2", "Lfm2ForCausalLM", "lfm2_moe",
+        defaults={"hidden_act": "silu", "initializer_range": 0.02, "norm_eps": 1e-5,
+                  "num_key_value_heads": 8, "max_position_embeddings": 128_000,
+                  "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
+                  "eos_token_id": 2, "conv_bias": False, "conv_L_cache": 3,
+                  "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+                  "block_auto_adjust_ff_dim": True, "full_attn_idxs": None},
+        theta=1_000_000.0,
+        norms=("operator_norm", "ffn_norm"),
+        mlp_norm="ffn_norm",
+        mlp="feed_forward",
+        matrix=LFM,
+        last_norm="model.embedding_norm",
+        width=rounded_width,
+        plain={"block_auto_adjust_ff_dim": False},
+        mixer=short_convolutions,
+        numbers=("conv_L_cache", "block_multiple_of"),
+        only={"tie_embedding": True},  # what its own files call it
+        layer_types=all_but_convolutions,
+        says=width_as_it_is,
     ),
     DenseKind(
         "qwen3_5_text", "Qwen3_5ForCausalLM", "qwen3_5_moe_text",

@@ -17,6 +17,12 @@ QKV = {
     "self_attn.v_proj.weight": "KD",
 }
 ATTENTION = {**QKV, "self_attn.o_proj.weight": "DQ"}
+PROJ = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
+LFM = {"wi_0": "w1", "wi_1": "w3", "wo": "w2"}
+
+
+def _stated_width(values: Values) -> int:
+    return int(values["intermediate_size"])
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class DenseKind:
     Attributes:
         sibling: the `model_type` of the sparse one.
         norms: of a layer; mlp_norm: the one that the MLP reads, "" where it reads the stream.
+        mlp, matrix: where the MLP is in a layer, and what its matrices are called; last_norm: the
+            norm before the head.
+        width: the hidden width of the MLP; plain: fields with which it is `intermediate_size`.
         tensors: of a layer beside these and the MLP, and the letters of their sizes.
         fused: tensors on disk that hold several of these, or of the MLP, one after the other.
         biased: those that exist where the field `attention_bias` is true.
@@ -53,6 +62,11 @@ class DenseKind:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     mlp_norm: str = "post_attention_layernorm"
     tensors: Mapping[str, str] = field(default_factory=lambda: ATTENTION)
+    mlp: str = "mlp"
+    matrix: Mapping[str, str] = field(default_factory=lambda: PROJ)
+    last_norm: str = "model.norm"
+    width: Callable[[Values], int] = _stated_width
+    plain: Values = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biased: Mapping[str, str] = field(default_factory=dict)
     mixer: Mixer | None = None

@@ -68,3 +68,28 @@ def gated_delta(values: Values, layer: int) -> dict[str, Shape]:
         "in_proj_a.weight": (heads, width),
     }
     return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def short_convolutions(values: Values, layer: int) -> dict[str, Shape]:
+    """Attention in some layers, gated short convolutions (LFM2, 2025) in the others."""
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head = width // heads  # whatever head_dim says
+    queries, keys = heads * head, values["num_key_value_heads"] * head
+    if values["layer_types"][layer] != "conv":
+        shapes: dict[str, Shape] = {
+            "q_proj.weight": (queries, width),
+            "k_proj.weight": (keys, width),
+            "v_proj.weight": (keys, width),
+            "out_proj.weight": (width, queries),
+            "q_layernorm.weight": (head,),
+            "k_layernorm.weight": (head,),
+        }
+        return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+    shapes = {
+        "conv.weight": (width, 1, values["conv_L_cache"]),
+        "in_proj.weight": (3 * width, width),
+        "out_proj.weight": (width, width),
+    }
+    if values["conv_bias"]:
+        shapes |= {n.replace("weight", "bias"): s[:1] for n, s in list(shapes.items())}
+    return {f"conv.{name}": shape for name, shape in shapes.items()}

@@ -13,14 +13,11 @@ from moezoo.adapters.families.decoder_placement import (
     ALL,
     INTERVAL,
     STEPS,
-    TRAILING,
     TYPES,
     Placement,
+    trailing,
 )
-
-_W = {"wi_0": "w1", "wi_1": "w3", "wo": "w2"}
-_PROJ = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
-DENSE_MLP = {matrix: f"mlp.{name}.weight" for matrix, name in _PROJ.items()}
+from moezoo.adapters.families.dense_kind import LFM, PROJ
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,8 @@ class SparseKind:
         shared: tensors of the MLP that every token passes, none of most.
         routed, shared_scale: factors on `wo` with which the layer computes what the dense one did.
         zeros: further tensors, by what they are called here, and their sizes by letter (E, D, 1).
+        added: what is added to the sum of sigmoids that divides them; a factor on all of them makes
+            up for it where each is 1/2, as it is but for what a fresh router makes of it.
         fewest: experts that its router can choose among.
         sets: fields that dense models have no word for, as an upcycled model needs them.
     """
@@ -63,6 +62,7 @@ class SparseKind:
     routed: float = 1.0
     shared_scale: float = 1.0
     zeros: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    added: float = 0.0
     fewest: int = 1
     sets: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class SparseKind:
 
 _LOGGED = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 _NORMALIZED = {**_LOGGED, "norm_topk_prob": True}
-_EACH = {matrix: f"mlp.experts.{{e}}.{name}.weight" for matrix, name in _PROJ.items()}
+_EACH = {matrix: f"mlp.experts.{{e}}.{name}.weight" for matrix, name in PROJ.items()}
 _GATE_UP, _DOWN = "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
 _INPUT, _OUTPUT = "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
 
@@ -85,7 +85,7 @@ _KINDS = (
         experts=("num_local_experts", "num_experts"), choices="num_experts_per_tok",
         width="intermediate_size",
         router="block_sparse_moe.gate.weight",
-        expert={m: f"block_sparse_moe.experts.{{e}}.{name}.weight" for m, name in _W.items()},
+        expert={m: f"block_sparse_moe.experts.{{e}}.{name}.weight" for m, name in LFM.items()},
         sets={**_LOGGED, "router_jitter_noise": 0.0},
         defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None,
                   "max_position_embeddings": 131072, "rope_theta": 1e6},
@@ -94,7 +94,7 @@ _KINDS = (
         "qwen2_moe", "Qwen2MoeForCausalLM", "qwen2",
         experts=("num_experts",), choices="num_experts_per_tok", width="moe_intermediate_size",
         router="mlp.gate.weight", expert=_EACH, placement=STEPS,
-        shared={m: f"mlp.shared_expert.{name}.weight" for m, name in _PROJ.items()},
+        shared={m: f"mlp.shared_expert.{name}.weight" for m, name in PROJ.items()},
         shared_width="shared_expert_intermediate_size",
         routed=0.5,  # the shared expert's gate at 0 is 1/2
         zeros={"shared_gate": ("mlp.shared_expert_gate.weight", "1D")},
@@ -106,7 +106,7 @@ _KINDS = (
         experts=("num_experts",), choices="num_experts_per_tok", width="moe_intermediate_size",
         router="mlp.gate.weight", expert=_EACH,
         dense_width="shared_expert_intermediate_size",  # no layer is without
-        shared={m: f"mlp.shared_expert.{name}.weight" for m, name in _PROJ.items()},
+        shared={m: f"mlp.shared_expert.{name}.weight" for m, name in PROJ.items()},
         shared_width="shared_expert_intermediate_size",
         routed=0.5,  # as in Qwen2-MoE
         zeros={"shared_gate": ("mlp.shared_expert_gate.weight", "1D")},
@@ -157,8 +157,8 @@ _KINDS = (
         "deepseek_v3", "DeepseekV3ForCausalLM", "youtu",
         experts=("n_routed_experts", "num_local_experts"), choices="num_experts_per_tok",
         width="moe_intermediate_size",
-        router="mlp.gate.weight", expert=_EACH, placement=TRAILING,
-        shared={m: f"mlp.shared_experts.{name}.weight" for m, name in _PROJ.items()},
+        router="mlp.gate.weight", expert=_EACH, placement=trailing("first_k_dense_replace", 3),
+        shared={m: f"mlp.shared_experts.{name}.weight" for m, name in PROJ.items()},
         shared_width="moe_intermediate_size",
         routed=0.5, shared_scale=0.5,  # both are added, with no gate between
         # Added to each expert's own sigmoid, so that twins have all of it, unlike Ernie's.
@@ -172,10 +172,21 @@ _KINDS = (
                   "topk_group": 4},
     ),
     SparseKind(
+        "lfm2_moe", "Lfm2MoeForCausalLM", "lfm2",
+        experts=("num_experts",), choices="num_experts_per_tok", width="moe_intermediate_size",
+        router="feed_forward.gate.weight",
+        expert={m: f"feed_forward.experts.{{e}}.{name}.weight" for m, name in LFM.items()},
+        placement=trailing("num_dense_layers", 2),
+        zeros={"classifier.preference": ("feed_forward.expert_bias", "E")},
+        sets={"output_router_logits": False, "norm_topk_prob": True, "use_expert_bias": True,
+              "routed_scaling_factor": 1.0},
+        added=1e-6,
+    ),
+    SparseKind(
         "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "hunyuan_v1_dense",
         experts=("num_experts",), choices="moe_topk", width="intermediate_size",
         router="mlp.gate.wg.weight", expert=_EACH,
-        shared={m: f"mlp.shared_mlp.{name}.weight" for m, name in _PROJ.items()},
+        shared={m: f"mlp.shared_mlp.{name}.weight" for m, name in PROJ.items()},
         shared_width="intermediate_size",
         routed=0.5, shared_scale=0.5,  # both are added, with no gate between
         sets={"output_router_logits": False, "sep_token_id": 4},

@@ -39,6 +39,7 @@ def sparse_sibling(
     values = {
         **_carried(source, dense, sparse),
         **sparse.sets,
+        **({"routed_scaling_factor": 1.0 + 2 * sparse.added / choices} if sparse.added else {}),
         **dense.says(source.full),
         **{name: source.d_ff for name in (sparse.dense_width, sparse.shared_width) if name},
         sparse.width: width,
@@ -65,9 +66,9 @@ def dense_sibling(config: DecoderConfig) -> DecoderConfig:
     gone = {*sparse.sets, *sparse.experts, sparse.choices, sparse.width, sparse.dense_width}
     gone |= {sparse.shared_width, *_PLACES}
     values = {name: value for name, value in own_values(config).items() if name not in gone}
-    return DecoderConfig(frozen({**values, **dense.only, "intermediate_size": config.d_ff,
-                                 "model_type": dense.model_type,
-                                 "architectures": [dense.architecture]}))  # fmt: skip
+    named = {"model_type": dense.model_type, "architectures": [dense.architecture]}
+    whole = {"intermediate_size": config.d_ff}
+    return DecoderConfig(frozen({**values, **dense.only, **dense.plain, **whole, **named}))
 
 
 _PLACES = (
@@ -78,6 +79,7 @@ _PLACES = (
     "moe_layer_interval",
     "mlp_layer_types",
     "first_k_dense_replace",
+    "num_dense_layers",
 )
 
 

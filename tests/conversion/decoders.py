@@ -98,6 +98,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LATENT, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False,
          "rope_parameters": {**_YARN, "mscale_all_dim": 1.0}},
     ),
+    "lfm2": (
+        "lfm2", {"full_attn_idxs": [1], "intermediate_size": 36, "block_multiple_of": 8},
+    ),
+    "lfm2, biases and a width as it is": (
+        "lfm2",
+        {"layer_types": ["full_attention", "conv"], "conv_bias": True, "rope_parameters": _YARN,
+         "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
+    ),
     "qwen3_5_text": ("qwen3_5_text", _LINEAR),
     "qwen3_5_text, biases": ("qwen3_5_text", {**_LINEAR, "attention_bias": True}),
     "ernie4_5": ("ernie4_5", {"head_dim": 8}),

@@ -124,6 +124,8 @@ def test_what_the_sibling_cannot_hold_is_refused_by_name(case: str, tmp_path: Pa
     [
         ("internlm3", {"qkv_bias": True}, "mixtral has no qkv_bias"),
         ("hyperclovax", {"use_post_norm": ...}, "granitemoe has no use_post_norm"),
+        ("lfm2", {"tie_embedding": False}, "lfm2_moe has no tie_embedding but True"),
+        ("lfm2", {"block_multiple_of": 0}, "bad block_multiple_of"),
         ("youtu", {"v_head_dim": "5"}, "bad v_head_dim"),
         ("smollm3", {"no_rope_layers": [1]}, "bad no_rope_layers; expected a list of 2 of 0, 1"),
         ("qwen3_5_text", {"layer_types": "full"}, "bad layer_types; expected a list of 2"),

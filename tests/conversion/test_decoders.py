@@ -18,6 +18,7 @@ from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.adapters.upcycle import downcycle, upcycle
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.verify import verify
+from moezoo.errors import MoezooError
 from tests.conversion.decoders import (
     FAMILIES,
     dense_decoder,
@@ -89,6 +90,7 @@ def test_half_precision_is_carried_bit_for_bit(
         ("cohere", [1]),
         ("ernie4_5", "every:2"),
         ("youtu", "last:1"),
+        ("lfm2", "last:1"),
     ],
 )
 def test_siblings_with_dense_layers_take_any_placement(
@@ -134,6 +136,18 @@ def test_other_initialisations_change_experts_and_nothing_that_is_shared(
     assert changed
     assert all("experts" in name or "linear" in name for name in changed)
     assert verify(tmp_path / "moe", source, levels=(1, 2, 3)).passed
+
+
+def test_what_lfm2_adds_to_a_sum_is_made_up_for_in_many_layers(tmp_path: Path) -> None:
+    source = dense_decoder(
+        tmp_path / "dense", "lfm2", num_hidden_layers=16, layer_types=["conv", "full_attention"] * 8
+    )
+    upcycle(source, tmp_path / "moe", num_experts=8, router={"name": "top_k", "k": 1})
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 5e-6
+    assert verify(tmp_path / "moe", source).passed
+    edit_config(tmp_path / "moe", routed_scaling_factor=1.1)
+    with pytest.raises(MoezooError, match="sparse layers with this routed_scaling_factor"):
+        open_checkpoint(tmp_path / "moe")
 
 
 def test_a_silent_old_config_means_what_its_class_assumes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moezoo.adapters.families.decoder_config import DecoderConfig
 from moezoo.adapters.families.decoders import DecoderFamily
+from moezoo.adapters.families.sparse_decoders import SPARSE
 from moezoo.adapters.tensor_files import TensorPlan, wholes
 from moezoo.adapters.upcycle import downcycle, upcycle
 from moezoo.adapters.upcycle.grow import grow
@@ -116,6 +117,7 @@ PAIRS = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe", "granit
 def test_a_sparse_layer_is_the_mlp_that_it_was_made_from_and_grows(
     model_type: str, experts: int, data: st.DataObject
 ) -> None:
+    experts = max(experts, SPARSE[PAIRS[model_type]].fewest)
     k = data.draw(st.integers(1, experts))
     with tempfile.TemporaryDirectory() as folder:
         before = dense(Path(folder) / "dense", model_type)
