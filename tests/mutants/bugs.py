@@ -421,7 +421,7 @@ BUGS = [
     Bug("sinks that a dense model lacks take as much as a token", "adapters/plan.py",
         "constant_of(self.config, tensor.name))", "0.0)"),
     Bug("twins of DeepSeek-V3 share the preference for them", FAMILIES + "sparse_decoders.py",
-        "classifier.preference", "classifier.correction"),
+        "\"classifier.preference\": (\"mlp", "\"classifier.correction\": (\"mlp"),
     Bug("a grown decoder chooses as few experts as before", "adapters/upcycle/grow.py",
         "choices=before.choices * factor", "choices=before.choices"),
     Bug("a correction weighs twins as it weighed one", "adapters/upcycle/grow.py",
