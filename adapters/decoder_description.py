@@ -26,7 +26,7 @@ def describe_decoder(source: Source, *, drop_heads: bool = False) -> Description
     """
     path = source.directory / "config.json"
     values = read_json(path, most=_MAX_CONFIG_BYTES) if path.is_file() else {}
-    family = decoder_family(values.get("model_type"))
+    family = decoder_family(values)
     if family is None:
         return None
     config = named_file(path, family.read, values, Weights(frozenset(), own_head=False))

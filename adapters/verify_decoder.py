@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
-from moezoo.adapters.families import DecoderConfig, DecoderFamily
+from moezoo.adapters.families import DecoderConfig
+from moezoo.adapters.families.decoders import family_for
 from moezoo.adapters.plan import Plan
 from moezoo.adapters.upcycle.keyed import keyed_generator
 from moezoo.adapters.verification import LevelResult
@@ -156,5 +157,5 @@ def _down(model: nn.Module, plan: Plan, layer: str) -> nn.Parameter:
     """The parameter of transformers' dense model that is a layer's `wo`."""
     config = plan.source_config
     assert isinstance(config, DecoderConfig)
-    (name,) = DecoderFamily(config.model_type).disk_names(f"{layer}.wo.weight")
+    (name,) = family_for(config).disk_names(f"{layer}.wo.weight")
     return model.get_parameter(name)

@@ -34,7 +34,8 @@ _KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: (str, "a name"),
 }
-_ATTENTION = ("full_attention", "sliding_attention", "linear_attention", "conv")
+_ATTENTION = ("full_attention", "sliding_attention", "linear_attention", "conv", "attention",
+              "mamba")  # fmt: skip
 # Fields of sparse models that decide what a layer computes, beside its numbers.
 _SHAPING = (
     "moe_num_shared_experts",
@@ -67,7 +68,7 @@ class DecoderConfig:
     @property
     def sparse_kind(self) -> SparseKind | None:
         """The row of a sparse model, None of a dense one."""
-        return SPARSE.get(self.model_type)
+        return None if is_dense(self.values) else SPARSE.get(self.model_type)
 
     @property
     def dense_kind(self) -> DenseKind:
@@ -200,6 +201,12 @@ class DecoderConfig:
                 "moezoo_provenance", "architectures", *(self.dense_kind.ignored))  # fmt: skip
         told = {name: value for name, value in self.full.items() if name not in free}
         return FrozenDict(frozen(told))
+
+
+def is_dense(values: Mapping[str, Any]) -> bool:
+    """Whether a decoder's config.json is of a dense one; one class may be either."""
+    name = values["model_type"]
+    return name in DENSE and (name not in SPARSE or values.get(SPARSE[name].experts[0]) == 0)
 
 
 def read_decoder(values: Mapping[str, Any]) -> DecoderConfig:

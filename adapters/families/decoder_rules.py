@@ -112,6 +112,14 @@ def all_but_convolutions(values: Values) -> list[str]:
     return ["full_attention" if listed is None or i in listed else "conv" for i in layers]
 
 
+def shared_width(values: Values) -> int:
+    return int(values["shared_intermediate_size"])
+
+
+def state_spaces_alone(values: Values) -> list[str]:
+    return ["linear_attention"] * int(values["num_hidden_layers"])
+
+
 def late_windows(values: Values) -> list[str]:
     """Qwen's: windows from layer `max_window_layers` on, where they are used at all."""
     used = values.get("use_sliding_window") and values.get("sliding_window") is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moezoo.adapters.families.base import Family, ModelConfig, Weights
-from moezoo.adapters.families.decoder_config import DecoderConfig, read_decoder
+from moezoo.adapters.families.decoder_config import DecoderConfig, is_dense, read_decoder
 from moezoo.adapters.families.dense_decoders import DENSE
 from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.sparse_decoders import SPARSE, Fused, SparseKind
@@ -42,9 +42,9 @@ class DecoderFamily(Family):
 
     mlp = ""
 
-    def __init__(self, model_type: str) -> None:
+    def __init__(self, model_type: str, *, dense: bool = False) -> None:
         self.model_types = (model_type,)
-        self.sparse: SparseKind | None = SPARSE.get(model_type)
+        self.sparse: SparseKind | None = None if dense else SPARSE.get(model_type)
         self.dense: DenseKind = DENSE[self.sparse.dense if self.sparse else model_type]
 
     @property
@@ -81,7 +81,10 @@ class DecoderFamily(Family):
         if kind is None or part == f"{matrix}.weight":
             return [self._sliced(f"{start}{self.dense.mlp}.{self.dense.matrix[matrix]}.weight")]
         if part.startswith("shared."):
-            return [start + kind.shared[matrix]]
+            shared = kind.shared[matrix]
+            if isinstance(shared, Fused):
+                return [slice_name(start + shared.name, shared.part, shared.parts)]
+            return [start + shared]
         if part.startswith("router."):
             extra = part.removeprefix("router.").removesuffix(".weight")
             return [start + (kind.router if extra == "classifier" else kind.zeros[extra][0])]
@@ -115,6 +118,12 @@ class DecoderFamily(Family):
                     shape = (config.num_experts, form.parts * rows, columns)
                     whole = f"model.layers.{layer}.{form.name}"
                     found[whole] = Whole((rows,) * form.parts, shape)
+            for form in self.sparse.shared.values():
+                if isinstance(form, Fused):
+                    rows = int(config.full[self.sparse.shared_width])
+                    found[f"model.layers.{layer}.{form.name}"] = Whole(
+                        (rows,) * form.parts, (form.parts * rows, config.d_model)
+                    )
         return found
 
     def _fused_matrices(self, config: DecoderConfig) -> dict[str, Whole]:
@@ -134,15 +143,16 @@ class DecoderFamily(Family):
         return f"model.layers.{match[1]}.{self.dense.mlp}"
 
 
-def decoder_family(model_type: object) -> DecoderFamily | None:
-    """The family of a decoder's `model_type`, None for another."""
+def decoder_family(values: Mapping[str, Any]) -> DecoderFamily | None:
+    """The family of a decoder's config.json, None for another."""
+    model_type = values.get("model_type")
     known = isinstance(model_type, str) and (model_type in DENSE or model_type in SPARSE)
-    return DecoderFamily(str(model_type)) if known else None
+    return DecoderFamily(str(model_type), dense=is_dense(values)) if known else None
 
 
 def family_for(config: DecoderConfig) -> DecoderFamily:
     """The family that a decoder is written in."""
-    return DecoderFamily(config.model_type)
+    return DecoderFamily(config.model_type, dense=config.sparse_kind is None)
 
 
 def own_values(config: DecoderConfig) -> dict[str, Any]:

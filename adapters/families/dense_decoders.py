@@ -19,6 +19,8 @@ from moezoo.adapters.families.decoder_rules import (
     late_windows,
     no_biases,
     rounded_width,
+    shared_width,
+    state_spaces_alone,
     three_of_four,
     three_of_four_linear,
     turned_layers,
@@ -28,7 +30,12 @@ from moezoo.adapters.families.decoder_rules import (
     windows_without_biases,
 )
 from moezoo.adapters.families.dense_kind import ATTENTION, LFM, QKV, DenseKind
-from moezoo.adapters.families.mixers import gated_delta, latent_attention, short_convolutions
+from moezoo.adapters.families.mixers import (
+    gated_delta,
+    latent_attention,
+    short_convolutions,
+    state_spaces,
+)
 
 _QKV_BIAS = {
     "self_attn.q_proj.bias": "Q",
@@ -178,6 +185,25 @@ _KINDS = (
         biased=_ALL_BIAS,
         only={"mlp_bias": False},
         layer_types=all_but_each_fourth,
+    ),
+    DenseKind(
+        "granitemoehybrid", "GraniteMoeHybridForCausalLM", "granitemoehybrid",
+        defaults={**_LLAMA, **MULTIPLIERS, "attention_bias": False, "num_local_experts": 8,
+                  "shared_intermediate_size": 1024, "position_embedding_type": None,
+                  "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
+                  "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
+                  "mamba_conv_bias": True, "mamba_proj_bias": False},
+        mlp="shared_mlp",
+        matrix={"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "output_linear"},
+        width=shared_width,
+        stated="shared_intermediate_size",
+        plain={"num_local_experts": 0},
+        fused={"shared_mlp.input_linear.weight": ("shared_mlp.gate_proj.weight",
+                                                  "shared_mlp.up_proj.weight")},
+        mixer=state_spaces,
+        numbers=("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv",
+                 "mamba_expand", "shared_intermediate_size"),
+        layer_types=state_spaces_alone,
     ),
     DenseKind(
         "olmo2", "Olmo2ForCausalLM", "flex_olmo",

@@ -34,7 +34,8 @@ class DenseKind:
         norms: of a layer; mlp_norm: the one that the MLP reads, "" where it reads the stream.
         mlp, matrix: where the MLP is in a layer, and what its matrices are called; last_norm: the
             norm before the head.
-        width: the hidden width of the MLP; plain: fields with which it is `intermediate_size`.
+        width: the hidden width of the MLP; plain: what a
+            config.json must say beside the width, if it is written anew; stated: where it says it.
         tensors: of a layer beside these and the MLP, and the letters of their sizes.
         fused: tensors on disk that hold several of these, or of the MLP, one after the other.
         biased: those that exist where the field `attention_bias` is true.
@@ -66,6 +67,7 @@ class DenseKind:
     matrix: Mapping[str, str] = field(default_factory=lambda: PROJ)
     last_norm: str = "model.norm"
     width: Callable[[Values], int] = _stated_width
+    stated: str = "intermediate_size"
     plain: Values = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biased: Mapping[str, str] = field(default_factory=dict)

@@ -93,3 +93,35 @@ def short_convolutions(values: Values, layer: int) -> dict[str, Shape]:
     if values["conv_bias"]:
         shapes |= {n.replace("weight", "bias"): s[:1] for n, s in list(shapes.items())}
     return {f"conv.{name}": shape for name, shape in shapes.items()}
+
+
+def state_spaces(values: Values, layer: int) -> dict[str, Shape]:
+    """Attention in some layers, Mamba-2 (Dao and Gu, 2024) in the others."""
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if values["layer_types"][layer] not in ("linear_attention", "mamba"):
+        queries, keys = heads * (width // heads), values["num_key_value_heads"] * (width // heads)
+        shapes: dict[str, Shape] = {
+            "q_proj.weight": (queries, width),
+            "k_proj.weight": (keys, width),
+            "v_proj.weight": (keys, width),
+            "o_proj.weight": (width, queries),
+        }
+        if values["attention_bias"]:
+            shapes |= {n.replace("weight", "bias"): s[:1] for n, s in list(shapes.items())}
+        return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+    states, inner = values["mamba_n_heads"], values["mamba_expand"] * width
+    mixed = inner + 2 * values["mamba_n_groups"] * values["mamba_d_state"]
+    shapes = {
+        "dt_bias": (states,),
+        "A_log": (states,),
+        "D": (states,),
+        "conv1d.weight": (mixed, 1, values["mamba_d_conv"]),
+        "in_proj.weight": (inner + mixed + states, width),
+        "norm.weight": (inner,),
+        "out_proj.weight": (width, inner),
+    }
+    if values["mamba_conv_bias"]:
+        shapes["conv1d.bias"] = (mixed,)
+    if values["mamba_proj_bias"]:
+        shapes |= {f"{n}_proj.bias": shapes[f"{n}_proj.weight"][:1] for n in ("in", "out")}
+    return {f"mamba.{name}": shape for name, shape in shapes.items()}

@@ -57,7 +57,7 @@ class SparseKind:
     expert: Mapping[str, str | Fused]
     placement: Placement = ALL
     dense_width: str = "intermediate_size"
-    shared: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str | Fused] = field(default_factory=dict)
     shared_width: str = ""
     routed: float = 1.0
     shared_scale: float = 1.0
@@ -78,6 +78,7 @@ _NORMALIZED = {**_LOGGED, "norm_topk_prob": True}
 _EACH = {matrix: f"mlp.experts.{{e}}.{name}.weight" for matrix, name in PROJ.items()}
 _GATE_UP, _DOWN = "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
 _INPUT, _OUTPUT = "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
+_SHARED = "shared_mlp.input_linear.weight"
 
 _KINDS = (
     SparseKind(
@@ -126,6 +127,18 @@ _KINDS = (
         experts=("num_local_experts",), choices="num_experts_per_tok", width="intermediate_size",
         router="block_sparse_moe.router.layer.weight",
         expert={"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2), "wo": Fused(_OUTPUT)},
+        sets=_LOGGED,
+    ),
+    SparseKind(
+        "granitemoehybrid", "GraniteMoeHybridForCausalLM", "granitemoehybrid",
+        experts=("num_local_experts",), choices="num_experts_per_tok", width="intermediate_size",
+        router="block_sparse_moe.router.layer.weight",
+        expert={"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2), "wo": Fused(_OUTPUT)},
+        dense_width="shared_intermediate_size",  # no layer is without
+        shared={"wi_0": Fused(_SHARED, 0, 2), "wi_1": Fused(_SHARED, 1, 2),
+                "wo": "shared_mlp.output_linear.weight"},
+        shared_width="shared_intermediate_size",
+        routed=0.5, shared_scale=0.5,  # both are added, with no gate between
         sets=_LOGGED,
     ),
     SparseKind(

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.adapters.families import DecoderConfig, DecoderFamily
+from moezoo.adapters.families import DecoderConfig
+from moezoo.adapters.families.decoders import family_for
 from moezoo.adapters.formats.files import read_start
 from moezoo.adapters.names import SHARED
 from moezoo.errors import ConfigError, TokenizerError
@@ -141,7 +142,7 @@ def layer_inputs(
     if isinstance(checkpoint.config, DecoderConfig):
         from moezoo.adapters.verify_decoder import load_transformers
 
-        family = DecoderFamily(checkpoint.config.model_type)
+        family = family_for(checkpoint.config)
         decoder, _ = load_transformers(
             checkpoint, purpose="what the layers of a decoder read", device=calibration.device,
             without="--inputs embeddings",

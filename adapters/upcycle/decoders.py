@@ -67,7 +67,7 @@ def dense_sibling(config: DecoderConfig) -> DecoderConfig:
     gone |= {sparse.shared_width, *_PLACES}
     values = {name: value for name, value in own_values(config).items() if name not in gone}
     named = {"model_type": dense.model_type, "architectures": [dense.architecture]}
-    whole = {"intermediate_size": config.d_ff}
+    whole = {dense.stated: config.d_ff}
     return DecoderConfig(frozen({**values, **dense.only, **dense.plain, **whole, **named}))
 
 

@@ -9,8 +9,9 @@ from moezoo.reporting.replays import FACTORS
 
 _USUAL = 1.25  # the paper's capacity factor in training
 _OURS = (
-    "Train longer with a higher load-balance coefficient, move routers slowly (router_learning_rate) "
-    "or, if it was not upcycled so, start from router_init='mean_orthogonal'."
+    "Train longer with a higher load-balance coefficient, move routers slowly "
+    "(router_learning_rate) or, if it was not upcycled so, start from "
+    "router_init='mean_orthogonal'."
 )
 _THEIRS = "Train with output_router_logits=True and a larger router_aux_loss_coef, if it has them."
 

@@ -38,6 +38,10 @@ _LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nop
 _LINEAR = {"head_dim": 16, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
            "linear_num_key_heads": 2, "linear_num_value_heads": 4,
            "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+GRANITE_4: dict[str, Any] = {
+    "num_local_experts": 0, "shared_intermediate_size": 20, "mamba_n_heads": 4, "mamba_d_state": 8,
+    "layer_types": ["linear_attention", "full_attention"], "mamba_proj_bias": True,
+}  # fmt: skip
 _FULL = ["full_attention", "full_attention"]
 _MIXED = ["sliding_attention", "full_attention"]
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -79,6 +83,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "granite_swa",
         {**_MULTIPLIERS, "layer_types": _MIXED, "sliding_window": 4,
          "layer_rope_theta": [0.0, 500.0]},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid", {**_MULTIPLIERS, **GRANITE_4, "tie_word_embeddings": True},
+    ),
+    "granitemoehybrid, RoPE and biases": (
+        "granitemoehybrid",
+        {**GRANITE_4, "layer_types": _FULL, "position_embedding_type": "rope",
+         "attention_bias": True},
     ),
     "olmo2": ("olmo2", {"rope_parameters": _LLAMA3}),
     "olmo3": ("olmo3", {"layer_types": _FULL, "attention_bias": True}),

@@ -166,8 +166,8 @@ def test_the_way_out_works(family: str, options: dict[str, Any], tmp_path: Path)
 )  # fmt: skip
 def test_models_without_a_sibling_are_plugged(model_type: str, where: str) -> None:
     """As docs/stacks.md says."""
-    options = {"full_attn_idxs": [1]} if model_type == "lfm2" else {}
-    config = AutoConfig.for_model(model_type, **SIZES, head_dim=8, **options)
+    options = {"full_attn_idxs": [1]} if model_type == "lfm2" else {"head_dim": 8}
+    config = AutoConfig.for_model(model_type, **SIZES, **options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

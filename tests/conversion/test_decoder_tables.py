@@ -23,7 +23,7 @@ from moezoo.adapters.families.sparse_decoders import SPARSE
 from moezoo.adapters.fused import whole_name
 from moezoo.adapters.tensor_files import TensorPlan, wholes
 from moezoo.frozen import frozen
-from tests.conversion.decoders import SIZES
+from tests.conversion.decoders import GRANITE_4, SIZES
 
 # Fields of every config of transformers, which say nothing of what a model computes.
 _GENERAL = set(AutoConfig.for_model("gpt2").to_dict()) & set(AutoConfig.for_model("bert").to_dict())
@@ -63,7 +63,9 @@ class Read(dict[str, Any]):
 def test_a_row_assumes_what_the_class_does(model_type: str) -> None:
     kind, assumed = DENSE[model_type], fields(model_type)
     sizes = {name: assumed[name] for name in _SIZED if name in assumed}
-    full = DecoderConfig(frozen({**sizes, "model_type": model_type})).full
+    dense = {name: value for name, value in kind.plain.items() if name == "num_local_experts"}
+    full = DecoderConfig(frozen({**sizes, **dense, "model_type": model_type})).full
+    assumed |= dense
     for name in kind.defaults:
         if name in assumed:
             unused = name == "sliding_window" and not full.get("use_sliding_window", True)
@@ -136,9 +138,11 @@ def test_names_and_shapes_are_those_of_the_dense_class(model_type: str, biases: 
     if model_type == "helium":
         options["head_dim"] = 4  # whose heads are as wide as the model, or it cannot run
     only = {name: value for name, value in DENSE[model_type].only.items() if name not in _OF_ROPE}
+    if model_type == "granitemoehybrid":
+        options |= GRANITE_4
     config = AutoConfig.for_model(model_type, **{**SIZES, **only, **options})
     model = AutoModelForCausalLM.from_config(config)
-    family = decoder_family(model_type)
+    family = decoder_family(config.to_dict())
     assert family is not None
     ours = DecoderConfig(frozen(config.to_dict()))
     parts = [TensorPlan(family.disk_names(n)[0], "F32", s)
@@ -151,7 +155,7 @@ def test_names_and_shapes_are_those_of_the_dense_class(model_type: str, biases: 
 
 
 def test_parts_of_a_fused_tensor_are_called_after_it() -> None:
-    family = decoder_family("granitemoe")
+    family = decoder_family({"model_type": "granitemoe"})
     assert family is not None
     names = family.disk_names("decoder.blocks.3.mlp.experts.wi_1", num_experts=2)
     assert {whole_name(n) for n in names} == {"model.layers.3.block_sparse_moe.input_linear.weight"}

@@ -25,7 +25,7 @@ from moezoo.cli import main
 from moezoo.errors import ConfigError, MoezooError
 from tests.conversion.decoders import dense_decoder, loaded, logits, relative
 
-SIBLINGS = ["llama", "qwen2", "granite", "ernie4_5", "youtu", "smollm3"]
+SIBLINGS = ["llama", "qwen2", "granite", "ernie4_5", "youtu", "smollm3", "granitemoehybrid"]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -142,6 +142,28 @@ def test_one_expert_of_a_published_sparse_model_is_a_dense_one(tmp_path: Path) -
     export(tmp_path / "moe", tmp_path / "one", expert=0)
     assert loaded(tmp_path / "one").config.model_type == "mistral"
     assert relative(logits(tmp_path / "one"), logits(tmp_path / "dense")) < 1e-6
+
+
+def test_a_dense_granite_4_and_a_sparse_one_are_told_apart(tmp_path: Path) -> None:
+    """By the number of experts alone: they are one class. Without provenance it is told too."""
+    source = dense_decoder(tmp_path / "dense", "granitemoehybrid")
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    for folder, count in (("dense", 0), ("moe", 2)):
+        with open_checkpoint(tmp_path / folder) as found:
+            assert found.config.num_experts == count
+    with pytest.raises(MoezooError, match="a mixture of experts already"):
+        upcycle(tmp_path / "moe", tmp_path / "again", num_experts=4)
+    file = tmp_path / "moe" / "config.json"
+    values = json.loads(file.read_text())
+    values.pop("moezoo_provenance")
+    file.write_text(json.dumps(values))
+    downcycle(tmp_path / "moe", tmp_path / "back")
+    assert relative(logits(tmp_path / "back"), logits(source)) < 1e-6
+    held = weights(tmp_path / "moe")
+    held["model.layers.1.shared_mlp.input_linear.weight"][30, 3] += 1.0
+    save_file(held, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoezooError, match="the experts differ"):
+        downcycle(tmp_path / "moe")
 
 
 def test_what_a_sibling_has_besides_goes_with_it(tmp_path: Path) -> None:
