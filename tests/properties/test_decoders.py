@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.adapters.families.decoder_config import DecoderConfig
-from moezoo.adapters.families.decoders import DecoderFamily
+from moezoo.adapters.families.decoders import decoder_family
 from moezoo.adapters.families.sparse_decoders import SPARSE
 from moezoo.adapters.tensor_files import TensorPlan, wholes
 from moezoo.adapters.upcycle import downcycle, upcycle
@@ -32,8 +32,10 @@ Weights = dict[str, Tensor]
 def dense(path: Path, model_type: str, **fields: Any) -> Weights:
     """A dense decoder of random weights on disk."""
     values = {"model_type": model_type, **SIZES, **fields}
-    shapes = DecoderFamily(model_type).shapes(DecoderConfig(frozen(values)), "any")
-    parts = [TensorPlan(DecoderFamily(model_type).disk_names(name)[0], "F32", shape)
+    family = decoder_family(values)
+    assert family is not None
+    shapes = family.shapes(DecoderConfig(frozen(values)), "any")
+    parts = [TensorPlan(family.disk_names(name)[0], "F32", shape)
              for name, shape in shapes.items()]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     held = {plan.name: torch.randn(plan.shape, generator=generator) for plan in wholes(parts)}
@@ -167,6 +169,10 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
         ("qwen2", {"max_window_layers": 1}, {"layer_types": ["full_attention"] * 2}),
         ("ministral", {}, {"qkv_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
         ("helium", {}, {"use_bias": False, "rope_theta": 100_000.0}),
+        ("granitemoehybrid", {"num_local_experts": 0, "shared_intermediate_size": 10},
+         {"num_local_experts": 2, "shared_intermediate_size": 10, "intermediate_size": 10}),
+        ("lfm2", {"intermediate_size": 36, "block_multiple_of": 7},
+         {"intermediate_size": 28, "moe_intermediate_size": 28, "num_dense_layers": 0}),
         ("youtu", {}, {"n_group": 1, "routed_scaling_factor": 1.0, "head_dim": 64}),
         ("hyperclovax", {"use_post_norm": False, "logits_scaling": 4.0},
          {"logits_scaling": 0.25, "attention_multiplier": 0.5}),
