@@ -303,7 +303,8 @@ def _check_kinds(config: DecoderConfig) -> None:
             continue
         if not isinstance(found, _KINDS[kind][0]) or (kind is not bool and isinstance(found, bool)):
             raise _bad(name, _KINDS[kind][1], found)
-    for name, known in (("layer_types", _ATTENTION), ("no_rope_layers", (0, 1))):
+    for name, known in (("layer_types", _ATTENTION), ("layers_block_type", _ATTENTION),
+                        ("no_rope_layers", (0, 1))):  # fmt: skip
         found = config.values.get(name)
         if found is not None and not (
             isinstance(found, tuple)

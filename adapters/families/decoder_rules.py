@@ -117,7 +117,9 @@ def shared_width(values: Values) -> int:
 
 
 def state_spaces_alone(values: Values) -> list[str]:
-    return ["linear_attention"] * int(values["num_hidden_layers"])
+    """Granite 4's, under the name of old files too."""
+    named = values.get("layers_block_type")
+    return list(named or ["linear_attention"] * int(values["num_hidden_layers"]))
 
 
 def late_windows(values: Values) -> list[str]:

@@ -168,6 +168,27 @@ def test_a_silent_old_config_means_what_its_class_assumes(tmp_path: Path) -> Non
         assert relative(logits(tmp_path / f"{family}-moe"), logits(source)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}),
+        ("granitemoehybrid", {"layer_types": ..., "layers_block_type": ["mamba", "attention"]}),
+        ("lfm2", {"block_ff_dim": 36, "intermediate_size": 5, "tie_embedding": True,
+                  "layer_types": ..., "full_attn_idxs": [1]}),
+        ("smollm3", {"layer_types": ..., "no_rope_layers": ..., "no_rope_layer_interval": 2}),
+        ("youtu", {"head_dim": ..., "qk_head_dim": ..., "initializer_range": ...}),
+        ("qwen3_5_text", {"layer_types": ..., "full_attention_interval": 2}),
+    ],
+)  # fmt: skip
+def test_layers_are_what_old_files_call_them(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    edit_config(source, rope_parameters=..., rope_theta=5000.0, **fields)
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+
+
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 3.0}])
 def test_a_class_with_rope_scaling_of_its_own_gives_way_to_an_old_file(
     scaling: dict[str, Any] | None, tmp_path: Path
