@@ -78,6 +78,7 @@ _NORMALIZED = {**_LOGGED, "norm_topk_prob": True}
 _EACH = {matrix: f"mlp.experts.{{e}}.{name}.weight" for matrix, name in PROJ.items()}
 _GATE_UP, _DOWN = "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
 _INPUT, _OUTPUT = "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
+_LINEAR = {"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2), "wo": Fused(_OUTPUT)}
 _SHARED = "shared_mlp.input_linear.weight"
 
 _KINDS = (
@@ -126,14 +127,14 @@ _KINDS = (
         "granitemoe", "GraniteMoeForCausalLM", "granite",
         experts=("num_local_experts",), choices="num_experts_per_tok", width="intermediate_size",
         router="block_sparse_moe.router.layer.weight",
-        expert={"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2), "wo": Fused(_OUTPUT)},
+        expert=_LINEAR,
         sets=_LOGGED,
     ),
     SparseKind(
         "granitemoehybrid", "GraniteMoeHybridForCausalLM", "granitemoehybrid",
         experts=("num_local_experts",), choices="num_experts_per_tok", width="intermediate_size",
         router="block_sparse_moe.router.layer.weight",
-        expert={"wi_0": Fused(_INPUT, 0, 2), "wi_1": Fused(_INPUT, 1, 2), "wo": Fused(_OUTPUT)},
+        expert=_LINEAR,
         dense_width="shared_intermediate_size",  # no layer is without
         shared={"wi_0": Fused(_SHARED, 0, 2), "wi_1": Fused(_SHARED, 1, 2),
                 "wo": "shared_mlp.output_linear.weight"},
