@@ -222,7 +222,7 @@ def read_decoder(values: Mapping[str, Any]) -> DecoderConfig:
     if kind is not None and kind.dense_width != "intermediate_size" != kind.width:
         named.remove("intermediate_size")  # of a class that has no layers without experts
     for name in sorted(named):
-        _check_size(name, values.get(name))
+        _check_size(name, values.get(config.dense_kind.older.get(name, name), values.get(name)))
     _check_kinds(config)
     if kind is not None:
         _check_size(kind.experts[0], config.num_experts)
@@ -248,8 +248,9 @@ def _known_dense(made: object) -> FrozenDict | None:
     found = made.get("source_config") if isinstance(made, Mapping) else None
     if found is None:
         return None
-    width = found.get("intermediate_size") if isinstance(found, Mapping) else None
-    if not isinstance(width, int) or found.get("model_type") not in DENSE:
+    kind = DENSE.get(str(found.get("model_type"))) if isinstance(found, Mapping) else None
+    old = "" if kind is None else kind.older.get("intermediate_size", "")
+    if kind is None or not isinstance(found.get(old, found.get("intermediate_size")), int):
         raise ConfigError(
             "moezoo_provenance.source_config is no config.json of a decoder",
             field="source_config", found=repr(found)[:80],

@@ -314,6 +314,7 @@ _KINDS = (
         mixer=short_convolutions,
         numbers=("conv_L_cache", "block_multiple_of"),
         only={"tie_embedding": True},  # what its own files call it
+        older={"intermediate_size": "block_ff_dim"},
         layer_types=all_but_convolutions,
         says=width_as_it_is,
     ),

@@ -44,6 +44,7 @@ class DenseKind:
             that needs none.
         ignored: fields that decide nothing of what it computes: no model reads them, or none but
             one in training (a dropout).
+        older: what old files call a field.
         says: fields of the sibling that follow from those of config.json.
         fixed: what is written whatever the file says, because the dense model does not read it.
         mixer: the tensors, where they are not the same in all layers or have other sizes, in the
@@ -76,6 +77,7 @@ class DenseKind:
     fills: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     only: Values = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    older: Mapping[str, str] = field(default_factory=dict)
     fixed: Values = field(default_factory=dict)
     layer_types: Callable[[Values], list[str]] | None = None
     windows: str = "each"

@@ -173,7 +173,7 @@ def test_a_silent_old_config_means_what_its_class_assumes(tmp_path: Path) -> Non
     [
         ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}),
         ("granitemoehybrid", {"layer_types": ..., "layers_block_type": ["mamba", "attention"]}),
-        ("lfm2", {"block_ff_dim": 36, "intermediate_size": 5, "tie_embedding": True,
+        ("lfm2", {"block_ff_dim": 36, "intermediate_size": ..., "tie_embedding": True,
                   "layer_types": ..., "full_attn_idxs": [1]}),
         ("smollm3", {"layer_types": ..., "no_rope_layers": ..., "no_rope_layer_interval": 2}),
         ("youtu", {"head_dim": ..., "qk_head_dim": ..., "initializer_range": ...}),

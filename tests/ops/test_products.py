@@ -85,7 +85,8 @@ def test_without_onednn_the_values_are_the_same(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("vendor", "rows", "kind"),
-    [("AuthenticAMD", 1, "halves"), ("AuthenticAMD", 4, "weight first"), ("AuthenticAMD", 64, "onednn"), ("GenuineIntel", 3, "mm"),
+    [("AuthenticAMD", 1, "halves"), ("AuthenticAMD", 4, "weight first"),
+     ("AuthenticAMD", 64, "onednn"), ("GenuineIntel", 3, "mm"),
      ("GenuineIntel", 4, "onednn"), ("GenuineIntel", 64, "mm"), ("other", 4, "mm")],
 )  # fmt: skip
 def test_the_processor_decides(
