@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moezoo.errors import ConfigError, RankLost
+from moezoo.parallel.meeting import from_environment, met
 
 _HINT = "Go on from the last checkpoint with --resume."
 _TICKS = 8  # signs of life per heartbeat; so many without one, and a rank is lost
@@ -58,7 +59,10 @@ def join(
             0: nobody watches.
         store, rank, world_size: where to meet and as whom, without torchrun.
 
-    Raises ConfigError where this is not known, or the process is in a group already.
+    One store may serve one group after another (`--max-restarts`; `join` after `leave`).
+
+    Raises ConfigError where this is not known, or the process is in a group already; RankLost
+    where a rank does not come within the timeout.
     """
     for name, value in (("timeout", timeout), ("heartbeat", heartbeat)):
         if not 0 <= value < float("inf") or (name == "timeout" and not value):
@@ -67,21 +71,22 @@ def join(
         raise ConfigError("this process has joined a group already", hint="Call join() once.")
     limit = timedelta(seconds=timeout)
     if store is None:
-        store, rank, world_size = _from_environment(limit)
+        store, rank, world_size = from_environment(limit)
     if rank is None or world_size is None:
         raise ConfigError("a store needs rank and world_size", field="rank")
     local = int(os.environ.get("LOCAL_RANK", rank))
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
+    part = met(store, rank, world_size, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=PrefixStore("moezoo/group", store),
+        store=PrefixStore("group", part),
         rank=rank,
         world_size=world_size,
         timeout=limit,
     )
     if heartbeat > 0 and world_size > 1:
-        own: Any = store  # a connection of its own: a thread that waits holds one
+        own: Any = part  # a connection of its own: a thread that waits holds one
         _watch(_Watcher(own.clone(), rank, world_size, heartbeat))
         atexit.register(_watch, None)
 
@@ -190,17 +195,15 @@ class _Watcher:
 
     def _sign(self) -> None:
         if self._own:
-            self.store.set("moezoo/lost", self._own)
+            self.store.set("lost", self._own)
             self._told.set()
-        self.store.set(
-            f"moezoo/alive/{self.rank}", "bye" if self._end.is_set() else str(self._ticks)
-        )
+        self.store.set(f"alive/{self.rank}", "bye" if self._end.is_set() else str(self._ticks))
 
     def _look(self, watched: int, seen: bytes, missed: int) -> tuple[int, bytes, int]:
         """The rank to look at next, its last sign, and for how many ticks it is the last."""
-        if self.store.check(["moezoo/lost"]):
-            self._find(self.store.get("moezoo/lost").decode())
-        key = f"moezoo/alive/{watched}"
+        if self.store.check(["lost"]):
+            self._find(self.store.get("lost").decode())
+        key = f"alive/{watched}"
         if watched == self.rank or not self.store.check([key]):  # alone, or it has not begun
             return watched, seen, 0
         sign = self.store.get(key)
@@ -209,7 +212,7 @@ class _Watcher:
         missed = missed + 1 if sign == seen else 0
         if missed > _TICKS:
             found = f"rank {watched} is lost: no sign of life for {self.heartbeat:g} s"
-            self.store.set("moezoo/lost", found)
+            self.store.set("lost", found)
             self._find(found)
         return watched, sign, missed
 
@@ -244,19 +247,6 @@ def _watch(watcher: _Watcher | None) -> None:
         before.stop()
     if watcher is not None:
         watcher.start()
-
-
-def _from_environment(limit: timedelta) -> tuple[Store, int, int]:
-    """Store, rank and number of ranks as torchrun tells them. Raises ConfigError."""
-    from torch.distributed.rendezvous import rendezvous
-
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in wanted if name not in os.environ]
-    if missing:
-        hint = "Start with `torchrun --nproc-per-node N`, or pass store, rank and world_size."
-        raise ConfigError(f"there is no {missing[0]} in the environment", field="rank", hint=hint)
-    found: tuple[Store, int, int] = next(iter(rendezvous("env://", timeout=limit)))
-    return found
 
 
 def _is_broken(error: Exception) -> bool:

@@ -72,8 +72,45 @@ def test_a_job_that_is_not_torchruns_runs_any_verb(
     assert cli.main(["list"]) == 0
 
 
+FINETUNE = [
+    "finetune", "model", "OUT", "--pairs", "pairs.jsonl", "--steps", "3", "--batch-size", "6",
+    "--recipe", "small", "--dropout", "0", "--save-every", "2",
+]  # fmt: skip
+KILLED_ONCE = """
+import os, signal, sys
+from moezoo import cli
+from moezoo.training import run
+
+def saved_and_killed(state, *given, save=run.save_checkpoint):
+    save(state, *given)
+    if state.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+    run.save_checkpoint = saved_and_killed
+sys.exit(cli.main())
+"""
+
+
+def finetuned(folder: Path, out: str, *before: str, after: tuple[str, ...] = ()) -> tuple[str, str]:
+    """What a run in OUT says and complains of, by this interpreter and what stands before it."""
+    words = [out if word == "OUT" else word for word in FINETUNE]
+    done = subprocess.run(
+        [sys.executable, *before, *words, *after],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout.replace(out, "OUT"), done.stderr
+
+
 @pytest.mark.dist
-def test_two_ranks_finetune_as_one_process_does(tmp_path: Path) -> None:
+def test_torchrun_starts_again_after_a_lost_rank_and_ends_as_one_process_does(
+    tmp_path: Path,
+) -> None:
     tokenizer = moezoo.ByteTokenizer()
     config = moezoo.SwitchConfig(
         vocab_size=tokenizer.vocab_size, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2,
@@ -83,32 +120,22 @@ def test_two_ranks_finetune_as_one_process_does(tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "model")
     pairs = [{"source": f"n {i % 7}" + "x" * (i % 5), "target": f"v {i % 7}"} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    command = [
-        "-m", "moezoo", "finetune", "model", "OUT", "--pairs", "pairs.jsonl", "--steps", "3",
-        "--batch-size", "6", "--recipe", "small", "--dropout", "0", "--save-every", "2",
-    ]  # fmt: skip
+    (tmp_path / "killed.py").write_text(KILLED_ONCE)
+    alone, _ = finetuned(tmp_path, "one", "-m", "moezoo")
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = {}
-    for out, before, after in (("one", [], []), ("two", ranks, ["--ep", "2"])):
-        words = [out if word == "OUT" else word for word in command]
-        done = subprocess.run(
-            [sys.executable, *before, *words, *after],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        said[out] = done.stdout.replace(out, "OUT")
-        assert "Warning" not in done.stderr, done.stderr
-    assert said["two"] == said["one"]  # losses, metrics and answers, once
+    again = [*ranks, "--max-restarts", "1", "killed.py"]
+    said, complained = finetuned(tmp_path, "two", *again, after=("--ep", "2", "--resume"))
+    assert "moezoo: rank 0: step 3: a rank is lost" in complained
+    _, held_out, end = alone.partition("step 3: held-out")
+    assert held_out
+    assert said.endswith(held_out + end)  # losses, metrics and answers, once
     lines = [
         [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
         for out in ("one", "two")
     ]
     for one, two in zip(*lines, strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() & {"loss", "gradient_norm", "held_out", "dropped", "tokens"}:
+        for name in one.keys() & {"step", "loss", "gradient_norm", "held_out", "dropped", "tokens"}:
             assert two[name] == pytest.approx(one[name], rel=2e-4), name
     one, two = (moezoo.load(tmp_path / out / "model").state_dict() for out in ("one", "two"))
     assert all(abs(one[name] - two[name]).max() < 2e-3 for name in one)

@@ -489,6 +489,8 @@ BUGS = [
         "while self.together and self._stepping(0):", "while False:", historic=True, ranks=True),
     Bug("a checkpoint's optimizer is forgotten", "moezoo/training/sharded.py",
         'if f"optimizer.{name}.{key}" in found', "if False", ranks=True),
+    Bug("ranks meet where others have met", "moezoo/parallel/meeting.py",
+        "uuid.uuid4().hex", "str(rank)", historic=True, ranks=True),
     Bug("a list of options swallows OUT", "moezoo/cli/parser.py",
         "missing = self._needed(words) - loose - len(words[position + 1 :])", "missing = 0"),
     Bug("one of two outputs is dropped in silence", "moezoo/cli/parser.py",

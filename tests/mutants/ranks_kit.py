@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moezoo
 from moezoo.parallel import clip_grad_norm, expert_parallel, mean_gradients, mesh, shard
+from moezoo.parallel.meeting import met
 from moezoo.routers.base import Router
 from tests.models.tiny import TINY
 from tests.parallel.ranks import Claims, Ranks, apart, batch, gradients_agree, lively, started
@@ -89,6 +90,17 @@ def ddp_with_a_static_graph_trains_like_one_process(ranks: Ranks) -> None:
         alone(**given.given()).loss.backward()
         wrapped(**given.of(ranks.rank, 4).given()).loss.backward()
         gradients_agree(model, alone, within=1e-12)
+
+
+@claims.over(4)
+def who_meets_again_finds_nothing_of_the_last_time(ranks: Ranks) -> None:
+    store = dist.FileStore(str(ranks.folder / "meetings"), ranks.world)
+    for _ in range(2):
+        part = met(store, ranks.rank, ranks.world, 10.0)
+        assert not part.check(["sign"])
+        dist.barrier()
+        part.set("sign", "of life")
+        dist.barrier()
 
 
 def content(folder: Path) -> bytes:

@@ -19,11 +19,13 @@ def work(rank: int, ranks: int, folder: str, how: str) -> None:
     log = Path(folder, f"{rank}.log").open("w")
     os.dup2(log.fileno(), 2)
     sys.stderr = log
-    store = dist.FileStore(f"{folder}/store", ranks)
-    join(store=store, rank=rank, world_size=ranks, timeout=120.0, heartbeat=1.0)
+    port = int(Path(folder, "port").read_text())
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     try:
-        _reduce(rank, Path(folder), how)
-        leave()
+        for times in range(3 if how == "again" else 1):
+            join(store=store, rank=rank, world_size=ranks, timeout=120.0, heartbeat=1.0)
+            _reduce(rank, Path(folder), "end" if times < 2 and how == "again" else how)
+            leave()
     except MoezooError as error:
         print(type(error).__name__, error, file=log, flush=True)
         sys.exit(error.exit_code)

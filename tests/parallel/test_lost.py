@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from moezoo.errors import ConfigError, MoezooError, RankLost, TrainingError
 from moezoo.parallel import guard, join
+from moezoo.parallel.meeting import met
 from tests.parallel.lone import work
 from tests.parallel.ranks import PRELOADED
 
@@ -20,7 +22,10 @@ PATIENCE = 120.0  # seconds after which a hang is a failure
 
 
 def ranks_after(how: str, folder: Path, number: int | None = None, *, ranks: int = 2) -> list[int]:
-    """Start ranks, send a signal to rank 1 once all have begun; the exit codes of the others."""
+    """Start ranks, send a signal to rank 1 once all have begun; the exit codes of the others.
+
+    What they meet in is the caller's, as torchrun's store is the agent's.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     processes = [
@@ -51,6 +56,13 @@ def _wait_for(files: list[Path]) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path) -> dist.TCPStore:
+    found = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (tmp_path / "port").write_text(str(found.port))
+    return found
+
+
 def test_a_killed_rank_is_lost_for_both_others(tmp_path: Path) -> None:
     assert ranks_after("work", tmp_path, signal.SIGKILL, ranks=3) == [5, 5]
     for rank in (0, 2):
@@ -75,6 +87,25 @@ def test_an_error_of_one_rank_is_told_to_the_others(tmp_path: Path) -> None:
 def test_ranks_that_end_are_not_missed(tmp_path: Path) -> None:
     assert ranks_after("end", tmp_path) == [0, 0]
     assert not (tmp_path / "0.log").read_text()
+
+
+def test_a_group_begins_anew_in_the_store_of_one_that_lost_a_rank(tmp_path: Path) -> None:
+    """As torchrun's next attempt does: the signs, addresses and losses of the last one stand."""
+    assert ranks_after("work", tmp_path, signal.SIGSTOP) == [5]
+    assert ranks_after("end", tmp_path) == [0, 0]
+    assert "is lost" not in (tmp_path / "1.log").read_text()
+
+
+def test_a_process_joins_again_and_a_lost_rank_is_missed_as_before(tmp_path: Path) -> None:
+    assert ranks_after("again", tmp_path, signal.SIGSTOP) == [5]
+    assert "rank 1 is lost: no sign of life for 1 s" in (tmp_path / "0.log").read_text()
+
+
+def test_who_does_not_come_is_named(store: dist.TCPStore) -> None:
+    with pytest.raises(RankLost, match=r"^rank 1, 2 did not come within 0.1 s\. See"):
+        met(store, 0, 3, 0.1)
+    with pytest.raises(RankLost, match=r"^rank 0, or somebody whom it waits for, did not come"):
+        met(store, 1, 3, 0.1)  # the name is of a meeting that was over before
 
 
 def test_a_guard_alone_changes_no_error() -> None:
