@@ -8,9 +8,14 @@ import os
 import sys
 from collections.abc import Iterator
 
+from moezoo.cli.signals import ending_where_deaf
+
 OVER_RANKS = ("train", "finetune", "evaluate")
 _FLAGS = ("ep", "hybrid", "precision", "timeout", "heartbeat")
 _ALONE = ("watch",)  # flags of one process
+# Seconds in which a wait for others may end after SIGTERM: no work is lost while they meet, and a
+# save takes some; torchrun kills after 30.
+_MEETING, _WORKING = 3.0, 20.0
 
 
 def world() -> tuple[int, int]:
@@ -79,9 +84,14 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
     if arguments.hybrid:
         check_nodes(range(ranks), node_size(ranks))
     given = {name: getattr(arguments, name) for name in ("timeout", "heartbeat")}
-    join(**{name: value for name, value in given.items() if value is not None})
+    with ending_where_deaf(_MEETING, f"rank {rank}"):
+        join(**{name: value for name, value in given.items() if value is not None})
     try:
-        with guard(), _silent() if rank else contextlib.nullcontext():
+        with (
+            ending_where_deaf(_WORKING, f"rank {rank}"),
+            guard(),
+            _silent() if rank else contextlib.nullcontext(),
+        ):
             yield
     except RankLost:
         raise  # a group that lost one is left by leaving the process

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,32 +15,41 @@ import torch.distributed as dist
 from moezoo.errors import ConfigError, MoezooError, RankLost, TrainingError
 from moezoo.parallel import guard, join
 from moezoo.parallel.meeting import met
-from tests.parallel.lone import work
+from tests.parallel.lone import wait, work
 from tests.parallel.ranks import PRELOADED
 
 pytestmark = pytest.mark.dist
 PATIENCE = 120.0  # seconds after which a hang is a failure
 
 
-def ranks_after(how: str, folder: Path, number: int | None = None, *, ranks: int = 2) -> list[int]:
-    """Start ranks, send a signal to rank 1 once all have begun; the exit codes of the others.
+def ranks_after(
+    how: str,
+    folder: Path,
+    number: int | None = None,
+    *,
+    ranks: int = 2,
+    victim: int = 1,
+    run: Callable[[int, int, str, str], None] = work,
+) -> list[int]:
+    """Start ranks, send a signal to one once all have begun; the exit codes of the others, or of
+    itself where it is rank 0.
 
     What they meet in is the caller's, as torchrun's store is the agent's.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     processes = [
-        context.Process(target=work, args=(rank, ranks, str(folder), how)) for rank in range(ranks)
+        context.Process(target=run, args=(rank, ranks, str(folder), how)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    victim = processes[1]
     try:
         if number is not None:
             _wait_for([folder / f"{rank}.begun" for rank in range(ranks)])
-            assert victim.pid is not None
-            os.kill(victim.pid, number)
-        others = [process for process in processes if process is not victim or number is None]
+            time.sleep(0 if victim else 0.5)  # until it waits
+            os.kill(processes[victim].pid or 0, number)
+        others = [p for i, p in enumerate(processes) if number is None or i != victim]
+        others = others if victim else processes[:1]
         for process in others:
             process.join(PATIENCE)
         return [-999 if process.exitcode is None else process.exitcode for process in others]
@@ -106,6 +116,21 @@ def test_who_does_not_come_is_named(store: dist.TCPStore) -> None:
         met(store, 0, 3, 0.1)
     with pytest.raises(RankLost, match=r"^rank 0, or somebody whom it waits for, did not come"):
         met(store, 1, 3, 0.1)  # the name is of a meeting that was over before
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+@pytest.mark.parametrize(("how", "ranks"), [("deaf", 2), ("alone", 1)])
+def test_a_signal_ends_a_rank_that_waits_for_another(
+    how: str, ranks: int, number: int, code: int, word: str, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    assert ranks_after(how, tmp_path, number, ranks=ranks, victim=0, run=wait) == [code]
+    assert time.monotonic() - began < 10
+    said = (tmp_path / "0.log").read_text()
+    assert said == f"moezoo: rank 0: {word} in a wait; what was saved is whole\n"
 
 
 def test_a_guard_alone_changes_no_error() -> None:
