@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import moezoo
@@ -41,6 +44,21 @@ def unequal_rows_have_the_gradients_of_one_process(ranks: Ranks) -> None:
 def shards_have_the_norm_of_one_process(ranks: Ranks) -> None:
     given, alone = batch(), lively(**SAME)
     model = shard(lively(**SAME), mesh(2, device="cpu"))
+    alone(**given.given()).loss.backward()
+    model(**given.of(ranks.rank, 4).given()).loss.backward()
+    gradients_agree(model, alone, within=2e-14)
+    norm = nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+    assert apart(clip_grad_norm(model, 0.1), norm) < 2e-14
+
+
+@claims.over(4)
+def copies_of_dense_weights_have_the_gradients_of_one_process(ranks: Ranks) -> None:
+    given, alone = batch(), lively(**SAME)
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}):  # whatever ep is
+        model = shard(lively(**SAME), mesh(4, device="cpu"), hybrid=True)
+    dense = model.shared.weight
+    assert dense.device_mesh.mesh.tolist() == [[0, 1], [2, 3]]
+    assert dense.placements == (Replicate(), Shard(0))
     alone(**given.given()).loss.backward()
     model(**given.of(ranks.rank, 4).given()).loss.backward()
     gradients_agree(model, alone, within=2e-14)

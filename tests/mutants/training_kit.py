@@ -17,6 +17,7 @@ pytestmark = pytest.mark.dist
 for claim in (
     full.six_steps_of_sharded_adafactor,
     full.a_nan_on_one_rank_is_one_of_the_step,
+    full.a_nan_in_the_part_of_one_rank_is_one_of_the_step,
     full.dropout_is_another_one_on_every_rank_and_in_every_step,
     full.a_checkpoint_is_written_by_two,
     full.generation_of_other_lengths_is_that_of_one_process,

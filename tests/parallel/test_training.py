@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from torch import nn
 
 import moezoo
 from moezoo.errors import NonFiniteLoss, RanksDiffer, ResumeMismatch
+from moezoo.functional.shards import local_of
 from moezoo.parallel import mesh, shard
+from moezoo.training import loop
 from moezoo.training.checkpoints import checkpoints, restore, save_checkpoint
 from moezoo.training.loop import fit, start
 from moezoo.training.ranks import batch_of_all_ranks, of_rank, seed_of_step
@@ -136,6 +139,24 @@ def a_nan_on_one_rank_is_one_of_the_step(ranks: Ranks) -> None:
     for handle in handles:
         handle.remove()
     assert not fit(found, of_rank(rows), settings, steps=4)[-1].skipped
+
+
+@claims.over(2)
+def a_nan_in_the_part_of_one_rank_is_one_of_the_step(ranks: Ranks) -> None:
+    """A gradient that is not finite in weights which rank 1 alone holds."""
+    found = state("shard", RECIPES["adamw"], ep=2)
+
+    def spoilt(model: nn.Module, mesh: Any) -> None:
+        if ranks.rank == 1:
+            local_of(model.shared.weight.grad)[0, 0] = torch.nan
+
+    before = tensors(found)
+    with patch.object(loop, "average_gradients", spoilt):
+        (record,) = fit(found, of_rank(rows), RECIPES["adamw"], steps=1, nonfinite="skip")
+    assert record.skipped
+    assert record.culprit.startswith("gradient of ")
+    now = tensors(found)
+    assert all(torch.equal(now[name], before[name]) for name in before)
 
 
 @claims.over(2)
