@@ -12,7 +12,9 @@ from moezoo.cli.signals import ending_where_deaf
 
 OVER_RANKS = ("train", "finetune", "evaluate")
 _FLAGS = ("ep", "hybrid", "precision", "timeout", "heartbeat")
-_ALONE = ("watch",)  # flags of one process
+# Flags of one process. torch's compiler gives up on blocks that FSDP2 brings the weights of, with
+# lengths of any size ("Exponent must be non-negative", torch 2.13).
+_ALONE = ("watch", "compile")
 # Seconds in which a wait for others may end after SIGTERM: no work is lost while they meet, and a
 # save takes some; torchrun kills after 30.
 _MEETING, _WORKING = 3.0, 20.0

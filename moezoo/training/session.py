@@ -221,7 +221,6 @@ def _model(
             ep=arguments.ep,
             precision=arguments.precision,
             hybrid=bool(arguments.hybrid),
-            whole=arguments.compile,
             **overrides,
         )
     config = _scratch_config(arguments)

@@ -54,16 +54,11 @@ def load_over_ranks(
     ep: int | None = None,
     precision: str | None = None,
     hybrid: bool = False,
-    whole: bool = False,
     **overrides: Any,
 ) -> nn.Module:
-    """A checkpoint's model, of which every rank reads its own part; see `over_ranks`.
-
-    Args:
-        whole: leave it to `over_ranks`, for what has to be done to it before.
-    """
+    """A checkpoint's model, of which every rank reads its own part; see `over_ranks`."""
     options: dict[str, Any] = {"task": "conditional_generation", "device": device}
-    if num_ranks() > 1 and not whole:
+    if num_ranks() > 1:
         config = read_config(path).replace(**overrides)
         options["mesh"] = _mesh(config, ep, torch.device(device))
         options |= {"precision": _PRECISIONS[precision], "hybrid": hybrid}

@@ -8,9 +8,10 @@ import itertools
 import json
 import os
 import pydoc_data.topics
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,8 @@ from torch.distributed.tensor import Replicate, Shard
 
 import moezoo
 from moezoo import cli
-from moezoo.training import evaluation, session, sharding
+from moezoo.training import evaluation, session, sharding, tensorboard
+from moezoo.training import run as run_module
 from moezoo.training.tasks import task
 from tests.parallel.ranks import Claims, Ranks, started
 
@@ -183,15 +185,38 @@ def scores_are_those_of_one_process(ranks: Ranks) -> None:
         assert half["cross_entropy"] == pytest.approx(exact["cross_entropy"], rel=1e-2)
 
 
+class FakeWriter:
+    """Keeps what a SummaryWriter is told: not everybody who runs the tests has tensorboard."""
+
+    def __init__(self, made: list[Any], folder: str, purge_step: int) -> None:
+        self.folder, self.purge_step, self.closed = folder, purge_step, False
+        self.scalars: list[tuple[str, float, int]] = []
+        made.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
 @claims.over(2)
 def one_rank_writes_scalars_or_all_say_what_is_missing(ranks: Ranks) -> None:
-    name = "plain+board"
-    if find_spec("tensorboard") is not None:
-        _, run = ran(ranks, name, "--tensorboard")
-        assert ranks.rank or len(list((run / "tensorboard").iterdir())) == 1
-        return
+    made: list[FakeWriter] = []
+    with patch.object(tensorboard, "summary_writer", lambda: partial(FakeWriter, made)):
+        with patch.object(session, "summary_writer"), patch.object(run_module, "summary_writer"):
+            _, run = ran(ranks, "plain+board", "--tensorboard")
+    assert [writer.folder for writer in made] == [f"{run.name}/tensorboard"] * (not ranks.rank)
+    if made:
+        rows = [row for row in metrics(run) if "loss" in row]
+        found = [(step, value) for name, value, step in made[0].scalars if name == "loss"]
+        assert found == [(row["step"], row["loss"]) for row in rows]
+        assert made[0].closed
+    name = "plain+none"
     words = [name if word == "OUT" else word for word in RUNS["plain"]]
-    with patch.object(session, "load_over_ranks", side_effect=AssertionError("it was read")):
+    absent = patch.dict(sys.modules, {"torch.utils.tensorboard": None})
+    read = patch.object(session, "load_over_ranks", side_effect=AssertionError("it was read"))
+    with absent, read:
         code, out, err = over_ranks(ranks, *words, "--tensorboard")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"moezoo: rank {ranks.rank}: --tensorboard needs tensorboard")
@@ -206,6 +231,7 @@ def what_cannot_be_is_refused_before_anything_is_written(ranks: Ranks) -> None:
         ([*scratch, "--hybrid"], "hybrid divides dense weights within a node"),
         ([*scratch, "--watch"], "--watch is for one process. Leave it out."),
         (["finetune", "sparse", "no", *PAIRS, *FAST, "--watch"], "--watch is for one process."),
+        ([*scratch, "--compile"], "--compile is for one process. Leave it out."),
         (["generate", "sparse", "hello"], "generate runs in one process, not in 2."),
         (["report", "sparse", "--text", "text.txt"], "report runs in one process, not in 2."),
     ]:
