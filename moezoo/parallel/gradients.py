@@ -85,7 +85,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     torch's `clip_grad_norm_` over any mixture of plain tensors and DTensors of any meshes (torch's
     own refuses two): squares are summed along the dimensions that a tensor is divided along, once
     per mesh, and then there is one root. Plain gradients must be equal on all ranks
-    (`mean_gradients`).
+    (`mean_gradients`). Where the norm is not finite, gradients that are divided stay as they are.
 
     Returns:
         The norm before, the same on every rank.
@@ -98,7 +98,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
         by_mesh.setdefault(_divided_along(grad), []).append(local_of(grad))
     total = torch.stack([_squares(along, parts) for along, parts in by_mesh.items()]).sum()
     norm = total.sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     for parts in by_mesh.values():
         for part in parts:
             part.mul_(factor.to(part.device, part.dtype))

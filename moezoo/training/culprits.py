@@ -21,10 +21,11 @@ def culprit(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> str:
         forwards: forward passes to run again, with gradients still in place; random numbers are
             drawn from a copy of the generator.
     """
+    gradient = _first_gradient(model)  # a forward pass of FSDP2 leaves other weights in the root
     searches: tuple[Callable[[], str], ...] = (
         lambda: _first_weight(model),
         lambda: _first_module(model, forwards),
-        lambda: _first_gradient(model),
+        lambda: gradient,
     )
     for search in searches:
         found = first_of_ranks(search())  # every rank runs what another one has to run

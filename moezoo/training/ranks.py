@@ -222,10 +222,16 @@ def average_gradients(model: nn.Module, mesh: Any) -> None:
 
 
 def clipped_norm(model: nn.Module, limit: float) -> float:
-    """The norm of all gradients, which are scaled to at most `limit`; the same on every rank."""
+    """The norm of all gradients, which are scaled to at most `limit`; the same on every rank. Where
+    it is not finite they stay as they are: NaN times all of them would hide the one that is at
+    fault.
+    """
     if num_ranks() == 1:
         parameters = [p for p in model.parameters() if p.grad is not None]
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(norm.isfinite()):
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
     from moezoo.parallel import clip_grad_norm
 
     return float(clip_grad_norm(model, limit))

@@ -45,7 +45,15 @@ def spoil_gradient(model: torch.nn.Module) -> str:
     return "gradient of encoder.blocks.0.attention.q.weight"
 
 
-@pytest.mark.parametrize("spoil", [spoil_output, spoil_weight, spoil_gradient])
+def spoil_one_number(model: torch.nn.Module) -> str:
+    def spoilt(grad: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(grad.shape[1]) == 1, float("nan"), grad)
+
+    model.encoder.blocks[0].attention.k.weight.register_hook(spoilt)
+    return "gradient of encoder.blocks.0.attention.k.weight"
+
+
+@pytest.mark.parametrize("spoil", [spoil_output, spoil_weight, spoil_gradient, spoil_one_number])
 def test_what_is_not_finite_is_named_with_its_step(
     spoil: Callable[[torch.nn.Module], str],
 ) -> None:
