@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moezoo.functional.activations import Activation
-from moezoo.functional.dropout import dropout
+from moezoo.functional.dropout import dropout, relu_dropout
 from moezoo.ops.eager import plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear, rows_of
 
@@ -34,10 +35,13 @@ def composed_mlp(
     *inner, outer = weights
     *inner_biases, outer_bias = biases or (None,) * len(weights)
     first = grouped_linear(x, inner[0], counts, bias=inner_biases[0])
-    hidden = function(first)
-    for weight, bias in zip(inner[1:], inner_biases[1:], strict=True):
-        hidden = hidden * grouped_linear(x, weight, counts, bias=bias)
-    hidden = drop(hidden) if callable(drop) else dropout(hidden, drop, training=True)
+    if not callable(drop) and len(inner) == 1 and function is F.relu:
+        hidden = relu_dropout(first, drop, training=True)
+    else:
+        hidden = function(first)
+        for weight, bias in zip(inner[1:], inner_biases[1:], strict=True):
+            hidden = hidden * grouped_linear(x, weight, counts, bias=bias)
+        hidden = drop(hidden) if callable(drop) else dropout(hidden, drop, training=True)
     if gate_N is None:
         return grouped_linear(hidden, outer, counts, bias=outer_bias)
     gate_N1 = gate_N[:, None].to(hidden.dtype)

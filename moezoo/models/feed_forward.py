@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moezoo.functional.activations import activation
-from moezoo.functional.dropout import Dropout
+from moezoo.functional.dropout import Dropout, relu_dropout
 from moezoo.models.linear import Linear
+from moezoo.ops.observed import is_plain
 
 
 class DenseMLP(nn.Module):
@@ -35,6 +37,8 @@ class DenseMLP(nn.Module):
         """(..., D) -> (..., D)."""
         if self.gated:
             hidden = self.dropout(self.function(self.wi_0(x)) * self.wi_1(x))
+        elif self.function is F.relu and is_plain(self.dropout, Dropout):
+            hidden = relu_dropout(self.wi(x), self.dropout.p, training=self.dropout.training)
         else:
             hidden = self.dropout(self.function(self.wi(x)))
         y: Tensor = self.wo(hidden)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moezoo.config import SwitchConfig
+from moezoo.functional.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +24,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            if self.training and torch.is_grad_enabled():
+                return rms_norm(x, self.weight, self.eps)
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # torch rounds half precision after the weight, T5 before it.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

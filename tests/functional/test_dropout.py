@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from moezoo.functional.dropout import Dropout, dropout
+from moezoo.functional.dropout import Dropout, dropout, relu_dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.4, 0.9])
@@ -53,15 +55,31 @@ def test_a_seed_reproduces_the_mask_and_evaluation_changes_nothing() -> None:
     assert dropout(x, 0.0, training=True) is x
 
 
-def test_it_differentiates_twice() -> None:
+def test_relu_dropout_is_dropout_of_the_relu() -> None:
+    x = torch.randn(40, 9, dtype=torch.float64, requires_grad=True)
+    results = []
+    for compute in (
+        lambda: relu_dropout(x, 0.3, training=True),
+        lambda: dropout(torch.relu(x), 0.3, training=True),
+    ):
+        torch.manual_seed(2)
+        y = compute()
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(relu_dropout(x, 0.3, training=False), torch.relu(x))
+
+
+def test_both_differentiate_twice() -> None:
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    for compute in (dropout, relu_dropout):
 
-    def seeded(x: torch.Tensor) -> torch.Tensor:
-        torch.manual_seed(4)
-        return dropout(x, 0.4, training=True) ** 2
+        def seeded(x: torch.Tensor, compute: Any = compute) -> torch.Tensor:
+            torch.manual_seed(4)
+            return compute(x, 0.4, training=True) ** 2
 
-    assert torch.autograd.gradcheck(seeded, x)
-    assert torch.autograd.gradgradcheck(seeded, x)
+        assert torch.autograd.gradcheck(seeded, x)
+        assert torch.autograd.gradgradcheck(seeded, x)
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3,), (2, 0, 3), (5, 3)])

@@ -12,7 +12,7 @@ from torch import Tensor
 import moezoo
 from moezoo.experts import stacked
 from moezoo.functional import gates, grouped_mlp, streamed
-from moezoo.models import attention
+from moezoo.models import attention, feed_forward
 from moezoo.models.host_step import HostStep, _Lone
 from moezoo.routers import SwitchRouter
 
@@ -90,6 +90,7 @@ def test_training_on_a_cpu_takes_the_steps_written_by_hand(
 ) -> None:
     places: list[tuple[Any, str]] = [
         (attention, "attention_with_dropout"),
+        (feed_forward, "relu_dropout"),
         (grouped_mlp._FusedMLP, "apply"),
     ]
     calls = [counted(home, name) for home, name in places]
