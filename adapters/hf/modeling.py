@@ -103,11 +103,11 @@ class _EncoderDecoder(MoezooPreTrainedModel):
             "hidden_states": asked(output_hidden_states, config.output_hidden_states),
             "attentions": asked(output_attentions, config.output_attentions),
         }
-        with contextlib.ExitStack() as stack:
-            decoded = stack.enter_context(recorded(self.decoder, **wanted))
-            encoded = Kept()
-            if source is None:
-                encoded = stack.enter_context(recorded(self.encoder, **wanted))
+        none = contextlib.nullcontext(Kept())
+        with (
+            recorded(self.decoder, **wanted) as decoded,
+            recorded(self.encoder, **wanted) if source is None else none as encoded,
+        ):
             found: SwitchOutput = self.model(
                 input_ids if source is None else None,
                 as_integers(attention_mask),

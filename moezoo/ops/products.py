@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
-from moezoo.private_torch import onednn_product
+from moezoo.private_torch import STEADY_ROWS, onednn_product
 
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
@@ -169,9 +169,9 @@ def steady_product(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not x.numel() or not weight.numel() or not fast_products(x, weight):
         return torch.mm(x, weight.t())
-    if x.shape[0] == 1:  # the one number of rows for which oneDNN adds in another order
-        return _onednn(torch.cat((x, x)), weight, relu=False)[:1]
     rows, outer = x.shape[0], weight.shape[0]
+    if rows < STEADY_ROWS:
+        return _onednn(torch.cat((x,) * -(-STEADY_ROWS // rows)), weight, relu=False)[:rows]
     if not in_huge_pages(4 * rows * outer, x.device):
         return _onednn(_rounded(x), weight, relu=False).resize_(rows, outer)
     # Some rows at a time: fresh memory for all of them would cost a page fault every 4 KiB, where

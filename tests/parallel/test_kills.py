@@ -17,5 +17,5 @@ def test_ranks_killed_at_any_moment_go_on_bit_for_bit() -> None:
     command = [sys.executable, "-m", "tests.training.rank_kills", "3", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 of 3 continuations bit-exact")
+    assert "3 of 3 continuations bit-exact" in done.stdout
     assert "3 of 3 typed errors" in done.stdout
