@@ -18,6 +18,7 @@ from moezoo.adapters.families.decoder_placement import (
     trailing,
 )
 from moezoo.adapters.families.dense_kind import LFM, PROJ
+from moezoo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ class SparseKind:
     def title(self) -> str:
         """The name of the class, without what it is for."""
         return self.architecture.removesuffix("ForCausalLM")
+
+    def check_number(self, num_experts: int) -> None:
+        """Raise ConfigError where its router cannot choose among so few experts."""
+        if num_experts < self.fewest:
+            raise ConfigError(
+                f"{self.model_type} cannot choose among fewer experts", field="num_experts",
+                expected=f">= {self.fewest}", found=num_experts,
+            )  # fmt: skip
 
 
 _LOGGED = {"output_router_logits": False, "router_aux_loss_coef": 0.001}

@@ -110,11 +110,7 @@ def _stacks(layers: Layers) -> Iterable[object]:
 def _choices(recipe: Recipe, init: ExpertInit, sparse: SparseKind) -> int:
     """Experts per token. Raises ConfigError for a router that these models do not have."""
     count = recipe.num_experts
-    if count < sparse.fewest:
-        raise ConfigError(
-            f"{sparse.model_type} cannot choose among fewer experts", field="num_experts",
-            expected=f">= {sparse.fewest}", found=count,
-        )  # fmt: skip
+    sparse.check_number(count)
     wanted = {"name": "top_k"} if recipe.router is None else recipe.router
     spec = router_for(init, wanted, count)
     k = spec.options.get("k", min(2, count))

@@ -50,7 +50,7 @@ def shrink(
     what `grow` made to what it was, or a fresh upcycling to any number, gives the function back.
 
     Raises ConfigError for a dense model, an unknown method, a trace of another model, or a router
-    that chooses more experts than remain.
+    that chooses, or needs, more experts than remain.
     """
     if method not in METHODS:
         hint = did_you_mean(method, METHODS)
@@ -116,6 +116,8 @@ def _sparse_layers(config: ModelConfig, num_experts: int) -> list[str]:
             f"every token goes to {config.choices} experts", field="num_experts",
             expected=f">= {config.choices}", found=num_experts, hint="Keep as many.",
         )  # fmt: skip
+    if isinstance(config, DecoderConfig) and config.sparse_kind is not None:
+        config.sparse_kind.check_number(num_experts)
     return layers
 
 

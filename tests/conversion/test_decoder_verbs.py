@@ -70,6 +70,16 @@ def test_a_grown_model_shrinks_to_what_it_was(sparse: Path, tmp_path: Path) -> N
     assert not (tmp_path / "less").exists()
 
 
+def test_deepseek_shrinks_to_two_experts_and_not_to_one(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", "youtu")
+    upcycle(source, tmp_path / "moe", num_experts=4, router={"name": "top_k", "k": 1})
+    with pytest.raises(MoezooError, match="deepseek_v3 cannot choose among fewer.*>= 2, found 1"):
+        shrink(tmp_path / "moe", tmp_path / "small", num_experts=1)
+    assert not (tmp_path / "small").exists()
+    shrink(tmp_path / "moe", tmp_path / "small", num_experts=2)
+    assert relative(logits(tmp_path / "small"), logits(source)) < 1e-5
+
+
 def test_a_dense_model_does_not_shrink(tmp_path: Path) -> None:
     source = dense_decoder(tmp_path / "dense")
     with pytest.raises(ConfigError, match=r"the model is dense. Use `moezoo upcycle`"):
