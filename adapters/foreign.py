@@ -67,7 +67,8 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
         raise ConfigError("config.json names no model_type", field="model_type", hint=hint)
     shown = f"model_type {repr(stated)[:40]}"
     shown += f", {first[:60]}" if isinstance(first, str) else ""
-    near = nearest(stated, names)
+    known_class = not isinstance(first, str) or _CLASS.match(first)
+    near = nearest(stated, names) if known_class else None
     sparse = any("experts" in name and type(n) is int and n > 1 for name, n in values.items())
     hint = f"Did you mean {near!r}?" if near else _SPARSE if sparse else _PLUG
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)

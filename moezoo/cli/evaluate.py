@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from moezoo.cli.ranks import add_rank_arguments, joined
-from moezoo.cli.samples import add_tokenizer_argument, named_tokenizer
+from moezoo.cli.samples import add_tokenizer_argument, named_tokenizer, refuse_decoders
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     from moezoo.training.sharding import load_over_ranks
 
+    refuse_decoders("evaluate", arguments.source)
     task = chosen_task(arguments)
     if arguments.examples is not None and arguments.examples < 1:
         raise ConfigError("--examples is at least 1", field="examples", found=arguments.examples)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from moezoo.cli.parser import add_output
 from moezoo.cli.ranks import joined
-from moezoo.cli.samples import add_tokenizer_argument
+from moezoo.cli.samples import add_tokenizer_argument, refuse_decoders
 from moezoo.cli.terminal import complain
 from moezoo.cli.train import add_dataset_argument, add_run_arguments, watched
 
@@ -57,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from moezoo.training.evaluation import chosen_task, measurable, report, task_pairs
     from moezoo.training.session import execute, prepared
 
-    _refuse_others(arguments.source)
+    refuse_decoders("finetune", arguments.source)
     task = chosen_task(arguments)
     train, held = task_pairs(arguments, task)
     task = measurable(task, complain)
@@ -89,22 +88,3 @@ def _run(arguments: argparse.Namespace) -> int:
     if code == 0 and held:
         report(session.model, session.tokenizer, held[: arguments.examples], task)
     return code
-
-
-def _refuse_others(source: str) -> None:
-    """Raise ConfigError for a model of another architecture, whose pairs would be read in vain."""
-    from moezoo.adapters.families import foreign_type
-    from moezoo.adapters.formats.files import read_json
-    from moezoo.errors import CheckpointError, ConfigError
-
-    path = Path(source) / "config.json"
-    try:
-        kind = foreign_type(read_json(path))
-    except CheckpointError:
-        return  # which loading it explains
-    if kind is not None:
-        hint = "Train it with transformers' Trainer, as examples/07_upcycle_llama.py does."
-        raise ConfigError(
-            "finetune is for T5 and Switch models", path=path, field="model_type",
-            found=repr(kind)[:80], hint=hint,
-        )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +40,25 @@ def named_tokenizer(named: str | None, source: str, config: SwitchConfig) -> Bas
     from moezoo.tokenizer import fitting_tokenizer
 
     return fitting_tokenizer(named or source, config)
+
+
+def refuse_decoders(verb: str, source: str) -> None:
+    """Raise ConfigError for a model of another architecture, whose pairs would be read in vain."""
+    from moezoo.adapters.families import foreign_type
+    from moezoo.adapters.formats.files import read_json
+    from moezoo.errors import CheckpointError, ConfigError
+
+    path = Path(source) / "config.json"
+    try:
+        kind = foreign_type(read_json(path))
+    except CheckpointError:
+        return  # which loading it explains
+    if kind is not None:
+        hint = "Use transformers' Trainer, as examples/07_upcycle_llama.py does."
+        raise ConfigError(
+            f"{verb} is for T5 and Switch models", path=path, field="model_type",
+            found=repr(kind)[:80], hint=hint,
+        )  # fmt: skip
 
 
 def sample_documents(arguments: argparse.Namespace) -> list[Document]:

@@ -48,6 +48,7 @@ def refusal(path: Path) -> str:
         ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "'gpt_neox'"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"model_type": "t5x"}, "Did you mean 't5'"),
+        ({"model_type": "mpt", "architectures": ["MptForCausalLM"]}, "plug"),
         ({"model_type": ["t5"]}, "model_type"),
         ({"d_model": 4}, "names no model_type"),
         (

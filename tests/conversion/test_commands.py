@@ -307,14 +307,22 @@ def test_a_single_file_of_a_larger_model_becomes_an_encoder(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "llama", "gpt2"])
-def test_finetune_sends_a_decoder_to_trainer_before_it_asks_for_pairs(
-    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("verb", ["finetune", "evaluate"])
+def test_a_decoder_is_sent_to_trainer_before_anybody_asks_for_pairs(
+    verb: str, model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
-    assert main(["finetune", str(tmp_path / "model"), str(tmp_path / "out"), "--steps", "1"]) == 2
+    more = [str(tmp_path / "out"), "--steps", "1"] if verb == "finetune" else []
+    assert main([verb, str(tmp_path / "model"), *more]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    for word in ("config.json", "is for T5 and Switch", model_type, "Trainer", "07_upcycle_llama"):
+    for word in (
+        "config.json",
+        f"{verb} is for T5 and Switch",
+        model_type,
+        "Trainer",
+        "07_upcycle",
+    ):
         assert word in line
     assert "pairs" not in line
     assert not (tmp_path / "out").exists()
