@@ -15,7 +15,7 @@ from moezoo.cli.parser import Parser
 from moezoo.errors import MissingExtra
 from tests.imports import SOURCES
 
-OF_OTHERS = {"--local-dir", "--nproc-per-node"}  # `hf download`, torchrun
+OF_OTHERS = {"--local-dir", "--nproc-per-node", "--max-restarts"}  # `hf download`, torchrun
 
 
 def flags() -> set[str]:
