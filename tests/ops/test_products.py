@@ -170,3 +170,13 @@ def test_ever_new_numbers_of_rows_are_given_few_to_onednn_and_keep_their_bits(
         )
         assert torch.equal(found, whole[:rows]) and found.is_contiguous()
     assert len(compiled) <= products._EXACT * (kind == "evaluation") + 8 * 5 + 1
+
+
+def test_a_row_is_a_column_of_one_stride_however_it_lies(processor: Limits) -> None:
+    """MKL is thirty times slower for a column whose next one would begin elsewhere."""
+    wide = torch.randn(3, 16)
+    weight = torch.randn(24, 16)
+    for row in (wide[1:2], wide[0].as_strided((1, 16), (1, 1)), wide.t().contiguous().t()[2:]):
+        assert products._column(row).stride() == (0, 1, 16)
+        assert torch.equal(products._column(row)[1, :, 0], row[0])
+        torch.testing.assert_close(product(row, weight), row @ weight.t())
