@@ -47,6 +47,7 @@ NEAR = {
     "moezoo/functional/composed_mlp.py": ["tests/experts/test_biases.py"],
     "moezoo/functional/grouped_mlp.py": ["tests/experts/test_biases.py"],
     "moezoo/quantization.py": ["tests/experts/test_biases.py"],
+    "moezoo/ops/products.py": ["tests/ops/test_products.py"],
     "moezoo/layer.py": ["tests/models/test_step.py"],
     "moezoo/models/step.py": ["tests/models/test_step.py", "tests/models/test_graph_step.py"],
     "moezoo/models/graph_step.py": ["tests/models/test_graph_step.py"],
