@@ -15,6 +15,7 @@ from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.building import build
 from moezoo.config import SwitchConfig
 from moezoo.cost import cost
+from moezoo.demonstration.effort import USUAL
 from moezoo.reporting.trial import Price
 from moezoo.training.facts import VOCAB_SIZE, Facts
 from moezoo.training.loop import StepRecord, TrainingState, fit, start
@@ -102,7 +103,7 @@ class Book:
     Attributes: dense, switch: their curves after the common start, by seed.
     """
 
-    def __init__(self, count: int, experts: int, steps: int = 600) -> None:
+    def __init__(self, count: int, experts: int, steps: int = USUAL["steps"]) -> None:
         self.count, self.experts, self.steps = count, experts, steps
         self.dense: list[Learner] = []
         self.switch: list[Learner] = []

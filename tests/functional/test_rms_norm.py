@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from moezoo.functional.rms_norm import rms_norm
-from moezoo.models.norm import RMSNorm
 
 SHAPES = [(6,), (1, 6), (5, 6), (2, 3, 6), (0, 6)]
 
@@ -56,12 +55,3 @@ def test_gradients_in_any_layout_are_taken() -> None:
     turned = rms_norm(x.view(2, 2, 6).transpose(0, 1), weight, 1e-6)
     turned.transpose(0, 2).square().sum().backward()
     assert torch.isfinite(x.grad).all()
-
-
-def test_training_and_evaluation_give_the_same_bits() -> None:
-    torch.manual_seed(0)
-    norm, x = RMSNorm(8), torch.randn(3, 8)
-    trained = norm.train()(x)
-    assert torch.equal(trained, norm.eval()(x))
-    with torch.no_grad():
-        assert torch.equal(trained, norm.train()(x))
