@@ -85,14 +85,14 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     torch's `clip_grad_norm_` over any mixture of plain tensors and DTensors of any meshes (torch's
     own refuses two): squares are summed along the dimensions that a tensor is divided along, once
     per mesh, and then there is one root. Plain gradients must be equal on all ranks
-    (`mean_gradients`). Where the norm is not finite, gradients that are divided stay as they are.
+    (`mean_gradients`). Where the norm is not finite, gradients stay as they are.
 
     Returns:
         The norm before, the same on every rank.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if not any(map(is_divided, grads)):
-        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if not grads:
+        return torch.zeros(())
     by_mesh: dict[Any, list[Tensor]] = {}
     for grad in grads:
         by_mesh.setdefault(_divided_along(grad), []).append(local_of(grad))
