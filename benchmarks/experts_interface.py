@@ -3,7 +3,9 @@
     python -m benchmarks.experts_interface [--tokens 1 16 128 512 2048 8192] [--processor]
 
 All implementations run in turns on the same weights, tokens and choices: "forward" without a
-gradient, "training" forward and backward to tokens, weights of choices and parameters. With
+gradient, "training" forward and backward to tokens, weights of choices and parameters. As in a
+model, whose layers take turns, calls go round blocks and choices of which no processor's cache
+holds all weights. With
 `--processor` the clock is that of the processor, for a machine that has other work. Writes
 benchmarks/experts_interface.json and experts_interface.md.
 """
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +29,8 @@ from moezoo.adapters.hf import register
 WIDTH, HIDDEN = 512, 384
 SIZES = ((8, 1), (8, 2), (64, 8), (128, 1), (128, 8))  # experts, choices of a token
 OTHERS = ("eager", "grouped_mm", "batched_mm")
+ROUND = 2**27  # bytes of weights that the calls of a round meet, or more
+EXPERT = 12 * WIDTH * HIDDEN  # bytes
 COPIED = 2**30  # bytes of weights that batched_mm copies for each pair, where it still takes part
 
 
@@ -41,10 +46,10 @@ def main() -> None:
     torch.manual_seed(0)
     record: dict[str, Any] = {"machine": machine(), "clock": clock.__name__, "rows": []}
     for experts, choices in SIZES:
-        module = block(experts)
+        modules = [block(experts) for _ in range(ceil(ROUND / (experts * EXPERT)))]
         for tokens in options.tokens:
             for mode in ("forward", "training"):
-                times = measure(module, tokens, choices, mode, options.seconds, clock)
+                times = measure(modules, tokens, choices, mode, options.seconds, clock)
                 row = {"experts": experts, "choices": choices, "tokens": tokens, "mode": mode}
                 record["rows"].append({**row, "s": times})
                 print(cells(record["rows"][-1]), flush=True)
@@ -66,30 +71,34 @@ def block(experts: int) -> Any:
 
 
 def measure(
-    module: Any,
+    modules: Sequence[Any],
     tokens: int,
     choices: int,
     mode: str,
     seconds: float,
     clock: Callable[[], float],
 ) -> dict[str, list[float]]:
-    """Seconds of each implementation, in turns after a warm-up."""
+    """Seconds of a call by each implementation, in turns after a warm-up."""
     x = torch.randn(tokens, WIDTH, requires_grad=True)
-    weights, chosen = torch.rand(tokens, module.num_experts).topk(choices, -1)
-    weights = weights.requires_grad_()
+    experts, pairs = modules[0].num_experts, tokens * choices
+    calls = len(modules)  # in training gradients of all experts pass the cache besides
+    if mode == "forward":
+        calls = max(calls, ceil(ROUND / (min(experts, pairs) * EXPERT)))
+    routed = [torch.rand(tokens, experts).topk(choices, -1) for _ in range(calls)]
     grad = torch.randn_like(x)
-    copied = 12 * tokens * choices * WIDTH * HIDDEN
-    names = [n for n in ("moezoo", *OTHERS) if n != "batched_mm" or copied <= COPIED]
+    names = [n for n in ("moezoo", *OTHERS) if n != "batched_mm" or pairs * EXPERT <= COPIED]
 
     def run(name: str) -> None:
-        module.config._experts_implementation = name
-        if mode == "forward":
-            with torch.no_grad():
-                module(x, chosen, weights)
-            return
-        module(x, chosen, weights).backward(grad)
-        module.zero_grad()
-        x.grad = weights.grad = None
+        for number, (weights, chosen) in enumerate(routed):
+            module = modules[number % len(modules)]
+            module.config._experts_implementation = name
+            if mode == "forward":
+                with torch.no_grad():
+                    module(x, chosen, weights)
+                continue
+            module(x, chosen, weights.requires_grad_()).backward(grad)
+            module.zero_grad()
+            x.grad = weights.grad = None
 
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -99,7 +108,7 @@ def measure(
         for name in names:
             start = clock()
             run(name)
-            times[name].append(clock() - start)
+            times[name].append((clock() - start) / calls)
         if number >= 4 and time.perf_counter() - begin > seconds:
             break
     return times
@@ -123,8 +132,9 @@ def page(record: dict[str, Any]) -> list[str]:
         f"`python -m benchmarks.experts_interface`: {record['machine']}. A Qwen3-MoE block's "
         f"experts (D {WIDTH}, F {HIDDEN}) by `experts_implementation`; milliseconds of "
         f"{'processor time' if processor else 'wall time'}, median (minimum), in turns. "
-        "Training is forward and backward. batched_mm copies the weights of every pair and "
-        "sits out where these are more than a GiB.",
+        f"Training is forward and backward. Calls go round {ROUND >> 20} MiB of weights or more, "
+        "which no cache holds, as in a model whose layers take turns. batched_mm copies the "
+        "weights of every pair and sits out where these are more than a GiB.",
         table(head, [cells(row) for row in record["rows"]]),
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -84,15 +83,16 @@ def _is_pure(module: Any) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    gate = inspect.getattr_static(module, "_apply_gate", None)
-    if not getattr(gate, "__module__", "").startswith(_SHIPPED) or not _PROJECTIONS.issuperset(
-        name for name, _ in module.named_parameters(recurse=False)
-    ):
+    own = vars(module)
+    gate = own.get("_apply_gate") or getattr(type(module), "_apply_gate", None)
+    if not getattr(gate, "__module__", "").startswith(_SHIPPED):
         return False
-    parts = {name: part for name, part in module.named_children() if name != "parametrizations"}
-    if "act_fn" in vars(module) and module.act_fn not in _FUNCTIONS:
+    if not _PROJECTIONS.issuperset(name for name, _ in module.named_parameters(recurse=False)):
         return False
-    return all(_is_plain(part) for whole in parts.values() for part in whole.modules())
+    if "act_fn" in own and own["act_fn"] not in _FUNCTIONS:
+        return False
+    parts = (part for name, part in module.named_children() if name != "parametrizations")
+    return all(_is_plain(part) for whole in parts for part in whole.modules())
 
 
 def _is_plain(part: nn.Module) -> bool:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moezoo.functional.batch_products import batch_outer, batch_products, by_expert
 from moezoo.functional.dispatch import combine, dispatch
-from moezoo.functional.expert_strips import Plan, planned
+from moezoo.functional.expert_strips import Batch, Plan, lone_batches, planned
 from moezoo.functional.gated_units import SiluGate
-from moezoo.functional.run_products import rows_alone, run_products
-from moezoo.ops.backends import Runs
 from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import large_empty, stacked_gradient
-from moezoo.ops.products import outer_product
+from moezoo.ops.products import sharing
 from moezoo.records import Assignment
 
 Rows = Callable[[Tensor], Tensor]
@@ -68,8 +67,10 @@ def routed_mlp(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) ->
         out: Tensor = _Routed.apply(networks.function, x, expert, weight, *networks.tensors)  # type: ignore[no-untyped-call]
         return out
     if x.shape[0] == 1 and x.dtype == torch.float32:
-        return _lone(x, expert, weight, networks)
-    plan = planned(expert, networks.up.shape)
+        ids = expert[0].tolist()
+        if len(set(ids)) == len(ids):
+            return _lone(x, ids, weight, networks)
+    plan = _planned(expert, networks, training=False)
     return _collected(_results(x, plan, networks, None), plan, weight, x.dtype)
 
 
@@ -107,43 +108,46 @@ def _composed(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> 
     return combine(y_ND, assignment, order).to(x.dtype)
 
 
+def _planned(expert: Tensor, networks: Networks, *, training: bool) -> Plan:
+    return planned(expert, networks.up.shape, sharing(networks.up, training=training))
+
+
 def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | None) -> Tensor:
     """The experts' rows (N, O), not weighed; what `function` was applied to goes to `saved`."""
-    width = networks.down.shape[1]
-    y_NO = large_empty((plan.pair.shape[0], width), x.dtype)
-    y_NO[plan.used :].zero_()
-    training = saved is not None
-    for runs, rows in plan.strips:
-        x_nD = (
-            x.index_select(0, plan.token[rows])
-            if x.shape[0] > 1
-            else x.expand(rows.stop - rows.start, -1)
-        )
-        h_nH = run_products(
-            x_nD, networks.up, networks.up_bias, runs, rows.start, training=training
-        )
+    rows, width = plan.pair.shape[0], networks.down.shape[1]
+    training, whole = saved is not None, len(plan.strips) == 1 and plan.used == rows
+    y_NO = None if whole else large_empty((rows, width), x.dtype)
+    if y_NO is not None:
+        y_NO[plan.used :].zero_()
+    for batches, here in plan.strips:
+        x_nD = x.index_select(0, plan.token[here])
+        h_nH = batch_products(x_nD, networks.up, networks.up_bias, batches, training=training)
         if saved is not None:
             saved.append(h_nH)
         hidden_nF = networks.function(h_nH)
-        run_products(
-            hidden_nF,
-            networks.down,
-            networks.down_bias,
-            runs,
-            rows.start,
-            out=y_NO[rows],
-            training=training,
+        place = None if y_NO is None else y_NO[here]
+        y_nO = batch_products(
+            hidden_nF, networks.down, networks.down_bias, batches, out=place, training=training
         )
-    return y_NO
+    return y_nO if y_NO is None else y_NO
 
 
-def _lone(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
+def _lone(x: Tensor, ids: list[int], weight: Tensor, networks: Networks) -> Tensor:
     """One token without a gradient: nothing to sort, and its row serves every expert."""
-    ids = [e for e in expert[0].tolist() if e < networks.up.shape[0]]
-    if len(ids) < expert.shape[1]:
-        weight = weight[:, expert[0] < networks.up.shape[0]]
-    h_KH = rows_alone(x.expand(len(ids), -1), networks.up, networks.up_bias, ids)
-    y_KO = rows_alone(networks.function(h_KH), networks.down, networks.down_bias, ids)
+    shared = sharing(networks.up, training=False)
+    batches, order = lone_batches(ids, networks.up.shape, shared)
+    h_KH = batch_products(
+        x.expand(len(order), -1).contiguous(),  # a row for each
+        networks.up,
+        networks.up_bias,
+        batches,
+        training=False,
+    )
+    y_KO = batch_products(
+        networks.function(h_KH), networks.down, networks.down_bias, batches, training=False
+    )
+    if order != list(range(len(ids))):
+        weight = weight[:, order]
     return (weight.to(y_KO.dtype) @ y_KO).to(x.dtype)
 
 
@@ -167,7 +171,7 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:
         up, down, up_bias, down_bias = tensors
         networks = Networks(up, down, function, up_bias, down_bias, pure=True)  # type: ignore[arg-type]
-        plan = planned(expert, networks.up.shape)
+        plan = _planned(expert, networks, training=True)
         saved: list[Tensor] = []
         y_NO = _results(x, plan, networks, saved)
         ctx.function, ctx.plan = function, plan
@@ -223,9 +227,10 @@ class _Backward:
         self.plan, self.x, self.networks, self.grad = plan, x, networks, grad.contiguous()
         self.wants_x, self.wants_weight, *wants_tensors = wants
         self.weight_N1 = weight.reshape(-1).index_select(0, plan.pair)[:, None]
-        hit = [expert for runs, _ in plan.strips for expert, _ in runs]
+        if plan.spare is not None:
+            self.weight_N1.index_fill_(0, plan.spare, 0.0)
         self.grads = [
-            _gradient(t, hit) if t is not None and want else None
+            _gradient(t, plan.hit) if t is not None and want else None
             for t, want in zip(networks.tensors, wants_tensors, strict=True)
         ]
         self.weight = weight
@@ -236,8 +241,8 @@ class _Backward:
     def of(self, saved: list[Tensor]) -> list[Tensor | None]:
         """The gradients of x, weight, up, down and the biases."""
         plan = self.plan
-        for (runs, rows), h_nH in zip(plan.strips, saved, strict=True):
-            self._strip(runs, rows, h_nH)
+        for (batches, rows), h_nH in zip(plan.strips, saved, strict=True):
+            self._strip(batches, rows, h_nH)
         grad_x = grad_weight = None
         if self.grad_x is not None:
             self.grad_x[plan.used :].zero_()
@@ -246,43 +251,49 @@ class _Backward:
             grad_weight = self.grad_weight_N[plan.row].view(self.weight.shape)
         return [grad_x, grad_weight, *self.grads]
 
-    def _strip(self, runs: Runs, rows: slice, h_nH: Tensor) -> None:
-        up, down, down_bias = self.networks.up, self.networks.down, self.networks.down_bias
+    def _strip(self, batches: list[Batch], rows: slice, h_nH: Tensor) -> None:
+        up, down = self.networks.up, self.networks.down
         token_n, weight_n1 = self.plan.token[rows], self.weight_N1[rows]
         back_nO = self.grad.index_select(0, token_n)  # of weighed results
-        back_nF = run_products(back_nO, down.transpose(1, 2), None, runs, rows.start, training=True)
+        start = rows.start
+        back_nF = batch_products(back_nO, down.transpose(1, 2), None, batches, training=True)
         hidden_nF, grad_nH = self._through_function(rows, h_nH, back_nF, weight_n1)
         weighed_nF = hidden_nF * weight_n1.to(hidden_nF.dtype)
         x_nD = self.x.index_select(0, token_n)
-        for expert, whole in runs:
-            here = slice(whole.start - rows.start, whole.stop - rows.start)
-            grad_up, grad_down, grad_up_bias, grad_down_bias = (
-                None if g is None else g[expert] for g in self.grads
-            )
-            if grad_down is not None:
-                outer_product(back_nO[here], weighed_nF[here], out=grad_down)
-            if grad_up is not None:
-                outer_product(grad_nH[here], x_nD[here], out=grad_up)
-            if grad_up_bias is not None:
-                torch.sum(grad_nH[here], 0, out=grad_up_bias)
-            if grad_down_bias is not None:
-                torch.sum(
-                    (back_nO[here] * weight_n1[here]).to(back_nO.dtype), 0, out=grad_down_bias
-                )
-            if down_bias is not None and self.grad_weight_N is not None:
-                self.grad_weight_N[whole] += (back_nO[here] @ down_bias[expert]).to(
-                    self.grad_weight_N.dtype
-                )
+        for batch in batches:
+            here = slice(batch.rows.start - start, batch.rows.stop - start)
+            self._matrices(batch, back_nO[here], weighed_nF[here], grad_nH[here], x_nD[here])
+            self._biases(batch, back_nO[here], grad_nH[here])
         if self.grad_x is not None:
-            run_products(
+            batch_products(
                 grad_nH,
                 up.transpose(1, 2),
                 None,
-                runs,
-                rows.start,
+                batches,
                 out=self.grad_x[rows],
                 training=True,
             )
+
+    def _matrices(
+        self, batch: Batch, back: Tensor, weighed: Tensor, grad_hidden: Tensor, x: Tensor
+    ) -> None:
+        grad_up, grad_down, *_ = self.grads
+        if grad_down is not None:
+            batch_outer(back, weighed, batch, grad_down)
+        if grad_up is not None:
+            batch_outer(grad_hidden, x, batch, grad_up)
+
+    def _biases(self, batch: Batch, back: Tensor, grad_hidden: Tensor) -> None:
+        down_bias, experts = self.networks.down_bias, batch.experts
+        _, _, grad_up_bias, grad_down_bias = self.grads
+        if grad_up_bias is not None:
+            torch.sum(by_expert(grad_hidden, batch), 1, out=grad_up_bias[experts])
+        if grad_down_bias is not None:
+            weighed = (back * self.weight_N1[batch.rows]).to(back.dtype)
+            torch.sum(by_expert(weighed, batch), 1, out=grad_down_bias[experts])
+        if down_bias is not None and self.grad_weight_N is not None:
+            found = by_expert(back, batch) @ down_bias[experts, :, None]
+            self.grad_weight_N[batch.rows] += found.view(-1).to(self.grad_weight_N.dtype)
 
     def _through_function(
         self, rows: slice, h_nH: Tensor, back_nF: Tensor, weight_n1: Tensor

@@ -87,8 +87,11 @@ def release_memory() -> None:
 
 
 def _zeroed(stacked: Tensor, written: Sequence[int]) -> Tensor:
-    for number in set(range(stacked.shape[0])).difference(written):
-        stacked[number].zero_()
+    start = 0
+    for number in (*sorted(written), stacked.shape[0]):
+        if start < number:
+            stacked[start:number].zero_()
+        start = number + 1
     return stacked
 
 

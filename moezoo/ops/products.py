@@ -11,13 +11,14 @@ from torch import Tensor
 
 from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
-from moezoo.private_torch import STEADY_ROWS, onednn_product
+from moezoo.private_torch import STEADY_ROWS, has_onednn_bfloat16, onednn_product
 
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
 _SMALL_WEIGHT, _SMALL_RESULT = 2**18, 2**13
-# Up to here MKL is level with oneDNN or ahead, but for very few rows and for very many.
-_MEDIUM_WEIGHT, _MEDIUM_ROWS = 2**19, (5, 128)
+# Up to here MKL is level with oneDNN or ahead on one thread, but for very few rows; on two it is
+# behind (benchmarks/experts_interface.md).
+_MEDIUM_WEIGHT, _MEDIUM_ROWS = 2**19, (5, 48)
 _ALWAYS = 2**62
 _FEW_OUTER = 3  # rows of which outer products are added one by one
 _STRETCH = 2**21  # numbers of a result that are computed in one go, 8 MiB
@@ -27,7 +28,7 @@ _STRETCH = 2**21  # numbers of a result that are computed in one go, 8 MiB
 class Limits:
     """For how many rows which product is the fastest; else it is `torch.mm`.
 
-    weight_first: up to so many, one of them by halves. onednn, onednn_transposed: from the first
+    weight_first: up to so many, one of them by pieces. onednn, onednn_transposed: from the first
     number of rows to the one before the second.
     """
 
@@ -39,6 +40,18 @@ class Limits:
     def in_training(self) -> bool:
         """Whether products of many rows are oneDNN's, forward and backward."""
         return self.onednn[1] == self.onednn_transposed[1] == _ALWAYS
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which experts share a product: those with up to so many `rows`, `size` of them or more.
+    onednn: each shape costs, as the library compiles for it, and matrices that do not lie side by
+    side are copied.
+    """
+
+    rows: int
+    size: int = 2
+    onednn: bool = False
 
 
 # Measured with 768 x 3,072 weights that are not in the cache (benchmarks/layer.md). MKL, which
@@ -103,8 +116,8 @@ def product(
     if kind == "mm":
         y = torch.mm(x, weight.t(), out=out)
         return y.relu_() if relu else y
-    if kind == "halves":
-        y = _by_halves(x, weight, out)
+    if kind == "pieces":
+        y = _by_pieces(x, _pieces(weight), out)
         return y.relu_() if relu else y
     if kind == "onednn":
         wide = x if not training and _is_exact(x, weight, relu) else _rounded(x)
@@ -126,14 +139,14 @@ class Prepared:
         plain = bool(rows and weight.numel()) and fast_products(weight, weight)
         kind = _kind(rows, weight, training=False) if plain else ""
         self.transposed = self.weight.t() if kind == "mm" else None
-        self.halves = _halves(self.weight) if kind == "halves" else None
+        self.pieces = _pieces(self.weight) if kind == "pieces" else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (rows, K) -> (rows, M), into `out` if there is one."""
         if self.transposed is not None:
             return torch.mm(x, self.transposed, out=out)
-        if self.halves is not None:
-            return _by_halves(x, self.weight, out)
+        if self.pieces is not None:
+            return _by_pieces(x, self.pieces, out)
         y = product(x, self.weight)
         return y if out is None else out.copy_(y)
 
@@ -141,8 +154,9 @@ class Prepared:
         """total += self(x), in one go where the library can."""
         if self.transposed is not None:
             total.addmm_(x, self.transposed)
-        elif self.halves is not None:
-            total.view(2, -1, 1).baddbmm_(self.halves, _column(x))
+        elif self.pieces is not None:
+            number = len(self.pieces)
+            total.view(number, -1, 1).baddbmm_(self.pieces, _column(x, number))
         else:
             total += product(x, self.weight)
 
@@ -160,6 +174,41 @@ def outer_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
     torch.mul(a[0, :, None], b[0], out=out)
     for row in range(1, rows):
         out.addcmul_(a[row, :, None], b[row])
+    return out
+
+
+def sharing(weight: Tensor, *, training: bool) -> Sharing:
+    """How experts of this stack (E, M, K) on a CPU do well to share a `batched_product`: MKL's in
+    float32 and float64, oneDNN's in bfloat16; others are loops.
+    """
+    if weight.dtype == torch.bfloat16 and has_onednn_bfloat16():
+        return Sharing(16, size=4, onednn=True)
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if weight.dtype not in (torch.float32, torch.float64) or not mkl:
+        return Sharing(0)
+    if torch.get_num_threads() == 1:
+        return Sharing(4)  # there is nobody to wait for
+    return Sharing(8 if training else 16)
+
+
+def batched_product(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """x (S, n, K) times weight (S, M, K) transposed, into out (S, n, M), contiguous: for few rows,
+    where threads that take whole matrices need not wait for each other at each.
+    """
+    first = x.dtype == torch.float32 and x.shape[1] <= limits().weight_first
+    if first and weight.stride(2) == 1 and weight.shape[1] >= weight.shape[2]:
+        size, rows, width = x.shape
+        columns = x.contiguous().as_strided((size, width, rows), (rows * width, 1, width))
+        return out.copy_(torch.bmm(weight, columns).transpose(1, 2))
+    return torch.bmm(x, weight.transpose(1, 2), out=out)
+
+
+def batched_outer(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """a (S, n, M) transposed times b (S, n, K), into out (S, M, K)."""
+    if a.shape[1] >= _FEW_OUTER and out.is_contiguous():
+        return torch.bmm(a.transpose(1, 2), b, out=out)
+    for one, other, place in zip(a, b, out, strict=True):
+        outer_product(one, other, out=place)
     return out
 
 
@@ -190,11 +239,12 @@ def _kind(rows: int, weight: Tensor, training: bool, placed: bool = False) -> st
     found, plain = limits(), weight.stride(1) == 1
     if plain and outer >= weight.shape[1]:
         if rows == 1 and found.weight_first and outer % 2 == 0 and weight.is_contiguous():
-            return "halves"
+            return "pieces"
         if 1 < rows <= found.weight_first:
             return "weight first"
     first, last = _MEDIUM_ROWS
-    if weight.numel() <= _MEDIUM_WEIGHT and first <= rows and (placed or rows < last):
+    medium = weight.numel() <= _MEDIUM_WEIGHT and torch.get_num_threads() == 1
+    if medium and first <= rows and (placed or rows < last):
         return "mm"
     if training and not plain and weight.shape[1] >= _TALL * outer:
         return "mm"  # back from a head's output
@@ -230,25 +280,32 @@ def _weight_first(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(weight, x.t()).t().contiguous()
 
 
-def _by_halves(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """`weight @ x^T` of one row, (1, M), as a batch of both halves of the weight: MKL's product of
-    a batch keeps more loads in flight than its matrix-vector product (benchmarks/decode.py).
+def _by_pieces(x: Tensor, pieces: Tensor, out: Tensor | None = None) -> Tensor:
+    """`weight @ x^T` of one row, (1, M), as a batch of pieces of the weight (P, M / P, K): MKL's
+    product of a batch keeps more loads in flight than its matrix-vector product
+    (benchmarks/decode.py).
     """
-    place = None if out is None else out.view(2, -1, 1)
-    y = torch.bmm(_halves(weight), _column(x), out=place)
+    number = len(pieces)
+    place = None if out is None else out.view(number, -1, 1)
+    y = torch.bmm(pieces, _column(x, number), out=place)
     return y.view(1, -1)
 
 
-def _column(x: Tensor) -> Tensor:
-    """x (1, K) as a column (K, 1) for each half. A stride over one column says nothing, yet MKL
+def _column(x: Tensor, number: int) -> Tensor:
+    """x (1, K) as a column (K, 1) for each piece. A stride over one column says nothing, yet MKL
     takes a way that is thirty times slower where it is not K.
     """
     row = x if x.stride(1) == 1 else x.contiguous()
-    return row.as_strided((2, x.shape[1], 1), (0, 1, x.shape[1]))
+    return row.as_strided((number, x.shape[1], 1), (0, 1, x.shape[1]))
 
 
-def _halves(weight: Tensor) -> Tensor:
-    return weight.view(2, weight.shape[0] // 2, weight.shape[1])
+def _pieces(weight: Tensor) -> Tensor:
+    """One for each thread, or two: on two threads four are no faster."""
+    outer, inner = weight.shape
+    number = 2
+    while number < torch.get_num_threads() and outer % (2 * number) == 0:
+        number *= 2
+    return weight.view(number, outer // number, inner)
 
 
 def _onednn(x: Tensor, weight: Tensor, relu: bool) -> Tensor:

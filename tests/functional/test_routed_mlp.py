@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from moezoo.functional import expert_strips
 from moezoo.functional import routed_mlp as module
+from moezoo.functional.expert_strips import planned
 from moezoo.functional.routed_mlp import Networks, routed_mlp
+from moezoo.ops.products import Sharing
 
 WIDTH, HIDDEN, OUT = 5, 3, 4
 
@@ -104,6 +106,87 @@ def test_values_and_gradients_equal_a_plain_loop(
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(alone, expected.detach())
     torch.testing.assert_close(grads, wanted)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("number", [1, 3, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_dtype_is_rounded_as_its_own(
+    dtype: torch.dtype, threads: int, number: int, biased: bool, turned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(number)
+
+    def leaf(*shape: int) -> Tensor:
+        made = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return made.to(dtype).double().requires_grad_()
+
+    up, down = (leaf(9, 8, 32), leaf(9, 16, 24)) if turned else (leaf(9, 32, 8), leaf(9, 24, 16))
+    biases = (leaf(9, 32), leaf(9, 24)) if biased else ()
+    weight = leaf(number, 6)
+    chosen = torch.rand(number, 10, generator=generator).topk(6).indices  # 9 is nobody's
+    leaves = [leaf(number, 8), weight, up, down, *biases]
+
+    def made(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
+        networks = seen(Networks(up, down, gated, *biases, pure=True), turned=turned)
+        return routed_mlp(x, chosen, weight, networks)
+
+    own = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves]
+    exact, found = made(*leaves), made(*own)
+    assert found.dtype == dtype
+    toward = torch.linspace(-1, 1, exact.numel(), dtype=torch.float64).view_as(exact)
+    wanted = torch.autograd.grad(exact, leaves, toward)
+    grads = torch.autograd.grad(found, own, toward.to(dtype))
+    with torch.no_grad():
+        alone = made(*own)
+    slack = 40 * torch.finfo(dtype).eps
+    for one, other in [(found, exact), (alone, exact), *zip(grads, wanted, strict=True)]:
+        torch.testing.assert_close(
+            one.double(), other, rtol=slack, atol=slack * float(other.detach().abs().max())
+        )
+
+
+@given(st.data())
+def test_a_plan_gives_every_pair_a_row_of_its_expert(data: st.DataObject) -> None:
+    number = data.draw(st.integers(1, 12))
+    choices = data.draw(st.integers(1, 3))
+    drawn = data.draw(st.lists(st.integers(0, number), max_size=80))
+    drawn = drawn[: len(drawn) // choices * choices]
+    chosen = torch.tensor(drawn, dtype=torch.int64).view(-1, choices)
+    threads = data.draw(st.integers(1, 4))
+    shared = data.draw(st.builds(Sharing, st.sampled_from([0, 4, 8, 16]), st.integers(2, 4),
+                                 st.booleans()))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(expert_strips, "_FEW", data.draw(st.sampled_from([0, 1000])))
+        patch.setattr(expert_strips, "_STRIP", data.draw(st.sampled_from([1, 24, 10**6])))
+        plan = planned(chosen, torch.Size((number, 2, 1)), shared)
+    flat = chosen.reshape(-1)
+    assert torch.equal(plan.pair[plan.row.reshape(-1)], torch.arange(flat.numel()))
+    assert torch.equal(plan.token, plan.pair // choices)
+    assert plan.hit == sorted({int(e) for e in flat if e < number})
+    assert (flat[plan.pair[plan.used :]] == number).all()
+    spare = set() if plan.spare is None else set(plan.spare.tolist())
+    assert spare == set(range(len(plan.pair))) - set(plan.row.reshape(-1).tolist())
+    end = 0
+    for batches, rows in plan.strips:
+        assert rows == slice(batches[0].rows.start, batches[-1].rows.stop)
+        for batch in batches:
+            assert batch.rows.start == end
+            end = batch.rows.stop
+            experts = range(number)[batch.experts]
+            assert len(experts) == batch.size
+            if batch.size > 1:
+                assert batch.size % threads == 0 and batch.size >= shared.size
+                assert (end - batch.rows.start) // batch.size <= shared.rows
+                assert not shared.onednn or batch.step == 1
+            each = (end - batch.rows.start) // batch.size
+            owners = torch.tensor(experts).repeat_interleave(each)
+            assert torch.equal(flat[plan.pair[batch.rows]], owners)
+    assert end == plan.used
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -44,6 +44,7 @@ NEAR = {
     "moezoo/training/recipes.py": ["tests/conversion/test_settled.py"],
     "moezoo/functional/routed_mlp.py": ["tests/functional/test_routed_mlp.py"],
     "moezoo/functional/expert_strips.py": ["tests/functional/test_routed_mlp.py"],
+    "moezoo/functional/batch_products.py": ["tests/functional/test_routed_mlp.py"],
     "moezoo/functional/composed_mlp.py": ["tests/experts/test_biases.py"],
     "moezoo/functional/grouped_mlp.py": ["tests/experts/test_biases.py"],
     "moezoo/quantization.py": ["tests/experts/test_biases.py"],

@@ -11,8 +11,12 @@ from moezoo.ops.products import (
     LIMITS,
     Limits,
     Prepared,
+    Sharing,
+    batched_outer,
+    batched_product,
     outer_product,
     product,
+    sharing,
     steady_product,
 )
 
@@ -75,6 +79,60 @@ def test_an_outer_product_is_rounded_once(rows: int, dtype: torch.dtype) -> None
     assert ((out.double() - exact).abs() <= rounding + slack).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("sizes", [(16, 24), (24, 16), (1, 1), (7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_batch_equals_its_products(
+    rows: int, sizes: tuple[int, int], dtype: torch.dtype, processor: Limits
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    inputs, outputs = sizes
+    x = torch.randn(3, rows, inputs, generator=generator).to(dtype)
+    stack = torch.randn(7, outputs, inputs, generator=generator).to(dtype)
+    turned = stack.transpose(1, 2).contiguous().transpose(1, 2)
+    for matrices in (stack[1:4], stack[1::2], turned[1:4], turned[::3]):
+        out = torch.full((3, rows, outputs), float("nan"), dtype=dtype)
+        batched_product(x, matrices, out=out)
+        torch.testing.assert_close(out, x @ matrices.transpose(1, 2))
+        y = torch.randn(3, rows, outputs, generator=generator).to(dtype)
+        for place in (torch.empty_like(stack)[1:4], torch.empty_like(turned)[::3]):
+            batched_outer(y, x, out=place)
+            torch.testing.assert_close(place, y.transpose(1, 2) @ x)
+
+
+def test_experts_share_a_product_where_a_library_computes_it_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        many = torch.empty(4, 3, 2)
+        assert sharing(many, training=True).rows < sharing(many, training=False).rows
+        torch.set_num_threads(1)
+        assert sharing(many, training=False).rows == 4
+    finally:
+        torch.set_num_threads(threads)
+    assert sharing(many.half(), training=False) == Sharing(0)
+    monkeypatch.setattr(products, "has_onednn_bfloat16", lambda: True)
+    assert sharing(many.bfloat16(), training=False).onednn
+    monkeypatch.setattr(products, "has_onednn_bfloat16", lambda: False)
+    assert sharing(many.bfloat16(), training=False) == Sharing(0)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert sharing(many, training=False) == Sharing(0)
+
+
+@pytest.mark.parametrize(("threads", "outputs", "pieces"), [(1, 6, 2), (2, 8, 2), (3, 8, 4),
+                                                            (16, 48, 16), (16, 6, 2)])  # fmt: skip
+def test_every_thread_has_a_piece_of_a_weight_for_one_row(
+    threads: int, outputs: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight, x = torch.randn(outputs, 5), torch.randn(1, 5)
+    cut = products._pieces(weight)
+    assert len(cut) == pieces
+    torch.testing.assert_close(products._by_pieces(x, cut), x @ weight.t())
+
+
 def test_without_onednn_the_values_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_kind", lambda *_: "onednn")
     x, weight = torch.randn(9, 16), torch.randn(24, 16)
@@ -85,7 +143,7 @@ def test_without_onednn_the_values_are_the_same(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("vendor", "rows", "kind"),
-    [("AuthenticAMD", 1, "halves"), ("AuthenticAMD", 4, "weight first"),
+    [("AuthenticAMD", 1, "pieces"), ("AuthenticAMD", 4, "weight first"),
      ("AuthenticAMD", 64, "onednn"), ("GenuineIntel", 3, "mm"),
      ("GenuineIntel", 4, "onednn"), ("GenuineIntel", 64, "mm"), ("other", 4, "mm")],
 )  # fmt: skip
@@ -177,6 +235,6 @@ def test_a_row_is_a_column_of_one_stride_however_it_lies(processor: Limits) -> N
     wide = torch.randn(3, 16)
     weight = torch.randn(24, 16)
     for row in (wide[1:2], wide[0].as_strided((1, 16), (1, 1)), wide.t().contiguous().t()[2:]):
-        assert products._column(row).stride() == (0, 1, 16)
-        assert torch.equal(products._column(row)[1, :, 0], row[0])
+        assert products._column(row, 2).stride() == (0, 1, 16)
+        assert torch.equal(products._column(row, 2)[1, :, 0], row[0])
         torch.testing.assert_close(product(row, weight), row @ weight.t())
