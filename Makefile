@@ -42,9 +42,11 @@ browser:  ## Chromium, its driver and an accessibility checker, for the tests of
 common: $(STAMP)  ## transformers' common tests on the wrapper, from its source distribution
 	$(BIN)/python -m tests.hf.common
 
-oldest: $(STAMP)  ## tests of the wrapper with the oldest transformers that it serves
+TRANSFORMERS ?= 5.18.0
+
+oldest: $(STAMP)  ## tests of the wrapper with the oldest transformers that it serves (TRANSFORMERS=)
 	rm -rf build/oldest
-	$(BIN)/pip install --quiet --no-deps --target build/oldest transformers==5.18.0
+	$(BIN)/pip install --quiet --no-deps --target build/oldest transformers==$(TRANSFORMERS)
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q tests/hf --ignore tests/hf/common
 
 # What other versions broke so far: private names, torch.jit, the command line, models, processes.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
+from moezoo.errors import ConfigError
 from moezoo.models.cache import DecoderCache
 
 
@@ -58,3 +59,13 @@ def borrowed(past_key_values: Any) -> DecoderCache | None:
     if not isinstance(past_key_values, EncoderDecoderCache):
         past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
     return BorrowedCache(past_key_values)
+
+
+def cache_of(past_key_values: Any, cache: Any) -> Any:
+    """A cache by its name in transformers before 5.24, or by that since. Raises ConfigError for
+    both.
+    """
+    if past_key_values is not None and cache is not None:
+        hint = "Pass one of them: they are two names of one argument."
+        raise ConfigError("cache and past_key_values are both given", field="cache", hint=hint)
+    return cache if past_key_values is None else past_key_values

@@ -35,7 +35,8 @@ class MoezooConfig(PreTrainedConfig):  # type: ignore[misc]
 
     model_type = "moezoo"
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        "cache",
+        "past_key_values",  # its name before transformers 5.24
         "encoder_last_hidden_state",
         "aux_loss",
         "encoder_router_logits",

@@ -16,9 +16,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from moezoo.adapters.formats.files import read_json
 from moezoo.adapters.generation import NAME, read_generation
 from moezoo.adapters.hf.base import MoezooPreTrainedModel
-from moezoo.adapters.hf.cache import borrowed, new_cache
+from moezoo.adapters.hf.cache import borrowed, cache_of, new_cache
 from moezoo.adapters.hf.loss import share_of_step
 from moezoo.adapters.hf.outputs import (
+    CACHE,
     MoezooEncoderOutput,
     MoezooModelOutput,
     MoezooOutput,
@@ -117,7 +118,7 @@ class _EncoderDecoder(MoezooPreTrainedModel):
                 **given,
             )
         fields: dict[str, Any] = {
-            "past_key_values": past_key_values,
+            CACHE: past_key_values,
             "decoder_hidden_states": decoded.hidden_states(found.last_hidden_state),
             "decoder_attentions": tuple(decoded.attentions) or None,
             "cross_attentions": tuple(decoded.cross_attentions) or None,
@@ -157,8 +158,10 @@ class MoezooModel(_EncoderDecoder):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
     ) -> MoezooModelOutput | tuple[Any, ...]:
         """As `SwitchModel.forward`, and what `output_*` ask for."""
+        past_key_values = cache_of(past_key_values, cache)
         recomputed = self.training and self.recomputes
         if past_key_values is None and asked(use_cache, self.config.use_cache and not recomputed):
             past_key_values = new_cache()
@@ -206,6 +209,7 @@ class MoezooForConditionalGeneration(_EncoderDecoder, GenerationMixin):  # type:
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
     ) -> MoezooOutput | tuple[Any, ...]:
         """As `SwitchForConditionalGeneration.forward`, and what `output_*` ask for.
 
@@ -214,12 +218,13 @@ class MoezooForConditionalGeneration(_EncoderDecoder, GenerationMixin):  # type:
             num_items_in_batch: labels of the whole step, of all its batches and ranks: the loss is
                 this batch's share of the step's, by its labels, that of the router losses by the
                 labels of all ranks, among which they are averaged.
-            past_key_values: a cache of transformers, which is extended.
+            cache, past_key_values: a cache of transformers, which is extended, by either name.
             use_cache: return a cache; the config's choice while generating without labels.
         """
         self._follow_ids()
         if labels is not None:
             decoder_input_ids = self._unless_shifted(decoder_input_ids, labels)
+        past_key_values = cache_of(past_key_values, cache)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and labels is None and not self.training
         if use_cache and past_key_values is None:
@@ -274,7 +279,7 @@ class MoezooForConditionalGeneration(_EncoderDecoder, GenerationMixin):  # type:
         prompt already: they are not read again.
         """
         made: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        ids, cache = made.get("decoder_input_ids"), made.get("past_key_values")
+        ids, cache = made.get("decoder_input_ids"), made.get(CACHE)
         if kwargs.get("is_first_iteration") and cache is not None and ids is not None:
             there = int(cache.get_seq_length())
             made["decoder_input_ids"] = ids[:, there:] if there < ids.shape[1] else ids

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moezoo.adapters.hf.attention import ChosenAttention
-from moezoo.adapters.hf.cache import borrowed, new_cache
-from moezoo.adapters.hf.outputs import MoezooEncoderOutput, MoezooStackOutput, returned
+from moezoo.adapters.hf.cache import borrowed, cache_of, new_cache
+from moezoo.adapters.hf.outputs import CACHE, MoezooEncoderOutput, MoezooStackOutput, returned
 from moezoo.adapters.hf.recording import Kept, recorded, router_logits
 from moezoo.models.attention import Attention
 from moezoo.models.block import Block
@@ -51,7 +51,7 @@ class CallableStack(Stack):
         token_ids: Tensor | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        cache: Any = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -68,7 +68,7 @@ class CallableStack(Stack):
         if x is not None and x.is_floating_point():
             arguments: dict[str, Any] = {"routed": routed, "token_ids": token_ids, "cache": cache}
             return super().forward(x, mask, memory=memory, memory_mask=memory_mask, **arguments)
-        config = self.config
+        config, past_key_values = self.config, cache_of(past_key_values, cache)
         if self.decoder and past_key_values is None and asked(use_cache, config.use_cache):
             past_key_values = new_cache()
         wanted = {
@@ -87,7 +87,7 @@ class CallableStack(Stack):
         logits = asked(output_router_logits, config.output_router_logits)
         output = self._output(last, kept, router_logits(routing) if logits else None)
         if self.decoder:
-            output.past_key_values = past_key_values
+            output[CACHE] = past_key_values
         return returned(output, return_dict, config)
 
     def _of_ids(

@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import moezoo
 from moezoo.adapters.hf import MoezooForConditionalGeneration
+from moezoo.adapters.hf.outputs import CACHE
 from moezoo.config import SwitchConfig
 
 from .tiny import SIZES, batch, wrapped
@@ -75,7 +76,7 @@ def test_steps_with_a_cache_equal_the_whole(kind: str) -> None:
     parts = [
         model(
             **inputs, decoder_input_ids=ids[:, a:b], decoder_attention_mask=mask[:, :b],
-            past_key_values=cache,
+            **{CACHE: cache},
         ).logits
         for a, b in ((0, 2), (2, 3), (3, 5))
     ]  # fmt: skip
@@ -87,8 +88,8 @@ def test_a_cropped_cache_goes_on_from_there() -> None:
     model, inputs = wrapped(), source()
     ids = torch.tensor([[0, 5, 6, 7]] * 3)
     first = model(**inputs, decoder_input_ids=ids)
-    first.past_key_values.crop(-2)
-    again = model(**inputs, decoder_input_ids=ids[:, 2:], past_key_values=first.past_key_values)
+    first[CACHE].crop(-2)
+    again = model(**inputs, decoder_input_ids=ids[:, 2:], **{CACHE: first[CACHE]})
     torch.testing.assert_close(again.logits, first.logits[:, 2:], atol=1e-5, rtol=1e-4)
 
 
@@ -98,7 +99,7 @@ def test_generation_continues_from_a_cache() -> None:
     first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
     rest = model.generate(
         **inputs, max_new_tokens=5, decoder_input_ids=first.sequences,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
     )  # fmt: skip
     assert torch.equal(rest, whole)
 
@@ -133,7 +134,7 @@ def test_what_is_asked_of_every_step_is_there() -> None:
     assert found.decoder_attentions[1][0].shape == (3, 4, 1, 2)
     assert found.cross_attentions[0][1].shape == (3, 4, 1, 7)
     assert len(found.encoder_hidden_states) == len(found.decoder_hidden_states[0]) == 3
-    assert isinstance(found.past_key_values, EncoderDecoderCache)
+    assert isinstance(found[CACHE], EncoderDecoderCache)
 
 
 def test_stop_strings_end_a_text() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import moezoo
 from moezoo.adapters.hf import MoezooForConditionalGeneration
+from moezoo.adapters.hf.outputs import CACHE
 from moezoo.config import SwitchConfig
 
 from .tiny import SIZES, batch, wrapped
@@ -39,7 +40,7 @@ def test_a_decoder_is_called_by_itself() -> None:
         encoder_attention_mask=inputs["attention_mask"],
     )  # fmt: skip
     torch.testing.assert_close(model.lm_head(found.last_hidden_state), whole.logits)
-    assert found.past_key_values.get_seq_length() == 5
+    assert found[CACHE].get_seq_length() == 5
 
 
 def test_freezing_the_encoder_freezes_it() -> None:

@@ -12,7 +12,9 @@ from transformers import T5ForConditionalGeneration
 
 import moezoo
 from moezoo.adapters.hf import MoezooForConditionalGeneration, MoezooModel
+from moezoo.adapters.hf.outputs import CACHE
 from moezoo.config import SwitchConfig
+from moezoo.errors import ConfigError
 
 from .tiny import SIZES, batch, wrapped
 
@@ -114,14 +116,34 @@ def test_a_model_without_a_head_takes_a_cache_and_positional_arguments() -> None
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     targets = torch.tensor([[0, 5, 6, 7]] * 3)
     whole = model(ids, mask, targets, use_cache=False)
-    assert whole.past_key_values is None
+    assert getattr(whole, CACHE) is None
     first = model(ids, mask, targets[:, :3])
     rest = model(
         None, mask, targets[:, 3:], encoder_outputs=(first.encoder_last_hidden_state,),
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
     )  # fmt: skip
-    assert rest.past_key_values.get_seq_length() == 4
+    assert rest[CACHE].get_seq_length() == 4
     torch.testing.assert_close(rest.last_hidden_state, whole.last_hidden_state[:, 3:])
+
+
+@pytest.mark.parametrize("kind", [MoezooModel, MoezooForConditionalGeneration])
+def test_a_cache_has_the_names_of_all_versions_of_transformers(kind: Any) -> None:
+    model = kind.wrap(moezoo.build(SwitchConfig(**SIZES), task=kind.task, seed=0))
+    ids = batch()["input_ids"]
+    whole = model(ids, decoder_input_ids=ids)
+    for holder in (model, model.decoder):
+        given = {"decoder_input_ids": ids[:, :2]} if holder is model else {}
+        first = holder(ids if holder is model else ids[:, :2], use_cache=True, **given)
+        assert first.to_tuple()[1] is first[CACHE]  # where transformers' T5 has it
+        assert first[CACHE].get_seq_length() == 2
+    parts = []
+    for name in ("past_key_values", "cache"):
+        cache = model(ids, decoder_input_ids=ids[:, :2], use_cache=True)[CACHE]
+        with pytest.raises(ConfigError, match="cache and past_key_values are both given"):
+            model(ids, decoder_input_ids=ids, past_key_values=cache, cache=cache)
+        parts.append(model(ids, decoder_input_ids=ids[:, 2:], **{name: cache})[0])
+    assert torch.equal(*parts)
+    torch.testing.assert_close(parts[0], whole[0][:, 2:], atol=1e-5, rtol=1e-4)
 
 
 def test_recording_leaves_nothing_behind() -> None:
