@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,13 @@ def _owner(model: nn.Module, layer: str, mask: Mask) -> tuple[str, Any] | None:
     if callable(mask):
         return "", mask
     if isinstance(mask, str):
-        if mask not in _parameters(model):
-            found = ", ".join(_parameters(model))
+        if mask not in parameters_of(model):
+            found = ", ".join(parameters_of(model))
             reason = f"{type(model).__name__}.forward has no argument {mask!r}"
             raise ConfigError(reason, field="mask", found=found)
         return "", mask
-    parts = layer.split(".")
-    for depth in range(len(parts)):
-        around = ".".join(parts[:depth])
-        names = _parameters(model.get_submodule(around))
+    for depth, (around, module) in enumerate(modules_around(model, layer)):
+        names = parameters_of(module)
         both = {"src_key_padding_mask", "tgt_key_padding_mask"} <= set(names)
         if both or any(name in names[1:] for name in _TWO_SEQUENCES):
             continue  # the stacks inside have one each
@@ -77,7 +75,20 @@ def _owner(model: nn.Module, layer: str, mask: Mask) -> tuple[str, Any] | None:
     return None
 
 
-def _parameters(module: nn.Module) -> list[str]:
+def modules_around(model: nn.Module, layer: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules around a layer by name, outermost first; without PEFT's wrapper, whose `generate`
+    calls the model inside.
+    """
+    parts = layer.split(".")
+    for depth in range(len(parts)):
+        name = ".".join(parts[:depth])
+        module = model.get_submodule(name)
+        if not hasattr(type(module), "get_base_model"):
+            yield name, module
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """The names of what a module is called with."""
     return list(inspect.signature(module.forward).parameters)
 
 
@@ -100,7 +111,7 @@ class Padding:
     def attach(self, model: nn.Module, owner: str) -> None:
         """Take the mask of each call of the module `owner`; give it to the sparse layers."""
         called = model.get_submodule(owner)
-        self.names = _parameters(called)
+        self.names = parameters_of(called)
         called.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
         called.register_forward_hook(self._leave, always_call=True)
         start = len(owner.split(".")) if owner else 0

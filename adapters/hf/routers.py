@@ -6,7 +6,6 @@ that its router chose and their weights; logits come from whatever beside it ret
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moezoo.adapters.padding import modules_around, parameters_of
 from moezoo.errors import NonFiniteInput
 from moezoo.recording import Handle, Watched, register_reader
 from moezoo.records import Assignment, Routing
 from moezoo.routers.base import Router
 
 Seen = Callable[[Routing], None]
+_MASK, _TOKENS = "attention_mask", ("input_ids", "inputs_embeds")
 # The logarithms of scores that routers take of logits, up to a factor per token.
 _SCORES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda logits: logits,  # softmax
@@ -44,35 +45,34 @@ class SparseLayer:
         self.name, self.model, self.experts = name, model, experts
         around = model.get_submodule(name.rpartition(".")[0])
         self.beside = [part for part in around.children() if part is not experts]
-        self.router = ReadRouter(experts, self.beside, getattr(model, "config", None))
+        self.router = ReadRouter(experts)
 
     def watch(self, seen: Seen, *, checked: bool) -> Iterable[Handle]:
         """Call `seen` with the routing of every call, until the handles are removed."""
         call = _Call(self, seen, checked)
-        yield self.model.register_forward_pre_hook(call.begin, with_kwargs=True, prepend=True)
-        yield self.experts.register_forward_pre_hook(call.chosen)
+        for _, around in modules_around(self.model, self.name):
+            if _MASK in parameters_of(around):
+                yield around.register_forward_pre_hook(call.begin, with_kwargs=True, prepend=True)
+                break
+        yield self.experts.register_forward_pre_hook(call.chosen, with_kwargs=True)
         for part in self.beside:
             yield part.register_forward_hook(call.scored)
 
 
 class ReadRouter(Router):
-    """What a router of transformers is by our words; its parameters are those beside the experts,
-    of the module that returned logits once that is known.
+    """What a router of transformers is by our words. Its choices, and the module that returned
+    logits, whose parameters are its own, are known once it was called.
     """
 
-    def __init__(self, experts: Any, beside: list[nn.Module], config: Any) -> None:
+    choices = 0
+
+    def __init__(self, experts: Any) -> None:
         super().__init__()
         self.num_experts = int(experts.num_experts)
-        self.d_model = next(experts.parameters()).shape[-1]
+        self.d_model = experts.down_proj.shape[-1 if experts.is_transposed else 1]
         self.has_logits = self.has_probs = False
-        config = getattr(config, "text_config", config)
-        weight = getattr(config, "router_aux_loss_coef", None)
+        weight = getattr(experts.config, "router_aux_loss_coef", None)
         self.default_losses = {} if weight is None else {"load_balance": float(weight)}
-        self._choices = int(getattr(experts.config, "num_experts_per_tok", 0) or 0)
-
-    @property
-    def choices(self) -> int:
-        return self._choices
 
     def reset_own(self) -> None:
         """Its tensors are the model's."""
@@ -89,15 +89,16 @@ class _Call:
     def __init__(self, layer: SparseLayer, seen: Seen, checked: bool) -> None:
         self.layer, self.seen, self.checked = layer, seen, checked
         self.mask: Tensor | None = None
+        self.length: int | None = None
         self.found: tuple[Tensor, nn.Module, bool] | None = None
         self.score: int | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = inspect.signature(model.forward).parameters
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
-        self.mask = mask if plain else None
+        given = _given(model, args, kwargs)
+        mask = given.get(_MASK)
+        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        new = next((t for name in _TOKENS if (t := given.get(name)) is not None), None)
+        self.length = None if new is None else new.shape[1]
 
     def scored(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keep logits (T, E) that a module beside the experts returned; one that returns choices
@@ -112,14 +113,15 @@ class _Call:
             return
         self.found = logits.reshape(-1, width), module, chooses
 
-    def chosen(self, experts: nn.Module, args: tuple[Any, ...]) -> None:
+    def chosen(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if experts is not self.layer.experts:  # a copy, hooks and all
             return
-        x_TD, expert_TK, weight_TK = args[:3]
+        x_TD, expert_TK, weight_TK = list(_given(experts, args, kwargs).values())[:3]
         if self.checked:
             self._check(x_TD)
         real, length = self._real(x_TD.shape[0])
         logits, probs = self._scores(expert_TK, weight_TK)
+        self.layer.router.choices = expert_TK.shape[1]
         pairs = _pairs(expert_TK, weight_TK, real, self.layer.router.num_experts)
         self.seen(Routing(pairs, logits, probs, real=real, proposed=pairs, sequence_length=length))
 
@@ -135,10 +137,10 @@ class _Call:
         if self.mask is None or not self.mask.shape[0] or num_tokens % self.mask.shape[0]:
             return None, 0
         length = num_tokens // self.mask.shape[0]
-        if length > self.mask.shape[1]:
+        if length > self.mask.shape[1] or length != (self.length or length):  # some tokens alone
             return None, 0
         # Of a cached sequence the last columns are those of the tokens that are new.
-        return self.mask[:, self.mask.shape[1] - length :].reshape(-1).bool(), length
+        return self.mask[:, self.mask.shape[1] - length :].reshape(-1), length
 
     def _scores(self, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor | None, Tensor | None]:
         found, self.found = self.found, None
@@ -148,7 +150,14 @@ class _Call:
         self.layer.router.read_from(found[1])
         if self.score is None:
             self.score = _score_of(logits_TE.detach(), expert_TK, weight_TK.detach())
-        return logits_TE, _SCORES[self.score](logits_TE).softmax(-1)
+        return logits_TE, _SCORES[self.score or 0](logits_TE).softmax(-1)
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module is called with by name, in its own order."""
+    names = parameters_of(module)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: given[name] for name in names if name in given}
 
 
 def _pairs(expert_TK: Tensor, weight_TK: Tensor, real: Tensor | None, number: int) -> Assignment:
@@ -171,15 +180,15 @@ def _pairs(expert_TK: Tensor, weight_TK: Tensor, real: Tensor | None, number: in
 
 
 @torch.no_grad()
-def _score_of(logits_TE: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> int:
+def _score_of(logits_TE: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> int | None:
     """Which score the weights of the chosen experts are proportional to: softmax, sigmoid or the
     root of softplus. Within a token, for some models normalise each; between tokens where they have
-    one choice each. No choice of words in configs tells it for all models.
+    one choice each. No choice of words in configs tells it for all models. None: nor do these.
     """
     dim = 0 if expert_TK.shape[1] == 1 else 1
     weight_TK = weight_TK.float()
-    if dim == 0 and bool((weight_TK == weight_TK[:1]).all()):
-        return 0
+    if not weight_TK.numel() or (dim == 0 and bool((weight_TK == weight_TK[:1]).all())):
+        return None
     spreads = []
     for score in _SCORES:
         log_TE = logits_TE.log_softmax(-1) if score is _SCORES[0] else score(logits_TE)

@@ -75,6 +75,29 @@ def test_a_plugged_decoder_with_a_cache_generates_what_the_dense_one_does() -> N
     assert torch.equal(model.generate(input_ids=ids(), attention_mask=left, **options), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not:UserWarning")
+@pytest.mark.parametrize("tuning", ["LoraConfig", "PromptTuningConfig"])
+@torch.no_grad()
+def test_a_model_that_peft_wrapped_before_hides_no_padding(tuning: str) -> None:
+    peft = pytest.importorskip("peft")
+    options: Any = (
+        {"r": 2, "fan_in_fan_out": True} if tuning == "LoraConfig" else {"num_virtual_tokens": 3}
+    )
+    config = getattr(peft, tuning)(task_type="CAUSAL_LM", **options)
+    model: Any = peft.get_peft_model(hugging_face("GPT2LMHeadModel", "GPT2Config", **GPT2), config)
+    moezoo.plug(model.eval(), "*.h.*.mlp", sparse(4, causal=True))
+    left, virtual = (
+        MASK.flip(1),
+        model.peft_config["default"].to_dict().get("num_virtual_tokens", 0),
+    )
+    real = nn.functional.pad(left, (virtual, 0), value=1).bool().flatten()
+    for call in (model, lambda **given: model.generate(**given, max_new_tokens=1, do_sample=False)):
+        with moezoo.record(model) as tape:
+            call(input_ids=ids(), attention_mask=left)
+        for (routing,) in tape.by_layer.values():
+            assert torch.equal(routing.real, real)
+
+
 @pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ import moezoo
 from moezoo import capacity, cli, traces
 from moezoo.errors import ConfigError, NonFiniteInput
 
-from .sparse_classes import EXPERTS, TOKENS, WIDTH, names, tiny_block
+from .sparse_classes import EXPERTS, TOKENS, WIDTH, inputs, names, tiny, tiny_block
 from .test_sparse_models import CONFIGS, IDS
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
@@ -138,6 +139,91 @@ def test_padding_is_in_no_number_with_and_without_a_cache() -> None:
     tokens = [r.assignment.num_tokens for r in tape.by_layer["model.layers.0.mlp"]]
     assert tokens == [14, 2, 2]
     assert all(r.real.all() for r in tape.by_layer["model.layers.0.mlp"][1:])
+
+
+class Around(torch.nn.Module):
+    """A training step of one's own, which has neither a config nor a mask."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        return self.inner(**batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("way", ["own", "parallel", "peft", "peft generates"])
+def test_a_wrapper_hides_neither_padding_nor_the_configured_loss(
+    way: str, dtype: torch.dtype
+) -> None:
+    model: Any = model_of("mixtral")
+    batch = {"input_ids": IDS, "attention_mask": MASK.to(dtype)}
+    if way == "own":
+        model = Around(model)
+    elif way == "parallel":
+        model = torch.nn.DataParallel(model)
+    else:
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora)
+    with moezoo.record(model) as tape:
+        if way == "own":
+            model(batch)
+        elif way == "peft generates":
+            model.generate(**batch, max_new_tokens=1, do_sample=False)
+        else:
+            model(**batch)
+    (first, *_), _ = tape.by_layer.values()
+    assert torch.equal(first.real, MASK.bool().flatten())
+    with torch.no_grad():
+        wanted = CONFIGS["mixtral"].router_aux_loss_coef
+        torch.testing.assert_close(tape.loss(), tape.loss({"load_balance": wanted}))
+
+
+def test_experts_that_see_some_of_the_tokens_are_told_of_no_padding() -> None:
+    model = model_of("mixtral")  # as those of text and of pictures in ERNIE-VL
+    block = model.model.layers[0].mlp
+    plain = block.forward
+    block.forward = lambda h: torch.cat([plain(h[:, :4].contiguous()), h[:, 4:]], 1)
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(input_ids=IDS, attention_mask=MASK)
+    first, second = (calls[0].real for calls in tape.by_layer.values())
+    assert first is None and torch.equal(second, MASK.bool().flatten())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_router_has_the_sizes_of_its_model(name: str) -> None:
+    model = model_of(name)
+    with torch.no_grad(), moezoo.record(model) as tape:
+        model(input_ids=IDS)
+    for layer in tape.layers.values():
+        router = layer.router
+        assert (router.d_model, router.num_experts, router.choices) == (16, 4, 2)
+
+
+def test_experts_are_called_with_words_too() -> None:
+    experts: Any = tiny("mixtral.modeling_mixtral.MixtralExperts")
+    experts.config._experts_implementation = "moezoo"
+    x, chosen, weights = inputs()
+    with torch.no_grad(), moezoo.record(experts) as tape:
+        experts(x, top_k_weights=weights, top_k_index=chosen)
+    ((routing,),) = tape.by_layer.values()
+    assert torch.equal(routing.assignment.expert.view(chosen.t().shape).t(), chosen)
+
+
+def test_a_token_with_one_choice_does_not_tell_the_score_of_later_ones() -> None:
+    block: Any = tiny_block("deepseek_v3.modeling_deepseek_v3.DeepseekV3Experts")
+    for part in block.modules():
+        vars(part).update(
+            {k: v for k, v in (("top_k", 1), ("norm_topk_prob", False)) if k in vars(part)}
+        )
+    with torch.no_grad(), moezoo.record(block) as tape:
+        block(torch.randn(1, 1, WIDTH))
+        block(torch.randn(1, TOKENS, WIDTH))
+    ((first, later),) = tape.by_layer.values()
+    assert first.assignment.choices == 1
+    score = later.logits.sigmoid()
+    torch.testing.assert_close(later.probs, score / score.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
