@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moezoo.errors import ConfigError, ShapeError
 from moezoo.private_torch import is_in_backward
@@ -22,7 +23,7 @@ _OF_TOKENS = ("attention_mask",)
 _UNCLEAR = ("mask", "attn_mask", "input_mask")
 _TWO_SEQUENCES = ("decoder_attention_mask", "decoder_input_ids", "tgt")
 _CACHES = ("past_key_values", "past_key_value", "cache")
-_TAG = "_moezoo_padding"
+Held = tuple[Tensor | None, bool]  # the mask, and whether there is a cache
 
 
 def carriers_of(model: nn.Module, layers: Sequence[str], mask: Mask = None) -> dict[str, Padding]:
@@ -95,18 +96,30 @@ def parameters_of(module: nn.Module) -> list[str]:
 class Padding:
     """Holds, while a module runs, the mask it was called with; one value per thread.
 
-    A block that is recomputed inside backward runs without the module around it: what the block was
-    called with then carries the mask.
+    What is recomputed inside backward runs without the module around it: what blocks were called
+    with then tells the mask. Their hooks may run outside of what is recomputed (transformers 5.23),
+    so the modules in a block look at their inputs, too.
     """
 
     def __init__(self, argument: Any) -> None:
         self.argument = argument
         self.names: list[str] = []
         self.layers: list[str] = []
-        self.held: dict[int, list[tuple[Tensor | None, bool]]] = {}
+        self.masked = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.held: dict[int, list[Held]] = {}
+        self.marks: Any = WeakTensorKeyDictionary()  # of inputs: what was held, by block
+        self.recalled: dict[int, dict[nn.Module, Held]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "held": {}}
+        own = ("argument", "names", "layers", "masked")
+        return {name: vars(self)[name] for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def attach(self, model: nn.Module, owner: str) -> None:
         """Take the mask of each call of the module `owner`; give it to the sparse layers."""
@@ -122,25 +135,31 @@ class Padding:
             for depth in range(start + 1, len(parts) + 1):
                 between[model.get_submodule(".".join(parts[:depth]))] = None
             served |= dict.fromkeys(model.get_submodule(name).modules())
-        for block in between:
-            if not isinstance(block, SparseMLP):
-                block.register_forward_pre_hook(self._resume, with_kwargs=True, prepend=True)
-                block.register_forward_hook(self._pause, always_call=True)
+        blocks = [block for block in between if not isinstance(block, SparseMLP)]
+        inside = dict.fromkeys(part for block in blocks for part in block.children())
+        for block in blocks:
+            block.register_forward_pre_hook(self._resume, with_kwargs=True, prepend=True)
+            block.register_forward_hook(self._pause, always_call=True)
+        for part in [part for part in inside if part not in between]:
+            part.register_forward_pre_hook(self._recall, with_kwargs=True)
         for layer in served:
             if isinstance(layer, SparseMLP):
                 layer.register_forward_pre_hook(self._give, with_kwargs=True)
 
-    def _stack(self) -> list[tuple[Tensor | None, bool]]:
+    def _stack(self) -> list[Held]:
         return self.held.setdefault(0 if is_compiling() else threading.get_ident(), [])
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cached = any(given.get(name) is not None for name in _CACHES)
         if callable(self.argument):
-            self._stack().append((self.argument(given), cached))
-            return
-        mask = given.get(self.argument)
-        self._stack().append((None if mask is None else real_of(mask, self.argument), cached))
+            mask = self.argument(given)
+        else:
+            mask = given.get(self.argument)
+            mask = None if mask is None else real_of(mask, self.argument)
+        self.masked = self.masked or mask is not None
+        self.recalled.clear()  # of an earlier backward
+        self._stack().append((mask, cached))
 
     def _leave(self, *_: object) -> None:
         stack = self._stack()
@@ -150,34 +169,54 @@ class Padding:
             self.held.pop(0 if is_compiling() else threading.get_ident(), None)
 
     def _resume(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Mark what a block is called with, or, when it is recomputed, take the mark."""
-        if is_compiling():
-            return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        """Mark what a block is called with, or, when it is recomputed, hold what it had."""
         stack = self._stack()
-        if stack and torch.is_grad_enabled() and tensors and not is_in_backward():
-            tensors[0].__dict__.setdefault(_TAG, {})[self] = stack[-1]
-        elif not stack and is_in_backward():
-            found = [value.__dict__.get(_TAG, {}) for value in tensors]
-            marks = [mark[self] for mark in found if self in mark]
-            if not marks:
-                hint = "Pass use_reentrant=False to activation checkpointing."
-                kind = type(module).__name__
-                raise ConfigError(f"{kind} is recomputed without its mask", field="mask", hint=hint)
-            stack.append(marks[0])
+        held = self._of(module, args, kwargs)
+        if not stack and held is not None:
+            stack.append(held)
             module.__dict__["_moezoo_resumed"] = True
 
     def _pause(self, module: nn.Module, *_: object) -> None:
         if module.__dict__.pop("_moezoo_resumed", False):
             self._leave()
 
+    def _of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Held | None:
+        """What is held for a module that is called. Raises ConfigError where it is recomputed and
+        nothing tells what it had.
+        """
+        stack = self._stack()
+        if is_compiling() or not (stack or (self.masked and is_in_backward())):
+            return stack[-1] if stack else None
+        if not is_in_backward():
+            first = next(iter(_tensors(args, kwargs)), None)
+            if first is not None and torch.is_grad_enabled():
+                self.marks.setdefault(first, {})[module] = stack[-1]
+        if stack:
+            return stack[-1]
+        self._recall(module, args, kwargs)
+        for block, held in self.recalled.get(threading.get_ident(), {}).items():
+            if any(part is module for part in block.modules()):
+                return held
+        hint = "Pass use_reentrant=False to activation checkpointing."
+        kind = type(module).__name__
+        raise ConfigError(f"{kind} is recomputed without its mask", field="mask", hint=hint)
+
+    def _recall(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find what was held when a block that is recomputed now was called with these inputs."""
+        if is_compiling() or self._stack() or not is_in_backward():
+            return
+        for tensor in _tensors(args, kwargs):
+            if tensor in self.marks:
+                self.recalled[threading.get_ident()] = self.marks[tensor]
+                return
+
     def _give(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        stack = self._stack()
-        if not stack or stack[-1][0] is None or kwargs.get("mask") is not None:
+        held = None if kwargs.get("mask") is not None else self._of(layer, args, kwargs)
+        if held is None or held[0] is None:
             return None
-        mask, cached = stack[-1]
+        mask, cached = held
         assert mask is not None and isinstance(layer, SparseMLP)
         x = args[0]
         wanted = x.shape[:-1] if layer.batch_first or x.dim() != 3 else x.shape[1::-1]
@@ -193,6 +232,10 @@ class Padding:
             found = tuple(mask.shape)
             raise ShapeError(reason, field="mask", expected=tuple(wanted), found=found, hint=hint)
         return args, {**kwargs, "mask": mask}
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
 def real_of(mask: Tensor, name: str) -> Tensor:

@@ -75,6 +75,66 @@ def test_a_plugged_decoder_with_a_cache_generates_what_the_dense_one_does() -> N
     assert torch.equal(model.generate(input_ids=ids(), attention_mask=left, **options), expected)
 
 
+RECOMPUTED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES, "model.layers.*.mlp"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h.*.mlp"),
+    "bert": ("BertModel", "BertConfig", {**SIZES, "attention_probs_dropout_prob": 0.0},
+             "encoder.layer.?"),
+    "t5": ("T5Model", "T5Config", {**T5, "dropout_rate": 0.0}, "*.DenseReluDense"),
+}  # fmt: skip
+
+
+def loss_of(model: Any, mask: Tensor, seed: int = 0) -> Tensor:
+    given = {"input_ids": ids(seed), "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids(seed + 7)
+    found: Tensor = model(**given)[0]
+    return found.square().mean()
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_blocks_that_transformers_recomputes_have_their_mask(name: str) -> None:
+    kind, config, options, where = RECOMPUTED[name]
+    model: Any = hugging_face(kind, config, **options)
+    model.config.use_cache = False
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    policy = {"name": "first_come", "factor": 1.0}
+    moezoo.plug(model, where, sparse(4, capacity=policy, causal=name != "bert"))
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train().zero_grad()
+        # Two at once: each block has the mask of its own call.
+        (loss_of(model, MASK) + loss_of(model, MASK.flip(0), 1)).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, msg=key)
+    unmasked = {n: p for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (loss_of(model, MASK | 1) + loss_of(model, MASK | 1, 1)).backward()
+    assert any(not torch.allclose(p.grad, found[0][n]) for n, p in unmasked.items() if "moe" in n)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(moezoo.MoezooError, match="Pass use_reentrant=False"):
+        model.enable_input_require_grads()
+        loss_of(model, MASK).backward()
+
+
+def test_what_a_model_is_called_with_is_left_as_it_is() -> None:
+    model: Any = hugging_face("LlamaForCausalLM", "LlamaConfig", **SIZES)
+    moezoo.plug(model, "model.layers.*.mlp", sparse(4))
+    given = ids()
+    logits = model(input_ids=given, attention_mask=MASK).logits
+    assert not vars(given) and not vars(logits)
+    file = io.BytesIO()
+    torch.save({"ids": given, "logits": logits.detach()}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["ids"], given)
+
+
 @pytest.mark.filterwarnings("ignore:Position ids are not:UserWarning")
 @pytest.mark.parametrize("tuning", ["LoraConfig", "PromptTuningConfig"])
 @torch.no_grad()

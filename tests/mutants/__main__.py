@@ -60,6 +60,7 @@ NEAR = {
     "moezoo/dtypes.py": ["tests/test_first_mistakes.py"],
     "moezoo/registry.py": ["tests/test_first_mistakes.py"],
     "moezoo/training/smoothing.py": ["tests/training/test_smoothing.py"],
+    "adapters/padding.py": ["tests/adapters/test_plug_masks.py"],
     "adapters/hf/": ["tests/mutants/wrapped.py"],
     "adapters/hf/routers.py": ["tests/hf/test_recording.py"],
     "moezoo/recording.py": ["tests/mutants/kit.py", "tests/hf/test_recording.py"],
