@@ -22,7 +22,7 @@ _MARK = 3.0
 
 @dataclass(frozen=True)
 class LinearMap:
-    """weight (outputs, inputs) and bias (outputs,) or None."""
+    """weight (outputs, inputs) and bias (outputs,) or None; what is frozen wants no gradient."""
 
     weight: Tensor
     bias: Tensor | None
@@ -166,8 +166,11 @@ def _linear_maps(module: nn.Module) -> list[LinearMap] | None:
 
 
 def _linear_map(layer: Any) -> LinearMap:
-    weight = layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
-    return LinearMap(weight, None if layer.bias is None else layer.bias.detach())
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    weight = weight.t() if is_conv1d(layer) else weight
+    if bias is not None:
+        bias.requires_grad_(layer.bias.requires_grad)
+    return LinearMap(weight.requires_grad_(layer.weight.requires_grad), bias)
 
 
 def is_conv1d(module: Any) -> bool:

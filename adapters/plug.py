@@ -11,6 +11,7 @@ from torch import nn
 
 from moezoo.adapters.causality import check_plugged
 from moezoo.adapters.padding import Mask, carriers_of
+from moezoo.adapters.sparse import Sparse
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.functional.shards import refuse_sharded
 
@@ -74,16 +75,19 @@ def plug(
     for owner, carrier in carriers.items():
         carrier.attach(model, owner)
     _leave_nested_tensors(model, names)
-    vars(model)[_PLUGS] = (*plugs_of(model), Plug(names, make, mask, causal))
+    said = make if isinstance(make, Sparse) else type(make).__name__
+    vars(model)[_PLUGS] = (*plugs_of(model), Plug(names, said, mask, causal))
     return names
 
 
 @dataclass(frozen=True)
 class Plug:
-    """One call of `plug`: the names that it replaced, and its arguments."""
+    """One call of `plug`: the names that it replaced, and its arguments; of a `make` of your own
+    its kind alone, for a function may keep a model from being pickled.
+    """
 
     names: list[str]
-    make: Callable[[nn.Module], nn.Module]
+    make: Sparse | str
     mask: Mask
     causal: bool | None
 

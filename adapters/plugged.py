@@ -73,7 +73,8 @@ def load_plugged(
 
     Args:
         model: the dense model that experts were put into, with any weights; changed in place. None:
-            made by transformers from config.json.
+            made by transformers from config.json. Or a plugged one, for a directory that does not
+            say what was plugged where, such as a checkpoint of transformers' Trainer.
         device, dtype: where to and in which precision; None: CPU, as stored.
 
     Raises ConfigError where no model can be made, or what was plugged is not in it; TensorMismatch
@@ -81,6 +82,9 @@ def load_plugged(
     """
     path = Path(path)
     values = read_plugged(path)
+    if values is None and model is not None and plugs_of(model):
+        _fill(model, path, dtype)
+        return model.to(device=device).eval()
     if values is None:
         hint = "moezoo.load reads models of moezoo, from_pretrained those of transformers."
         raise CheckpointError("config.json names nothing plugged", path=path, hint=hint)
@@ -132,10 +136,8 @@ def _described(model: nn.Module) -> list[dict[str, Any]]:
     for done in plugs_of(model):
         if not isinstance(done.make, Sparse):
             hint = "Save it with safetensors.torch.save_model, or plug with moezoo.sparse."
-            found = type(done.make).__name__
-            raise ConfigError(
-                "only `sparse` can be named in a config", field="make", found=found, hint=hint
-            )
+            reason = "only `sparse` can be named in a config"
+            raise ConfigError(reason, field="make", found=done.make, hint=hint)
         options = dict(vars(done.make))
         entry = {"modules": done.names, "sparse": options, "mask": done.mask, "causal": done.causal}
         for field, value in [*options.items(), ("mask", done.mask)]:

@@ -17,6 +17,7 @@ from moezoo.errors import ConfigError
 from moezoo.experts.base import Experts
 from moezoo.experts.modules import ModuleExperts
 from moezoo.experts.stacked import StackedExperts
+from moezoo.layer import MoE
 from moezoo.sparse_mlp import SparseMLP
 
 UNIT_SWITCH = {"name": "switch", "weight": "unit"}
@@ -44,7 +45,8 @@ def sparse(
     its MLP.
 
     An MLP of two or three linear maps, gated or not, fused or not, with biases or without, becomes
-    one `StackedExperts`; any other is copied into `ModuleExperts`, which run one by one.
+    one `StackedExperts`; any other is copied into `ModuleExperts`, which run one by one. Copies of
+    what is frozen are frozen.
 
     Args:
         copy_weights: start every expert from the dense weights; False: draw them anew.
@@ -54,7 +56,8 @@ def sparse(
         d_model: the width, where no linear layer of the module says it.
         batch_first: False for MLPs of your own on (L, B, D); layers of torch know theirs.
 
-    Calling it raises ConfigError for a module whose MLP it does not find, or that fails the trial.
+    Calling it raises ConfigError for a module whose MLP it does not find, that fails the trial, or
+    that holds experts already.
     """
     if router is None:
         router = UNIT_SWITCH if copy_weights else "switch"
@@ -76,6 +79,10 @@ class Sparse:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """The replacement of a module, which is left as it is."""
+        if any(isinstance(part, MoE) for part in module.modules()):
+            hint = "Choose other modules: `plug` has replaced this one, or it is a sparse layer."
+            reason = f"{type(module).__name__} holds experts already"
+            raise ConfigError(reason, field="where", hint=hint)
         spread = spread_of(module)
         if spread is None:
             return self._mixture(module, self.batch_first)
@@ -98,7 +105,7 @@ class Sparse:
         else:
             experts = _stacked(mlp, form, width, self.num_experts)
             if not self.copy_weights:
-                experts.reset_own()
+                experts.requires_grad_(True).reset_own()
         made = PluggedMLP(
             width,
             None,
@@ -110,6 +117,7 @@ class Sparse:
             causal=self.causal,
             batch_first=batch_first,
         )
+        made.names = tuple(inspect.signature(mlp.forward).parameters)[: 1 + residual]
         made.after = nn.Dropout(form.after) if form is not None and form.after else None
         weight = next(mlp.parameters(), torch.zeros((), device="cpu"))
         made.moe.router.to(weight.device, weight.dtype)
@@ -123,9 +131,16 @@ class Sparse:
 
 
 class PluggedMLP(SparseMLP):
-    """A `SparseMLP` in the place of an MLP that drops out its result or adds it to a residual."""
+    """A `SparseMLP` in the place of an MLP that drops out its result or adds it to a residual, and
+    is called by the words that the MLP had for its arguments (`names`).
+    """
 
     after: nn.Dropout | None
+    names: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_forward_pre_hook(_in_order, with_kwargs=True)
 
     def forward(
         self,
@@ -135,11 +150,28 @@ class PluggedMLP(SparseMLP):
         mask: Tensor | None = None,
         token_ids: Tensor | None = None,
     ) -> Tensor:
-        """(..., D) -> (..., D), plus `residual` of the same shape; see `SparseMLP`."""
+        """(..., D) -> (..., D), plus `residual` of the same shape; see `SparseMLP`. Raises
+        ConfigError for a second tensor in the place of an MLP that adds none.
+        """
+        if residual is not None and len(self.names) < 2:
+            hint = "Pass a `make` of your own that knows what it is for."
+            reason = "the MLP that was replaced adds no second tensor, and is called with one"
+            raise ConfigError(reason, field="make", hint=hint)
         y = super().forward(x, mask=mask, token_ids=token_ids)
         if self.after is not None:
             y = self.after(y)
         return y if residual is None else residual + y
+
+
+def _in_order(
+    layer: PluggedMLP, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments that are given by the words of the MLP, by their places."""
+    named = [name for name in layer.names[len(args) :] if name in kwargs]
+    if not named:
+        return None
+    rest = {name: value for name, value in kwargs.items() if name not in named}
+    return (*args, *(kwargs[name] for name in named)), rest
 
 
 def _stacked(mlp: nn.Module, form: Form, width: int, num_experts: int) -> StackedExperts:
@@ -158,16 +190,16 @@ def _stacked(mlp: nn.Module, form: Form, width: int, num_experts: int) -> Stacke
     for name, found in zip(made.names, maps, strict=True):
         setattr(made, name, _copied(found.weight, num_experts))
         if biased:
-            none = found.weight.new_zeros(found.weight.shape[0])
+            none = torch.zeros_like(found.weight[:, 0])
             bias = none if found.bias is None else found.bias
             setattr(made, f"{name}_bias", _copied(bias, num_experts))
     return made
 
 
 def _copied(tensor: Tensor, times: int) -> nn.Parameter:
-    return nn.Parameter(
-        tensor.expand(times, *tensor.shape).clone(memory_format=torch.contiguous_format)
-    )
+    copies = tensor.detach().expand(times, *tensor.shape)
+    whole = copies.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(whole, requires_grad=tensor.requires_grad)
 
 
 def _takes_residual(mlp: nn.Module) -> bool:
@@ -217,6 +249,7 @@ def _sizes(module: Any) -> tuple[int, int] | None:
 
 def _redraw(expert: Any) -> None:
     """Draw weights anew. Raises ConfigError for those that no module says how to draw."""
+    expert.requires_grad_(True)
     for name, module in expert.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue

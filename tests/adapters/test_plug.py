@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import moezoo
 from moezoo.adapters.sparse import sparse
@@ -121,6 +123,64 @@ def test_fresh_weights_differ_from_the_dense_ones() -> None:
     other = sparse(4, copy_weights=False)(twice).moe.experts
     assert not torch.equal(other.expert(0)[0].weight, twice[0].weight)
     assert not torch.equal(other.expert(0)[0].weight, other.expert(1)[0].weight)
+
+
+class Optional(nn.Module):
+    """An MLP with an argument that a mixture has, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.inner(hidden_states)
+        return found
+
+
+def test_experts_are_called_by_the_words_of_the_mlp() -> None:
+    mlp, x = Optional(), torch.randn(2, 5, 8)
+    layer = sparse(4)(mlp).eval()
+    for found in (layer(x), layer(hidden_states=x)):
+        torch.testing.assert_close(found, mlp(x))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    with moezoo.record(layer) as tape:
+        layer(hidden_states=x, mask=mask)
+    ((routing,),) = tape.by_layer.values()
+    assert torch.equal(routing.real, mask.flatten())
+    with pytest.raises(moezoo.MoezooError, match="is called with one"):
+        layer(x, mask)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softsign()])  # stacked, and one by one
+def test_what_is_frozen_stays_frozen(activation: nn.Module) -> None:
+    mlp = nn.Sequential(nn.Linear(8, 16), activation, nn.Linear(16, 8))
+    mlp[0].weight.requires_grad_(False)
+    mlp[2].bias.requires_grad_(False)
+    moe = sparse(4)(mlp).moe
+    trained = {tuple(p.shape[-2:]) for p in moe.experts.parameters() if p.requires_grad}
+    frozen = [p for p in moe.experts.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) == 4 * (8 * 16 + 8)
+    assert (8, 16) in trained and moe.router.classifier.weight.requires_grad
+    mlp.requires_grad_(False)
+    assert not any(p.requires_grad for p in sparse(4)(mlp).moe.experts.parameters())
+    assert all(p.requires_grad for p in sparse(4, copy_weights=False)(mlp).parameters())
+
+
+def test_experts_are_not_put_into_experts() -> None:
+    model = encoder()
+    moezoo.plug(model, "layers.*", sparse(4))
+    with pytest.raises(moezoo.MoezooError, match="holds experts already"):
+        moezoo.plug(model, "layers.*", sparse(4))
+
+
+def test_a_model_with_a_make_of_ones_own_is_pickled_and_copied() -> None:
+    model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
+    moezoo.plug(model, "mlp", lambda old: moezoo.SparseMLP(8, 16, 4))
+    x = torch.randn(3, 8)
+    for again in (pickle.loads(pickle.dumps(model.eval())), copy.deepcopy(model)):
+        assert torch.equal(again["mlp"](x), model["mlp"](x))
+        with pytest.raises(moezoo.MoezooError, match="only `sparse` can be named"):
+            moezoo.save(again, "nowhere")
 
 
 def test_nothing_is_replaced_when_one_replacement_fails() -> None:

@@ -84,6 +84,25 @@ def test_a_model_of_ones_own_is_loaded_into_a_dense_one(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_of_transformers_is_loaded_into_a_plugged_model(
+    tmp_path: Path, tied: bool
+) -> None:
+    made = [llama(tie_word_embeddings=tied) for _ in range(2)]
+    for model, seed in zip(made, (1, 2), strict=True):
+        torch.manual_seed(seed)
+        moezoo.plug(model, "model.layers.*.mlp", sparse(4))
+    model, fresh = made
+    model.save_pretrained(tmp_path / "trained")  # what Trainer does
+    assert not torch.equal(logits(fresh), logits(model))
+    again = load_plugged(tmp_path / "trained", fresh)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(CheckpointError, match="names nothing plugged"):
+        load_plugged(tmp_path / "trained", llama())
+    moezoo.save(again, tmp_path / "plugged")
+    assert torch.equal(logits(moezoo.load(tmp_path / "plugged")), logits(model))
+
+
 def test_what_a_config_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     router = moezoo.routers.build("switch", d_model=8, num_experts=4)
     for make, mask, word in (
