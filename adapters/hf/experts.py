@@ -47,10 +47,11 @@ def experts_forward(
     """
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
-    if up.dtype not in _DTYPES:
-        hint = "Use the experts_implementation of its quantisation, or a checkpoint without one."
-        reason = f"{type(module).__name__} holds {up.dtype}, which moezoo does not decode"
-        raise ConfigError(reason, field=name, hint=hint)
+    for field, weight in ((name, up), ("down_proj", down)):
+        if weight.dtype not in _DTYPES:
+            hint = "Use the experts_implementation of its quantisation, or weights without one."
+            reason = f"{type(module).__name__} holds {weight.dtype}, which moezoo does not decode"
+            raise ConfigError(reason, field=field, hint=hint)
     if module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     pure = _is_pure(module)

@@ -174,10 +174,11 @@ def test_a_gate_of_ones_own_is_followed() -> None:
     assert_agree(outcome(module, "moezoo", *given), theirs, 1e-5)
 
 
-def test_weights_that_have_to_be_decoded_are_refused() -> None:
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_have_to_be_decoded_are_refused(name: str, dtype: torch.dtype) -> None:
     module: Any = tiny("mixtral.modeling_mixtral.MixtralExperts")
-    module.gate_up_proj = nn.Parameter(
-        module.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False
-    )
-    with pytest.raises(ConfigError, match="float8_e4m3fn, which moezoo does not decode"):
+    setattr(module, name, nn.Parameter(getattr(module, name).to(dtype), requires_grad=False))
+    with pytest.raises(ConfigError, match=f"{dtype}, which moezoo does not decode") as refusal:
         called(module, "moezoo", *inputs())
+    assert refusal.value.field == name
