@@ -7,10 +7,13 @@ that its router chose and their weights; logits come from whatever beside it ret
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from moezoo.adapters.padding import modules_around, parameters_of
@@ -120,9 +123,10 @@ class _Call:
         if self.checked:
             self._check(x_TD)
         real, length = self._real(x_TD.shape[0])
-        logits, probs = self._scores(expert_TK, weight_TK)
         self.layer.router.choices = expert_TK.shape[1]
-        pairs = _pairs(expert_TK, weight_TK, real, self.layer.router.num_experts)
+        with _unseen():
+            logits, probs = self._scores(expert_TK, weight_TK)
+            pairs = _pairs(expert_TK, weight_TK, real, self.layer.router.num_experts)
         self.seen(Routing(pairs, logits, probs, real=real, proposed=pairs, sequence_length=length))
 
     def _check(self, x_TD: Tensor) -> None:
@@ -151,6 +155,17 @@ class _Call:
         if self.score is None:
             self.score = _score_of(logits_TE.detach(), expert_TK, weight_TK.detach())
         return logits_TE, _SCORES[self.score or 0](logits_TE).softmax(-1)
+
+
+def _unseen() -> AbstractContextManager[object]:
+    """Where operators save their tensors by themselves: activation checkpointing counts those of a
+    block, and recomputes it when recording is over.
+    """
+    return nullcontext() if is_compiling() else saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

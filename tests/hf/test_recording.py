@@ -239,6 +239,21 @@ def test_a_recomputed_block_is_recorded_once(reentrant: bool) -> None:
             tape.loss({"load_balance": 1.0})
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_of_recomputed_blocks_have_the_gradient_of_others(name: str) -> None:
+    model, found = model_of(name).train(), []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        with moezoo.record(model) as tape:
+            loss = model(input_ids=IDS, attention_mask=MASK, labels=IDS).loss
+        (loss + tape.loss({"load_balance": 0.3, "z": 0.1})).backward()  # when the hooks are gone
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, atol=1e-6, rtol=1e-5, msg=key)
+
+
 def test_hooks_go_with_the_block_and_bad_input_is_named() -> None:
     model = model_of("mixtral")
     with moezoo.record(model) as tape:
