@@ -158,9 +158,9 @@ def _with_drawn(
 def _linear_maps(module: nn.Module) -> list[LinearMap] | None:
     """The two or three linear layers that hold all the parameters of a module, as they are."""
     layers = [part for part in module.modules() if isinstance(part, nn.Linear) or is_conv1d(part)]
-    own = {id(p) for layer in layers for p in layer.parameters()}
-    every = list(module.parameters())
-    if len(layers) not in (2, 3) or len(own) != len(every) or any(id(p) not in own for p in every):
+    held = [id(p) for layer in layers for p in layer.parameters()]
+    own, every = set(held), {id(p) for p in module.parameters()}
+    if len(layers) not in (2, 3) or own != every or len(held) != len(own):  # a tied one is another
         return None
     return [_linear_map(layer) for layer in layers]
 

@@ -45,8 +45,8 @@ def plug(
     Returns:
         The names of the replaced modules. A module that stands in two places is made once.
 
-    Raises ConfigError when nothing matches, when `make` does not return a module, and when mask or
-    causal cannot be told.
+    Raises ConfigError when nothing matches, when `make` does not return a module, when other
+    modules hold its weights, and when mask or causal cannot be told.
     """
     if isinstance(make, nn.Module):
         hint = "Pass lambda old: moezoo.SparseMLP(...), or moezoo.adapters.sparse.sparse(8)."
@@ -67,6 +67,8 @@ def plug(
         check_plugged(model, name, new, causal)
         new.train(module.training)
         made[id(module)] = new
+    for name, module in chosen:
+        _refuse_tied(model, name, module, made[id(module)])
     names = [name for name, _ in chosen]
     carriers = carriers_of(model, names, mask)
     for name, module in chosen:
@@ -96,6 +98,20 @@ def plugs_of(model: nn.Module) -> tuple[Plug, ...]:
     """The calls of `plug` that a model has seen, in order."""
     found: tuple[Plug, ...] = vars(model).get(_PLUGS, ())
     return found
+
+
+def _refuse_tied(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    """Raise ConfigError for a weight of a module that others hold, too, and that it would lose."""
+    kept, inside = {id(p) for p in new.parameters()}, set(old.modules())
+    lost = {id(p): found for found, p in old.named_parameters() if id(p) not in kept}
+    others = (
+        p for part in model.modules() if part not in inside for p in part.parameters(recurse=False)
+    )
+    tied = next((lost[id(p)] for p in others if id(p) in lost), None)
+    if tied is not None:
+        hint = "Untie it first, or let the modules be one, which is then replaced as one."
+        reason = f"{tied!r} of {name!r} is also a weight of other modules: copies would part them"
+        raise ConfigError(reason, field="where", hint=hint)
 
 
 def _leave_nested_tensors(model: nn.Module, names: list[str]) -> None:

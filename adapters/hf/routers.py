@@ -33,11 +33,14 @@ _SCORES: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def sparse_layers(model: nn.Module) -> Mapping[str, Watched]:
-    """The sparse layers of transformers in a model, by the name of the module around experts."""
+    """The sparse layers of transformers in a model, by the name of the module around experts; by
+    that of the experts where it holds several.
+    """
+    found = {name: module for name, module in model.named_modules() if _is_experts(module)}
+    around = [name.rpartition(".")[0] for name in found]
     return {
-        name.rpartition(".")[0] or name: SparseLayer(name, model, module)
-        for name, module in model.named_modules()
-        if _is_experts(module)
+        outer if outer and around.count(outer) == 1 else name: SparseLayer(name, model, module)
+        for (name, module), outer in zip(found.items(), around, strict=True)
     }
 
 
@@ -47,7 +50,7 @@ class SparseLayer:
     def __init__(self, name: str, model: nn.Module, experts: Any) -> None:
         self.name, self.model, self.experts = name, model, experts
         around = model.get_submodule(name.rpartition(".")[0])
-        self.beside = [part for part in around.children() if part is not experts]
+        self.beside = [part for part in around.children() if not _is_experts(part)]
         self.router = ReadRouter(experts)
 
     def watch(self, seen: Seen, *, checked: bool) -> Iterable[Handle]:

@@ -166,6 +166,24 @@ def test_what_is_frozen_stays_frozen(activation: nn.Module) -> None:
     assert all(p.requires_grad for p in sparse(4, copy_weights=False)(mlp).parameters())
 
 
+def test_weights_that_are_shared_are_not_parted_in_silence() -> None:
+    def mlp() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 8, False), nn.ReLU(), nn.Linear(8, 8, False))
+
+    model = nn.ModuleDict({"first": mlp(), "second": mlp(), "third": mlp()})
+    model["second"][0].weight = model["first"][0].weight
+    for where in ("second", "*"):
+        with pytest.raises(moezoo.MoezooError, match="'0.weight' of .* is also a weight of other"):
+            moezoo.plug(model, where, sparse(4))
+    assert type(model["third"]) is nn.Sequential
+    model["third"][0].weight = model["third"][2].weight  # within one: its copies are tied, too
+    x = torch.randn(5, 8)
+    expected = model["third"](x)
+    moezoo.plug(model.eval(), "third", sparse(4))
+    torch.testing.assert_close(model["third"](x), expected)
+    assert len(list(model["third"].moe.experts.parameters())) == 4
+
+
 def test_experts_are_not_put_into_experts() -> None:
     model = encoder()
     moezoo.plug(model, "layers.*", sparse(4))

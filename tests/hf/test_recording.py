@@ -211,6 +211,18 @@ def test_experts_are_called_with_words_too() -> None:
     assert torch.equal(routing.assignment.expert.view(chosen.t().shape).t(), chosen)
 
 
+def test_two_kinds_of_experts_side_by_side_are_both_seen() -> None:
+    both: Any = torch.nn.ModuleDict()
+    for kind in ("text", "pictures"):
+        both[kind] = tiny("mixtral.modeling_mixtral.MixtralExperts")
+        both[kind].config._experts_implementation = "moezoo"
+    with torch.no_grad(), moezoo.record(torch.nn.ModuleDict({"mlp": both})) as tape:
+        both["text"](*inputs())
+        both["pictures"](*(t[:4] for t in inputs()))
+    assert [s.tokens for s in tape.stats().values()] == [TOKENS, 4]
+    assert list(tape.by_layer) == ["mlp.text", "mlp.pictures"]
+
+
 def test_a_token_with_one_choice_does_not_tell_the_score_of_later_ones() -> None:
     block: Any = tiny_block("deepseek_v3.modeling_deepseek_v3.DeepseekV3Experts")
     for part in block.modules():
