@@ -22,7 +22,7 @@ from moezoo.functional.dispatch import (
     soft_dispatch,
     split_weights,
 )
-from moezoo.ops.eager import is_batched, is_eager, is_recorded, is_transformed
+from moezoo.ops.eager import autocasts, is_batched, is_eager, is_recorded, is_transformed
 from moezoo.ops.observed import is_observed
 from moezoo.pairing import check_pair
 from moezoo.private_torch import own_parameters
@@ -171,7 +171,7 @@ class MoE(Component):
         results may leave without them (those of an exact upcycling are E times the layer's).
         """
         kind = x_TD.device.type
-        autocast = x_TD.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        autocast = x_TD.dtype != torch.float64 and autocasts(x_TD)
         dtype = torch.get_autocast_dtype(kind) if autocast else x_TD.dtype
         return dtype == torch.float16 and getattr(self.experts, "takes_weights", False)
 

@@ -27,6 +27,7 @@ from tests.training.test_loop import batches
 from tests.training.text import small_model
 
 D_MODEL, EXPERTS, VOCABULARY = 6, 4, 24
+COUNTED = {"base", "expert_threshold", "relu"}  # how many pairs there are depends on values
 PRODUCTS = [(p.router, p.partner) for p in policy_products() if not p.refused]
 
 
@@ -102,6 +103,25 @@ def check_layer(**options: Any) -> None:
 @pytest.mark.parametrize(("router", "policy"), PRODUCTS, ids=str)
 def test_every_router_and_policy_trains_on_the_cpu(router: str, policy: str) -> None:
     check_layer(router=router, capacity=policy)
+
+
+@pytest.mark.parametrize(
+    ("router", "policy"),
+    [(router, policy) for router, policy in PRODUCTS if router not in COUNTED],
+    ids=str,
+)
+def test_a_layer_of_shapes_alone_gives_shapes(router: str, policy: str) -> None:
+    layer = moezoo.SparseMLP(
+        D_MODEL, 8, EXPERTS, vocab_size=VOCABULARY, router=router, capacity=policy
+    ).to("meta")
+    for rows in (slice(0, 2), slice(0, 1)):
+        x = torch.empty(2, 5, D_MODEL, device="meta")[rows, rows].requires_grad_()
+        ids = torch.empty(2, 5, dtype=torch.int64, device="meta")[rows, rows]
+        for training in (True, False):
+            y = layer.train(training)(x, token_ids=ids)
+            assert y.shape == x.shape and y.is_meta
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.shape == x.shape
 
 
 @pytest.mark.parametrize("group", ["batch", "sequence", 4])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moezoo.errors import ConfigError
 from moezoo.functional.drawn import DrawnLinear
-from moezoo.ops.eager import is_eager
+from moezoo.ops.eager import autocasts, is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
 from moezoo.ops.observed import is_plain
 from moezoo.ops.products import fast_products, steady_product
@@ -50,7 +50,7 @@ def gate(module: nn.Module, x_TD: Tensor) -> Tensor:
         hint = "Keep routers on the device, or in float32."
         reason = f"a {type(module).__name__} in half precision is offloaded, gates run in {dtype}"
         raise ConfigError(reason, field="gate", hint=hint)
-    with _outside_autocast(x_TD):
+    with outside_autocast(x_TD):
         if not narrow:
             return module(x_TD.to(dtype)).to(dtype)  # type: ignore[no-any-return]
         wide = {name: tensor.to(dtype) for name, tensor in narrow.items()}
@@ -72,14 +72,15 @@ def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Switch Transformers, eq. 1 before the softmax. Autocast is switched off around the product:
     under it, a float32 gate would silently run in bfloat16.
     """
-    if torch.is_autocast_enabled(x_TD.device.type):
-        with _outside_autocast(x_TD):
+    if autocasts(x_TD):
+        with outside_autocast(x_TD):
             return _gate_logits(x_TD, weight, bias)
     return _gate_logits(x_TD, weight, bias)
 
 
-def _outside_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(x.device.type):
+def outside_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Where operators on x keep its dtype."""
+    if autocasts(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

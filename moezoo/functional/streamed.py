@@ -28,7 +28,7 @@ def streamed_top_1(
         x_TD: float32 or float64, finite. weight: (E, D) of the same dtype. bias: (E,) or None.
         real: (T,) bool or None.
     """
-    if not is_eager():  # which has no chunks
+    if not is_eager() or x_TD.is_meta:  # which has no chunks
         return top_1_of(torch.nn.functional.linear(x_TD, weight, bias), real)
     share_T = _shares(x_TD, real)
     found: tuple[Tensor, ...] = _Streamed.apply(x_TD, weight, bias, share_T)  # type: ignore[no-untyped-call]

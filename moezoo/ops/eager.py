@@ -30,6 +30,14 @@ def is_eager() -> bool:
     return not is_traced_by_jit() and not is_within_func()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for operators on x: never on "meta", of which torch says so by
+    raising.
+    """
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def is_followed(grad: Tensor) -> bool:
     """Whether the gradient that is computed now must be of plain operators: somebody
     differentiates it again, or computes many at once (`is_grads_batched`).

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moezoo.ops.backends import choose
-from moezoo.ops.eager import is_transformed, tangents_followed, without_tangent
+from moezoo.ops.eager import autocasts, is_transformed, tangents_followed, without_tangent
 
 
 def grouped_linear(
@@ -34,9 +34,8 @@ def grouped_linear(
 
     Raises ConfigError for an unknown backend, or one that cannot take these tensors.
     """
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != torch.float64 and autocasts(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     out = _product(_linear, x, weight, counts, backend)
     return out if bias is None else out + rows_of(bias.to(out.dtype), counts, x.shape[0])
 

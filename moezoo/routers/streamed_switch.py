@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moezoo.functional.assign import pairs_of
-from moezoo.functional.gates import gate, gate_dtype, is_plain_gate, jittered
+from moezoo.functional.gates import gate, gate_dtype, is_plain_gate, jittered, outside_autocast
 from moezoo.functional.losses import expert_fractions
 from moezoo.functional.streamed import streamed_top_1, top_1_of
 from moezoo.records import Routing, Tokens
@@ -53,7 +53,7 @@ class StreamedSwitchRouter(Router):
         if is_plain_gate(self.classifier):
             weight, bias = self.classifier.weight, self.classifier.bias
             bias_E = None if bias is None else bias.to(dtype)
-            with torch.autocast(x_TD.device.type, enabled=False):
+            with outside_autocast(x_TD):
                 expert_T, gate_T, mean_E, z = streamed_top_1(
                     x_TD.to(dtype), weight.to(dtype), bias_E, real
                 )
