@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ class Recipe:
         num_experts: experts per sparse layer.
         layers: see `placement.placed`; None: "odd" of a T5 with two layers and more, else "all".
         init, router_init: names of `expert_inits` and `router_inits`, as `"name"`, `"name:value"`
-            or `{"name": ..., **options}`.
+            or `{"name": ..., **options}`; router and capacity, of the sparse layers, alike, where
+            a value alone is the router's k or the capacity's factor.
         preserve: "exact" scales `wo` so that the model computes what the dense one did.
         router, router_init: None: what `target.settled` chooses for the source and the layout.
-        capacity: of the sparse layers.
         seed: of every random number.
         dtype: "float32", "bfloat16", "float16", or None to keep the source's.
         max_shard_size: bytes, or such as "5GB".
@@ -69,10 +69,10 @@ class Recipe:
                 spec = component_spec(value, registry)
                 registry.check_options(spec)
                 object.__setattr__(self, name, spec.to_json())
-        for name in ("router", "capacity"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Spec.parse(value, kind=name).to_json())
+        # Named here, because their registries come with torch.
+        for name, options in (("router", ("k",)), ("capacity", ("factor",))):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _spec(value, name, options).to_json())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, defaults left out; `from_dict` gives an equal recipe back."""
@@ -126,20 +126,27 @@ def component_spec(value: object, registry: Registry[Any]) -> Spec:
     """A spec from `"name"`, `"name:value"` (its first option), `"name:option=value,..."`, or a
     mapping.
     """
+    options: list[str] = []
+    if isinstance(value, str) and ":" in value:
+        component = registry.get(value.partition(":")[0])
+        options = list(inspect.signature(component).parameters)
+    return _spec(value, registry.kind, options)
+
+
+def _spec(value: object, kind: str, options: Sequence[str]) -> Spec:
+    """A spec whose values without a name are of these options."""
     if not isinstance(value, str) or ":" not in value:
-        return Spec.parse(value, kind=registry.kind)
+        return Spec.parse(value, kind=kind)
     name, _, text = value.partition(":")
-    options = [
-        option for option in inspect.signature(registry.get(name)).parameters if option != "self"
-    ]
     chosen: dict[str, Any] = {}
     for position, part in enumerate(text.split(",")):
         option, equals, number = part.partition("=")
         if not equals:
             if position >= len(options):
                 raise ConfigError(
-                    f"{registry.kind} {name!r} takes {len(options)} options", field=name, found=text
-                )
+                    f"{kind} {name!r} takes {len(options)} options without a name", field=kind,
+                    found=text[:80], hint="Say name:option=value.",
+                )  # fmt: skip
             option, number = options[position], part
         chosen[option.strip()] = _value(number.strip())
     return Spec(name, chosen)

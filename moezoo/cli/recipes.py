@@ -70,13 +70,12 @@ def _count(text: str) -> int:
 
 def _component(text: str) -> str | dict[str, Any]:
     """A component as a name, `top_k:2`, or JSON."""
-    if text.startswith("{"):
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise argparse.ArgumentTypeError("not a JSON object")
-        return values
-    name, colon, choices = text.partition(":")
-    return {"name": name, "k": _count(choices)} if colon else name
+    if not text.startswith("{"):
+        return text
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return values
