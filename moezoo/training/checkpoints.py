@@ -74,6 +74,7 @@ def _write_rest(state: TrainingState, stage: Path, settings: Mapping[str, Any]) 
         "optimizer": optimizer,
         "schedule": _plain(state.schedule.state_dict()),
         "training": state.model.training,
+        "watch": state.watch,
     }
     facts = {
         "format": 1,
@@ -142,6 +143,7 @@ def restore(
     placed_memory(state.optimizer)
     state.model.train(rest["training"])
     state.step = int(facts["step"])
+    state.watch = rest.get("watch", {})
     if num_ranks() == 1:
         _restore_random(state, rest)
 

@@ -85,10 +85,11 @@ class StepRecord:
 
 @dataclass
 class TrainingState:
-    """All that a run needs to go on: what a checkpoint stores.
+    """All that a run needs to go on: what a checkpoint stores, but for the history of this process.
 
     seed: of the random numbers of steps that several ranks take together; one process draws on from
-    where it is. mesh: that gradients are averaged over after backward (see `start`).
+    where it is. mesh: that gradients are averaged over after backward (see `start`). watch: see
+    `Watch.memory`.
     """
 
     model: nn.Module
@@ -98,6 +99,7 @@ class TrainingState:
     history: list[StepRecord] = field(default_factory=list)
     seed: int = 0
     mesh: DeviceMesh | None = None
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 def start(

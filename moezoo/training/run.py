@@ -138,6 +138,7 @@ def run_training(
             measure(state)
             ends = on_any_rank(stopped(), device)
             if state.step == steps or ends or state.step % save_every == 0:
+                state.watch = log.memory()
                 save_checkpoint(state, root / "checkpoints", everything)
             return ends
 
@@ -177,7 +178,11 @@ class _Log:
         board = Board(root / "tensorboard", state.step) if tensorboard else None
         self.metrics = Metrics(root / "metrics.jsonl", state.step, board)
         sparse = getattr(getattr(unwrapped(state.model), "config", None), "num_experts", 0)
-        self.watch = Watch(steps=steps, every=every, num_experts=sparse)
+        self.watch = Watch(steps=steps, every=every, num_experts=sparse, memory=state.watch)
+
+    def memory(self) -> dict[str, Any]:
+        """What the table and its warnings go on from."""
+        return {} if self.metrics is None else self.watch.memory()
 
     def step(self, record: StepRecord) -> None:
         """A line and perhaps a row for a step, with the warnings that it caused."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TextIO
 
 from moezoo.progress import bar, show
 from moezoo.training.loop import StepRecord, mean_of
@@ -23,17 +24,32 @@ class Watch:
 
     Args:
         steps: of the run. every: steps per row. num_experts: of a sparse layer; 0: dense.
+        memory: what `memory` gave where the run stopped, if it goes on.
     """
 
     def __init__(
-        self, *, steps: int, every: int = 50, num_experts: int = 0, stream: TextIO | None = None
+        self,
+        *,
+        steps: int,
+        every: int = 50,
+        num_experts: int = 0,
+        stream: TextIO | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
         self.steps, self.every, self.num_experts = steps, max(every, 1), num_experts
         self.stream = sys.stderr if stream is None else stream
-        self._recent: list[StepRecord] = []
-        self._before: float | None = None
+        memory = memory or {}
+        self._recent = [StepRecord(**values) for values in memory.get("recent", ())]
+        self._before: float | None = memory.get("before")
         self._rows = 0
-        self._warned: set[str] = set()
+        self._warned: set[str] = set(memory.get("warned", ()))
+
+    def memory(self) -> dict[str, Any]:
+        """What the next row and its warnings hang on, as plain values."""
+        # Thousands of idle experts in a large model; those of all steps are all that is asked for.
+        idle = tuple(sorted(_idle(self._recent)))
+        recent = [vars(replace(record, idle=idle)) for record in self._recent]
+        return {"recent": recent, "before": self._before, "warned": sorted(self._warned)}
 
     def __call__(self, record: StepRecord) -> list[str]:
         """Show a step; returns the warnings that it caused."""
@@ -132,7 +148,7 @@ def _sparse_advice(records: Sequence[StepRecord], num_experts: int) -> dict[str,
             "routing collapses: one expert takes nearly everything in some layer; raise the "
             "load_balance coefficient, lower the learning rate, or start from another router_init"
         )
-    idle = set(records[0].idle).intersection(*(record.idle for record in records))
+    idle = _idle(records)
     if idle and len(records) >= _IDLE_STEPS:
         shown = ", ".join(f"{expert} of sparse layer {layer}" for layer, expert in sorted(idle)[:4])
         more = f" and {len(idle) - 4} others" if len(idle) > 4 else ""
@@ -142,3 +158,8 @@ def _sparse_advice(records: Sequence[StepRecord], num_experts: int) -> dict[str,
             "(sigmoid_top_k, expert_choice)"
         )
     return found
+
+
+def _idle(records: Sequence[StepRecord]) -> set[tuple[int, int]]:
+    """The experts that had no token in any of some steps."""
+    return set.intersection(*(set(record.idle) for record in records)) if records else set()

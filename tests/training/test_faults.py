@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pytest import CaptureFixture
 
 from moezoo.errors import CorruptFile, NonFiniteLoss, ResumeMismatch, SaveError, TrainingError
 from moezoo.training.checkpoints import checkpoints
@@ -232,6 +235,47 @@ def test_a_warning_says_what_is_wrong_once_and_again_after_it_has_passed(
     assert set(found) == {20, 50}
     assert all(words in texts[0] for texts in found.values())
     assert words in watch.stream.getvalue()
+
+
+@pytest.mark.parametrize("stop", [4, 14, 20, 23])
+def test_a_run_that_goes_on_has_the_rows_and_warnings_of_one_that_never_stopped(stop: int) -> None:
+    """Drops from the start, a loss that jumps, experts that are idle now and then."""
+
+    def records() -> Iterator[StepRecord]:
+        for step in range(1, 41):
+            loss = 20.0 if step in (12, 25) else 2.0 + step / 7
+            idle = ((0, 1), (0, 2)) if step % 3 else ((0, 1), (1, 3))
+            yield record_of(step, loss=loss, dropped=0.4, max_violation=step / 10, idle=idle)
+
+    def watched(watch: Watch, steps: Iterable[StepRecord]) -> tuple[list[list[str]], list[str]]:
+        said = [watch(record) for record in steps]
+        return said, [x for x in watch.stream.getvalue().splitlines() if "step" not in x[:9]]
+
+    options: dict[str, Any] = {"steps": 40, "every": 10, "num_experts": 4}
+    said, rows = watched(Watch(**options, stream=io.StringIO()), records())
+    assert any("idle" in text or "no token" in text for texts in said for text in texts)
+    first = Watch(**options, stream=io.StringIO())
+    before, one = watched(first, islice(records(), stop))
+    file = io.BytesIO()
+    torch.save(first.memory(), file)
+    file.seek(0)
+    memory = torch.load(file, weights_only=True)
+    second = Watch(**options, stream=io.StringIO(), memory=memory)
+    after, other = watched(second, islice(records(), stop, None))
+    assert before + after == said
+    assert one + other == rows
+
+
+def test_a_run_goes_on_in_the_middle_of_a_row(tmp_path: Path, capsys: CaptureFixture[str]) -> None:
+    def losses(directory: Path, *stops: int) -> list[str]:
+        for until in (*stops, 12):
+            train(directory, until=until, table_every=5)
+        return [line.split()[1] for line in capsys.readouterr().err.splitlines()
+                if line[:9].strip().isdigit()]  # fmt: skip
+
+    whole = losses(tmp_path / "whole")
+    assert len(set(whole)) == 3
+    assert losses(tmp_path / "parts", 3, 7) == whole
 
 
 def test_a_row_of_a_dense_run_has_dashes_for_what_it_lacks() -> None:
