@@ -23,6 +23,7 @@ _SIZES = (
     "num_attention_heads",
 )
 _LARGEST = 1 << 32
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 PLUG = (
     'moezoo.plug(model, "model.layers.*.mlp", moezoo.sparse(8)) puts experts into the model that '
     "transformers loads, and moezoo.save(model, path) keeps it."
@@ -82,9 +83,8 @@ class DecoderConfig:
         """config.json with what its class assumes where it is silent."""
         kind, sparse = self.dense_kind, self.sparse_kind
         assumed = kind.defaults if sparse is None else {**kind.defaults, **sparse.defaults}
-        full = {**assumed, **self.values, **(kind.fixed if sparse is None else {})}
-        if self.values.get("rope_scaling") and "rope_parameters" not in self.values:
-            full.pop("rope_parameters", None)  # an old file says it, and not its class
+        stated = {n: v for n, v in self.values.items() if v is not None or n not in _ROPE}
+        full = {**assumed, **stated, **(kind.fixed if sparse is None else {})}
         if full.get("num_key_value_heads") is None:
             full["num_key_value_heads"] = full["num_attention_heads"]
         if full.get("head_dim") is None:
@@ -92,7 +92,11 @@ class DecoderConfig:
         if sparse is None and kind.layer_types is not None and not full.get("layer_types"):
             full["layer_types"] = kind.layer_types(full)
         theta = kind.theta if sparse is None else sparse.defaults.get("rope_theta", kind.theta)
-        return full | _rope(full, theta)
+        for name, value in full.items():
+            if type(value) is int and isinstance(assumed.get(name), float):
+                full[name] = float(value)  # some classes read a 0 and their sibling 0.0 alone
+        said = {name: full.pop(name) for name in _ROPE if name in full}
+        return full | (_ropes if sparse is None and kind.ropes else _rope)(said, theta)
 
     @property
     def num_layers(self) -> int:
@@ -262,7 +266,7 @@ def _known_dense(made: object) -> FrozenDict | None:
 def _refuse_lost(config: DecoderConfig) -> None:
     """Refuse a dense model by the field that its sibling has no word for."""
     dense = config.dense_kind
-    rope = config.values.get("rope_parameters") or config.values.get("rope_scaling")
+    rope = config.values.get("rope_scaling") or config.values.get("rope_parameters")
     nested = rope if isinstance(rope, Mapping) else {}
     for name, value in dense.only.items():
         found = config.values.get(name, nested.get(name, dense.defaults.get(name)))
@@ -297,7 +301,8 @@ def _check_size(name: str, value: object) -> None:
 
 def _check_kinds(config: DecoderConfig) -> None:
     """Raise ConfigError for a field that is of another kind than what its class assumes."""
-    for name, assumed in config.dense_kind.defaults.items():
+    kinds = config.dense_kind
+    for name, assumed in kinds.defaults.items():
         kind = next((k for k in _KINDS if isinstance(assumed, k)), None)
         found = config.values.get(name)
         if kind is None or found is None or name.endswith("_token_id"):
@@ -318,6 +323,10 @@ def _check_kinds(config: DecoderConfig) -> None:
         rope = config.values.get(name)
         if rope is not None and not isinstance(rope, Mapping):
             raise _bad(name, "an object", rope)
+        ropes = name == "rope_parameters" and kinds.ropes and config.sparse_kind is None
+        held = (value for value in (rope or {}).values() if value is not None)
+        if any(isinstance(value, Mapping) != ropes for value in held):
+            raise _bad(name, "a rotation by kind of attention" if ropes else "one rotation", rope)
         theta = {**config.values, **(rope or {})}.get("rope_theta")
         if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float)):
             raise _bad("rope_theta", "a number", theta)
@@ -330,13 +339,22 @@ def _bad(name: str, expected: str, found: object) -> ConfigError:
     )  # fmt: skip
 
 
-def _rope(full: Mapping[str, Any], theta: float) -> dict[str, Any]:
-    """The base of RoPE where a file leaves it to its class, as transformers 4 or 5 writes it."""
-    stated = full.get("rope_parameters")
-    if isinstance(stated, Mapping) and stated:
-        base = full.get("rope_theta") or theta
-        nested = any(isinstance(value, Mapping) for value in stated.values())
-        parts = stated if nested else {"": stated}
-        told = {name: {"rope_theta": base, **thawed(part)} for name, part in parts.items()}
-        return {"rope_parameters": told if nested else told[""]}
-    return {"rope_theta": theta if full.get("rope_theta") is None else full["rope_theta"]}
+def _rope(said: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """RoPE with the base that a file leaves to its class; as transformers 5 writes it where a file
+    says more, because not every class reads an old one's `rope_scaling`, which wins in one that has
+    both.
+    """
+    base = said.get("rope_theta", theta)
+    more = thawed(said.get("rope_scaling") or said.get("rope_parameters"))
+    return {"rope_parameters": {"rope_theta": base, **more}} if more else {"rope_theta": base}
+
+
+def _ropes(said: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """RoPE by kind of attention, of which an old file scales full attention alone."""
+    base, new = said.get("rope_theta", theta), thawed(said.get("rope_parameters")) or {}
+    parts = {
+        kind: {"rope_theta": base, **(new.get(kind) or {"rope_type": "default"})}
+        for kind in ("full_attention", "sliding_attention")
+    }
+    parts["full_attention"] |= thawed(said.get("rope_scaling")) or {}
+    return {"rope_theta": base, "rope_parameters": parts}

@@ -223,6 +223,7 @@ _KINDS = (
         biased=_ALL_BIAS,
         layer_types=three_of_four,
         windows="none",
+        ropes=True,
     ),
     DenseKind(
         "ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5_moe",
@@ -247,7 +248,7 @@ _KINDS = (
         norms=("input_layernorm",),
         mlp_norm="input_layernorm",
         biased=_ALL_BIAS,
-        fixed={"head_dim": None, "rms_norm_eps": None},
+        fixed={"rms_norm_eps": None},
         layer_types=three_of_four,
     ),
     DenseKind(
@@ -258,7 +259,7 @@ _KINDS = (
         mlp_norm="input_layernorm",
         biased=_ALL_BIAS,
         only={"use_qk_norm": False},
-        fixed={"head_dim": None, "rms_norm_eps": None},
+        fixed={"rms_norm_eps": None},
         says=endless_windows,
     ),
     DenseKind(

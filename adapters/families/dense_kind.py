@@ -54,6 +54,7 @@ class DenseKind:
         layer_types: the kinds of attention by layer that a silent config.json means.
         windows: what the sibling has of sliding windows, where layers may differ in them: "each"
             layer as it is, "one" for all layers, or "none".
+        ropes: whether `rope_parameters` has a rotation for each kind of attention.
     """
 
     model_type: str
@@ -81,4 +82,5 @@ class DenseKind:
     fixed: Values = field(default_factory=dict)
     layer_types: Callable[[Values], list[str]] | None = None
     windows: str = "each"
+    ropes: bool = False
     says: Callable[[Values], Values] = lambda values: {}

@@ -82,6 +82,8 @@ class SparseKind:
             )  # fmt: skip
 
 
+# What some classes also call fields that are written under another name; no dense model reads them.
+ALIASES = ("num_experts", "num_local_experts", "num_experts_per_tok", "num_mtp_layers")
 _LOGGED = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 _NORMALIZED = {**_LOGGED, "norm_topk_prob": True}
 _EACH = {matrix: f"mlp.experts.{{e}}.{name}.weight" for matrix, name in PROJ.items()}

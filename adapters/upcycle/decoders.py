@@ -8,7 +8,7 @@ from typing import Any
 from moezoo.adapters.families.decoder_config import PLUG, DecoderConfig
 from moezoo.adapters.families.decoders import own_values
 from moezoo.adapters.families.dense_kind import DenseKind
-from moezoo.adapters.families.sparse_decoders import SPARSE, SparseKind
+from moezoo.adapters.families.sparse_decoders import ALIASES, SPARSE, SparseKind
 from moezoo.adapters.upcycle.inits import ExpertInit
 from moezoo.adapters.upcycle.placement import Layers, placed
 from moezoo.adapters.upcycle.preservation import router_for
@@ -135,8 +135,10 @@ def _refuse_capacity(recipe: Recipe, sparse: SparseKind) -> None:
 def _carried(source: DecoderConfig, dense: DenseKind, sparse: SparseKind) -> dict[str, Any]:
     """What both models mean by the same field, spelled out where the dense one's was silent."""
     values = own_values(source)
-    for name in (*dense.only, *dense.ignored):
+    for name in (*dense.only, *dense.ignored, *ALIASES):
         values.pop(name, None)
+    if values.get("sliding_window", 0) is None and values.get("use_sliding_window"):
+        values["use_sliding_window"] = False  # else the sibling draws the mask of a window
     return values if dense.windows == "each" else _one_window(values, dense, sparse)
 
 

@@ -92,7 +92,8 @@ def rewrite(
         for c, stamped in zip(checkpoints, before, strict=True):
             refuse_change(c.source, stamped)
         values = family.write(config, checkpoint.task)
-        values["dtype"] = dtype_word(output.plan for output in outputs)
+        told = "torch_dtype" if "torch_dtype" in values and "dtype" not in values else "dtype"
+        values[told] = dtype_word(output.plan for output in outputs)
         plans = [output.plan for output in outputs if output.plan.name not in wanted]
         _describe(stage, values, made, rewritten_card(config, family, plans, made, checkpoints))
         carry_files(checkpoint, stage)

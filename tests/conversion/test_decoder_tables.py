@@ -19,7 +19,7 @@ from moezoo.adapters.families.decoder_placement import (
 )
 from moezoo.adapters.families.decoders import decoder_family
 from moezoo.adapters.families.dense_decoders import DENSE
-from moezoo.adapters.families.sparse_decoders import SPARSE
+from moezoo.adapters.families.sparse_decoders import ALIASES, SPARSE
 from moezoo.adapters.fused import whole_name
 from moezoo.adapters.tensor_files import TensorPlan, wholes
 from moezoo.frozen import frozen
@@ -105,6 +105,8 @@ def test_every_field_of_a_sparse_class_is_set_where_the_dense_one_lacks_it(model
     said = kind.says(DecoderConfig(frozen({**fields(model_type), "model_type": model_type})).full)
     written = {*sparse.sets, *sparse.experts, sparse.choices, *kind.fixed, *said}
     assert new - {"head_dim"} <= written, new - written  # spelled out by `full`
+    aliases = set(CONFIG_MAPPING[sparse.model_type].attribute_map) - {"layers_block_type"}
+    assert aliases <= {*ALIASES}
     assert {sparse.width, *filter(None, (sparse.shared_width,))} <= set(fields(sparse.model_type))
 
 

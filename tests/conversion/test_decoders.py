@@ -166,6 +166,10 @@ def test_a_silent_old_config_means_what_its_class_assumes(tmp_path: Path) -> Non
         edit_config(source, rope_theta=20_000.0 if family == "qwen2" else ...)
         upcycle(source, tmp_path / f"{family}-moe", num_experts=2)
         assert relative(logits(tmp_path / f"{family}-moe"), logits(source)) < 1e-5
+        downcycle(tmp_path / f"{family}-moe", tmp_path / f"{family}-back")
+        restored = config_of(tmp_path / f"{family}-back")
+        assert restored.pop("moezoo_provenance")
+        assert restored == config_of(source)  # with torch_dtype, as it was
 
 
 @pytest.mark.parametrize(
