@@ -9,6 +9,9 @@ from pathlib import Path
 import moezoo
 
 _FRONT = re.compile(r"\A---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
+_SAID = re.compile(
+    r"^(license(?:_name|_link)?): *[\"']?([\w.+:/%~-]*[\w+/-])[\"']? *$", re.MULTILINE
+)
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)\Z")
 _AUTO = {"conditional_generation": "AutoModelForSeq2SeqLM"}
 _OURS = ("moezoo", "switch_transformers", "t5", "mt5", "umt5", "longt5")  # which moezoo.load reads
@@ -35,17 +38,17 @@ def card(
         relation: to its base model, as hubs call it: "finetune" or "merge".
         parts: what follows, as Markdown.
     """
-    licence = _licence(sources)
+    terms = _terms(sources)
+    licence = terms.get("license_name", terms.get("license"))
     ours = model_type in _OURS
     library, kind = ("moezoo", "switch-transformers") if ours else ("transformers", model_type)
     front = [f"library_name: {library}", f"tags: [mixture-of-experts, {kind}]"]
     if sources:
         front.append("base_model:")
-        front += [f"- {name}" for name in dict.fromkeys(map(_name, sources))]
+        front += [f"- {name}" for name in dict.fromkeys(map(named, sources))]
     if relation is not None and sources:
         front.append(f"base_model_relation: {relation}")
-    if licence is not None:
-        front.append(f"license: {licence}")
+    front += [f"{name}: {value}" for name, value in terms.items()]
     table = "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
     body = [f"# {title}", table, _usage(model_type, task), *parts, _law(licence, bool(sources))]
     return "---\n" + "\n".join(front) + "\n---\n\n" + "\n\n".join(body) + "\n"
@@ -79,7 +82,7 @@ def _law(licence: str | None, made: bool) -> str:
     return "Licence: yours to choose; say it as `license` above."
 
 
-def _name(directory: Path) -> str:
+def named(directory: Path) -> str:
     """What a hub calls the model in a directory of its cache; else the directory's name."""
     for part in directory.absolute().parts:
         cached = _CACHED.match(part)
@@ -88,20 +91,19 @@ def _name(directory: Path) -> str:
     return re.sub(r"[^\w.-]", "-", directory.resolve().name)
 
 
-def _licence(sources: Sequence[Path]) -> str | None:
-    """The licence that the cards of all sources agree on, or None."""
-    found = {_said_licence(source / "README.md") for source in sources}
-    return found.pop() if len(found) == 1 else None
+def _terms(sources: Sequence[Path]) -> dict[str, str]:
+    """The licence that the cards of all sources agree on, with its name and where it stands."""
+    found = [_said_terms(source / "README.md") for source in sources]
+    return found[0] if found and all(terms == found[0] for terms in found) else {}
 
 
-def _said_licence(path: Path) -> str | None:
+def _said_terms(path: Path) -> dict[str, str]:
     try:
         with path.open(encoding="utf-8") as file:
             front = _FRONT.match(file.read(_LONGEST))
     except (OSError, UnicodeDecodeError):
-        return None
-    said = re.search(r"^license: *([\w.+-]+) *$", front[1], re.MULTILINE) if front else None
-    return said[1] if said else None
+        return {}
+    return dict(_SAID.findall(front[1])) if front else {}
 
 
 def made_by(files: Iterable[tuple[str, str]], how: str, values: str) -> str:

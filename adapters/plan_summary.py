@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
+from moezoo.adapters.families.decoders import constant_of
 from moezoo.adapters.fused import whole_name
 from moezoo.adapters.plan import Move, Plan
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.carried import carried_files
+from moezoo.adapters.upcycle.carried import carried_files, other_files
 
 _BASE_MEMORY = 32 << 20  # the interpreter, headers and buffers, as measured
 _TORCH_MEMORY = 230 << 20
@@ -30,6 +31,7 @@ def summary(plan: Plan, checkpoint: CheckpointSource) -> dict[str, Any]:
         "groups": _groups(plan),
         "left_out": dict(plan.left_out),
         "carried": carried_files(checkpoint.source.directory),
+        "not_carried": other_files(checkpoint.source),
         "parameters": plan.parameters,
         "active_parameters": plan.active_parameters,
         "bytes_read": plan.bytes_read,
@@ -100,6 +102,7 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
 
 def _router_groups(plan: Plan) -> list[dict[str, Any]]:
     routers: dict[str, list[TensorPlan]] = {}
+    fixed = {p.name: constant_of(plan.config, p.name) for c in plan.constants.values() for p in c}
     constants = (plan for layer in plan.constants.values() for plan in layer)
     drawn = {_pattern(router.name) for router in plan.routers.values()}
     for router in (*plan.routers.values(), *constants):
@@ -110,7 +113,9 @@ def _router_groups(plan: Plan) -> list[dict[str, Any]]:
             "target": pattern,
             "dtype": alike[0].dtype,
             "shape": list(alike[0].shape),
-            "init": _name(plan.recipe.router_init) if pattern in drawn else "zero",
+            "init": _name(plan.recipe.router_init)
+            if pattern in drawn
+            else f"all {fixed[alike[0].name]:g}",
             "scale": 1.0,
             "count": len(alike),
             "bytes_read": 0,

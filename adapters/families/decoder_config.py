@@ -204,6 +204,10 @@ class DecoderConfig:
         free = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache",
                 "moezoo_provenance", "architectures", *(self.dense_kind.ignored))  # fmt: skip
         told = {name: value for name, value in self.full.items() if name not in free}
+        base = told.pop("rope_theta", None)  # which new files say among the parameters
+        rope = {"rope_theta": base, **told.get("rope_parameters", {})}
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        told["rope_parameters"] = rope
         return FrozenDict(frozen(told))
 
 

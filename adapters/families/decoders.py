@@ -19,7 +19,9 @@ from moezoo.frozen import thawed
 
 EMBEDDINGS = "model.embed_tokens.weight"
 _LAYER = re.compile(r"decoder\.blocks\.(\d+)\.(.+)\Z")
-_STRAY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq\Z")
+_STRAY = re.compile(
+    r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)\Z"
+)
 MATRICES = ("wi_0", "wi_1", "wo")
 # Of a written config.json: what is the writer's, not the model's.
 _WRITERS = (
@@ -63,7 +65,7 @@ class DecoderFamily(Family):
         return None
 
     def is_stray(self, name: str) -> bool:
-        """Frequencies of RoPE, which old files hold and the config tells."""
+        """What old files hold of RoPE, and the config tells."""
         return _STRAY.match(name) is not None
 
     def disk_names(self, name: str, *, num_experts: int = 0) -> list[str]:

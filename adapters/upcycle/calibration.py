@@ -137,6 +137,7 @@ def layer_inputs(
             field="calibration",
             hint="Pass calibration (--calibration FILE), or use router_init='normal'.",
         )
+    _check_ids(calibration, checkpoint.config.vocab_size)
     if calibration.inputs == "embeddings":
         return dict.fromkeys(layers, _embedded(checkpoint, calibration))
     if isinstance(checkpoint.config, DecoderConfig):
@@ -191,17 +192,20 @@ def collected_inputs(
     return {layer: _sample(inputs, calibration) for layer, inputs in found.items()}
 
 
+def _check_ids(calibration: Calibration, rows: int) -> None:
+    largest = max(max(sequence) for sequence in calibration.sequences)
+    if largest >= rows:
+        raise ConfigError(
+            "calibration holds an id that the model has no row for", field="calibration",
+            expected=f"ids below {rows}", found=largest,
+        )  # fmt: skip
+
+
 def _embedded(checkpoint: CheckpointSource, calibration: Calibration) -> LayerSample:
     """The rows of the table of tokens that the sequences name."""
     import torch
 
     table = checkpoint.source.tensor(checkpoint.tensors[SHARED][0].name)
-    largest = max(max(sequence) for sequence in calibration.sequences)
-    if largest >= len(table):
-        raise ConfigError(
-            "calibration holds an id that the model has no row for", field="calibration",
-            expected=f"ids below {len(table)}", found=largest,
-        )  # fmt: skip
     rows = [table[torch.tensor(list(s), device="cpu")].float() for s in calibration.sequences]
     return _sample(rows, calibration)
 

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: which are carried over, and how they are written."""
+"""The small files of a checkpoint: which are carried over, and how they are written. No code is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moezoo.adapters.checkpoint_source import CheckpointSource
@@ -17,18 +18,29 @@ from moezoo.adapters.tensor_files import TensorPlan
 from moezoo.config import SwitchConfig
 from moezoo.tokenizer_files import TOKENIZER_FILES
 
-_CARRIED = sorted([*TOKENIZER_FILES, NAME, "preprocessor_config.json"])
+_CARRIED = (*TOKENIZER_FILES, NAME, "preprocessor_config.json", "chat_template.json", "tekken.json",
+            "vocab.bpe", "*.tiktoken", "tokenizer.model.v*")  # fmt: skip
+_TERMS = (
+    "LICENSE",
+    "LICENCE",
+    "NOTICE",
+    "COPYING",
+    "USE_POLICY",
+)  # whoever passes a model on needs
+_ANEW = ("config.json", "README.md", "recipe.json")
+_TEMPLATES = "additional_chat_templates"
 _WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def carry_files(checkpoint: CheckpointSource, target: Path) -> list[str]:
-    """Copy tokenizer and generation files byte for byte; returns their names. What an old
-    config.json says about generating becomes a generation_config.json.
+    """Copy the files of `carried_files` byte for byte; returns their names. What an old config.json
+    says about generating becomes a generation_config.json.
     """
     source = checkpoint.source.directory
     carried = carried_files(source)
     for name in carried:
         regular_file(source / name)
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
     config = checkpoint.config
     if not isinstance(config, SwitchConfig):
@@ -41,8 +53,23 @@ def carry_files(checkpoint: CheckpointSource, target: Path) -> list[str]:
 
 
 def carried_files(source: Path) -> list[str]:
-    """The names of the tokenizer and generation files in a directory."""
-    return [name for name in _CARRIED if os.path.lexists(source / name)]
+    """The names of a directory's files of tokenizer, generation and licence."""
+    names = [
+        name
+        for name in (os.listdir(source) if source.is_dir() else ())
+        if name.upper().startswith(_TERMS) or any(fnmatchcase(name, known) for known in _CARRIED)
+    ]
+    templates = (source / _TEMPLATES).glob("*.jinja")
+    return sorted([*names, *(f"{_TEMPLATES}/{file.name}" for file in templates)])
+
+
+def other_files(source: Source) -> list[str]:
+    """The names of files beside a checkpoint that are not read, carried or written anew."""
+    directory = source.directory
+    read = {file.name for file in source.files} | {*carried_files(directory), *_ANEW}
+    names = os.listdir(directory) if directory.is_dir() else []
+    found = (n for n in names if n not in read and not n.startswith("."))
+    return sorted(n for n in found if (directory / n).is_file() and not n.endswith(".index.json"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import DecoderConfig
 from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.formats.files import read_json
 from moezoo.adapters.plan import Move, Plan, make_plan
 from moezoo.adapters.upcycle.calibration import Calibration, LayerInputs, layer_inputs
 from moezoo.adapters.upcycle.drawing import router_bytes
@@ -18,9 +19,16 @@ from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.adapters.upcycle.scaling import scale_bytes
 from moezoo.errors import ConfigError
+from moezoo.tokenizer_files import MAX_BYTES, MODEL_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_NEW = {"attention": "full_attention", "mamba": "linear_attention"}  # of old files' layer_types
+# What decoders may differ in: how generation begins and ends, and what only a training begins with.
+# The first model's is taken.
+_FREE = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
 
 
 def merge(
@@ -89,13 +97,57 @@ def _check_alike(branches: Sequence[CheckpointSource]) -> None:
                 found=repr(found.get(name))[:80],
                 hint="Merge models that were fine-tuned from one.",
             )  # fmt: skip
+        file = _other_tokens(branches[0].source.directory, other.source.directory)
+        if file is not None:
+            raise ConfigError(
+                "the models have different tokens, whose embeddings no average joins",
+                field="sources", path=other.source.directory / file,
+                expected=f"the vocabulary of {branches[0].path}"[:200],
+                hint="Merge models that were fine-tuned from one.",
+            )  # fmt: skip
+
+
+def _other_tokens(first: Path, other: Path) -> str | None:
+    """The file by which two directories give ids to other pieces; None where none is in both, and
+    for tokens that were added.
+    """
+    for name in ("tokenizer.json", *MODEL_FILES):
+        if (first / name).is_file() and (other / name).is_file():
+            one, two = (_pieces(folder / name) for folder in (first, other))
+            return None if one == two else name
+    return None
+
+
+def _pieces(path: Path) -> Any:
+    """What a tokenizer's file says of its pieces and their ids."""
+    if path.suffix != ".json":
+        return path.read_bytes()
+    model = read_json(path, most=MAX_BYTES).get("model")
+    return model.get("vocab") if isinstance(model, dict) else None
 
 
 def _facts(branch: CheckpointSource) -> dict[str, Any]:
     """What branches must agree in, by field."""
     config = branch.config
-    told = config.comparable() if isinstance(config, DecoderConfig) else config.to_dict()
+    told = _meaning(config) if isinstance(config, DecoderConfig) else config.to_dict()
     return {"model_type": told.get("model_type"), "task": branch.task, **told}
+
+
+def _meaning(config: DecoderConfig) -> dict[str, Any]:
+    """What decides what a decoder computes, whether a hub's old file or a new training says it."""
+    kind, told = config.dense_kind, dict(config.comparable())
+    told |= {"intermediate_size": config.d_ff, "rope_parameters": dict(told["rope_parameters"])}
+    if told["rope_parameters"].get("partial_rotary_factor") == 1.0:
+        del told["rope_parameters"]["partial_rotary_factor"]
+    gone = {*_FREE, *kind.only, *kind.older.values()}
+    if told["rope_parameters"]["rope_type"] == "default":
+        gone.add("max_position_embeddings")  # which then bounds texts alone
+    if "layer_types" in told:
+        told["layer_types"] = [_NEW.get(name, name) for name in told["layer_types"]]
+        gone |= {"sliding_window_pattern", "_sliding_window_pattern", "layers_block_type"}
+        if "sliding_attention" not in told["layer_types"]:
+            gone |= {"sliding_window", "use_sliding_window", "max_window_layers"}
+    return {name: value for name, value in told.items() if name not in gone}
 
 
 def _outputs(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import moezoo
-from moezoo.adapters.card import card, made_by
+from moezoo.adapters.card import card, made_by, named
 from moezoo.adapters.checkpoint_source import CheckpointSource
 from moezoo.adapters.families import DecoderConfig, Family, ModelConfig, expressible
 from moezoo.adapters.formats import Source
@@ -68,7 +68,7 @@ def unhashed(plan: Plan, source: Source, calibration: Calibration | None = None)
     """Provenance whose hashes are still to come, of the length that it will have."""
     fitted = plan.router_init.needs_inputs and calibration is not None
     return Provenance(
-        source=source.directory.resolve().name,
+        source=named(source.directory),
         files=dict.fromkeys(hash_names(source), _UNKNOWN),
         recipe=plan.recipe.to_dict(),
         scale=plan.scale,
@@ -105,7 +105,7 @@ def rewritten(
         source = checkpoint.source
         blank = dict.fromkeys(hash_names(source), _UNKNOWN)
         found = dict(hashes[index]) if hashes else blank
-        entry: dict[str, Any] = {"source": source.directory.resolve().name, "source_sha256": found}
+        entry: dict[str, Any] = {"source": named(source.directory), "source_sha256": found}
         before = checkpoint.description.values.get("moezoo_provenance")
         if isinstance(before, Mapping):
             entry["provenance"] = dict(before)

@@ -47,6 +47,7 @@ def _table(facts: dict[str, Any]) -> str:
         f"{quantity(facts['disk_bytes_per_second'])}B/s, this disk's speed just now",
         f"left out              {_left_out(facts['left_out'])}",
         f"files copied          {', '.join(facts['carried']) or 'none: no tokenizer beside it'}",
+        *([f"files not copied      {_some(facts['not_carried'])}"] if facts["not_carried"] else []),
         f"Hugging Face layout   {held}",
     ]
     if facts["router_choice"]:
@@ -104,6 +105,9 @@ def _fitted(line: str) -> str:
 
 def _left_out(reasons: dict[str, str]) -> str:
     """Tensors of the source that are not converted, and why."""
-    shown = [f"{name} ({reason})" for name, reason in list(reasons.items())[:6]]
-    more = [f"and {len(reasons) - 6} more"] if len(reasons) > 6 else []
-    return ", ".join([*shown, *more]) or "nothing"
+    return _some([f"{name} ({reason})" for name, reason in reasons.items()]) or "nothing"
+
+
+def _some(names: list[str]) -> str:
+    more = [f"and {len(names) - 6} more"] if len(names) > 6 else []
+    return ", ".join([*names[:6], *more])
