@@ -20,7 +20,7 @@ from moezoo.adapters.verification import LevelResult
 from moezoo.adapters.verify_function import disturb, fill, judged, random_ids, relative, spread
 from moezoo.assemble import make_moe
 from moezoo.config import SwitchConfig
-from moezoo.errors import ConfigError, how_to_install
+from moezoo.errors import CheckpointError, ConfigError, how_to_install
 from moezoo.layer import MoE
 from moezoo.models.feed_forward import DenseMLP
 
@@ -87,9 +87,10 @@ def load_transformers(
 
     Args:
         purpose, without: what it is for, and what does without it; for the ConfigError that is
-            raised where transformers is not installed.
+            raised where transformers is not installed, and the CheckpointError where it fails.
     """
     try:
+        import transformers
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
@@ -106,6 +107,12 @@ def load_transformers(
             str(checkpoint.path), dtype=torch.float32, output_loading_info=True,
             local_files_only=True, **plain,
         )  # fmt: skip
+    except Exception as error:  # of any of its parts: an unknown class, a field of another kind
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load it ({told[:160]})",
+            path=checkpoint.path, hint=f"Try a newer transformers. Without it: {without}.",
+        ) from error  # fmt: skip
     finally:
         if shown:
             logging.enable_progress_bar()

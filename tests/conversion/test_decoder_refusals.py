@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moezoo
 from moezoo.adapters.checkpoint_source import open_checkpoint
@@ -27,6 +28,7 @@ from moezoo.adapters.upcycle.calibration import Calibration
 from moezoo.adapters.upcycle.merge import merge
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.verify import verify
+from moezoo.cli import main
 from moezoo.errors import MoezooError
 from tests.conversion.decoders import SIZES, dense_decoder, edit_config, ids, logits, relative
 
@@ -463,6 +465,22 @@ def test_the_fourth_level_alone_asks_for_transformers(
     assert "--inputs embeddings" in line
     sample = dataclasses.replace(sample, inputs="embeddings")
     upcycle(source, tmp_path / "aimed", num_experts=2, router_init="prompts", calibration=sample)
+
+
+def test_a_transformers_that_does_not_know_a_class_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one does that is older than the class."""
+    source = dense_decoder(tmp_path / "dense", "iquestcoder", head_dim=4)
+    monkeypatch.delitem(CONFIG_MAPPING._mapping, "iquestcoder")
+    words = ["upcycle", str(source), str(tmp_path / "moe"), "--experts", "2"]
+    assert main([*words, "--verify"]) == 3
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    for word in (str(source), "cannot load it", "iquestcoder", "newer", "--levels 1,2,3,5"):
+        assert word in line
+    assert not (tmp_path / "moe").exists()
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize(("level", "name"), [(1, "w3"), (2, "w1"), (3, "w2"), (4, "gate_proj")])
