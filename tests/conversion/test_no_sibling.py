@@ -120,10 +120,9 @@ def test_a_norm_weighs_by_one_and_its_weight(model_type: str) -> None:
         ("stablelm", "mixtral", "input_layernorm.bias"),
         ("phimoe", "phi3", "input_layernorm.bias"),  # so that Phi-3 is none of its dense models
         ("lfm3", "lfm2_moe", "self_attn.g_proj.weight"),
-        ("modernbert-decoder", "mixtral", "embeddings.norm.weight"),
-        ("cpmant", "mixtral", "position_bias.relative_attention_bias"),
-        ("hrm_text", "mixtral", "H_module.layers.0.mlp.up_proj.weight"),
-        ("blt", "mixtral", "patch_embedding_projection.weight"),
+        ("doge", "mixtral", "post_attention_residual"),  # a weight on the stream itself
+        ("xlstm", "mixtral", "mlstm_layer.igate_preact.weight"),
+        ("gemma4_text", "qwen3_moe", "post_feedforward_layernorm.weight"),
         ("olmo_hybrid", "flex_olmo", "linear_attn.A_log"),
         ("olmo_hybrid", "qwen3_5_moe_text", "post_feedforward_layernorm.weight"),
     ],
@@ -134,6 +133,75 @@ def test_there_is_a_tensor_that_the_sibling_lacks(
     names, theirs = tensors(model_type).keys(), tensors(sibling).keys()
     assert any(tensor in name for name in names - theirs)
     assert not any(name.endswith(tensor) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensor"),
+    [
+        ("modernbert-decoder", "embeddings.norm.weight"),
+        ("cpmant", "position_bias.relative_attention_bias"),
+    ],
+)
+@torch.no_grad()
+def test_what_no_sparse_model_has_decides_what_a_model_computes(
+    model_type: str, tensor: str
+) -> None:
+    """A norm between the embeddings and the first layer; a bias of scores by distance."""
+    model = made(model_type)
+    one = model(ids()).logits
+    for name, parameter in model.named_parameters():
+        if name.endswith(tensor):
+            parameter.mul_(torch.linspace(0.5, 2.0, parameter.numel()).view_as(parameter))
+    assert relative(model(ids()).logits, one) > 1e-2
+    for sparse in SPARSE:
+        between = [name for name in tensors(sparse) if ".layers." not in name]
+        assert len(between) <= 3, sparse  # embeddings, the last norm, a head
+        assert not any("bias" in n and "relative" in n for n in tensors(sparse))
+
+
+def calls(model: nn.Module, *suffixes: str) -> list[tuple[str, int]]:
+    """The modules of these names in the order in which a pass runs them, and how many positions
+    each reads.
+    """
+    found: list[tuple[str, int]] = []
+    for name, module in model.named_modules():
+        if name.endswith(suffixes):
+            short = name.rpartition(".")[2]
+
+            def note(_: nn.Module, args: Any, kwargs: Any, short: str = short) -> None:
+                read = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+                found.append((short, read.shape[1]))
+
+            module.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(ids(), use_cache=False)
+    return found
+
+
+def test_two_stacks_of_hrm_take_turns_within_a_step() -> None:
+    """While a sparse model of transformers runs each of its layers once."""
+    order = [name for name, _ in calls(made("hrm_text"), "L_module", "H_module")]
+    turns = [name for i, name in enumerate(order) if order[i - 1 : i] != [name]]
+    assert turns == ["L_module", "H_module"] * (len(turns) // 2)
+    assert len(turns) >= 4
+    assert calls(made("mixtral"), "mlp") == [("mlp", ids().shape[1])] * 2
+
+
+def test_blt_runs_most_layers_on_patches_of_bytes() -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1,
+             "intermediate_size": 24}  # fmt: skip
+    local, whole = {**small, "hidden_size_global": 32}, {**small, "hidden_size": 32}
+    sizes = {"patcher_config": small, "encoder_config": local, "decoder_config": local,
+             "global_config": whole}  # fmt: skip
+    config = AutoConfig.for_model(
+        "blt", **sizes, encoder_hash_byte_group_vocab=64, patching_threshold=99.0
+    )  # nats: a byte that is less of a surprise goes on with the patch
+    torch.manual_seed(0)
+    read = calls(
+        AutoModelForCausalLM.from_config(config).eval(), "global_transformer", "local_encoder"
+    )
+    assert dict(read)["local_encoder"] == ids().shape[1]
+    assert dict(read)["global_transformer"] < ids().shape[1]
 
 
 @pytest.mark.parametrize("model_type", ["olmo", "nanochat"])
@@ -243,17 +311,20 @@ def test_gemma_4_norms_what_its_mlp_and_its_experts_give_before_it_adds_them() -
     ("model_type", "whole"),
     [
         ("cohere_compass_text", "cohere_compass"),
+        ("gemma4_text", "gemma4"),
         ("gemma4_unified_text", "gemma4_unified"),
+        ("emu3", "emu3"),
+        ("mllama", "mllama"),
         ("phi4_multimodal", "phi4_multimodal"),
     ],
 )
 def test_a_decoder_is_part_of_a_model_of_several_modalities(model_type: str, whole: str) -> None:
     """Its checkpoints are of the whole, and refused with the way out."""
     parts = CONFIG_MAPPING[whole].sub_configs
-    assert "vision_config" in parts
-    if whole == model_type:
+    assert {"vision_config", "vq_config"} & set(parts)
+    if model_type == "phi4_multimodal":
         assert any("image_embed" in name for name in tensors(model_type))
-    else:
+    elif whole != model_type:
         assert parts["text_config"].model_type == model_type
     for name in (model_type, whole):
         with pytest.raises(ConfigError, match=r"moezoo\.plug"):
@@ -262,7 +333,11 @@ def test_a_decoder_is_part_of_a_model_of_several_modalities(model_type: str, who
 
 def test_every_decoder_of_the_page_has_a_trial_here() -> None:
     rows = _PAGE.read_text("utf-8").partition("| dense | what its nearest")[2].partition("\n\n")[0]
-    names = [name for row in rows.splitlines() for name in re.findall(r"`([\w-]+)`", row[:100])]
+    names = [
+        name
+        for row in rows.splitlines()
+        for name in re.findall(r"`([\w-]+)`", row.split("|")[1] if row.startswith("|") else "")
+    ]
     text = Path(__file__).read_text("utf-8")
     assert len(names) > 30
     assert [name for name in names if f'"{name}"' not in text] == []
