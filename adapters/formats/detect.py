@@ -72,7 +72,8 @@ def open_source(path: str | Path) -> Source:
     path = Path(path).expanduser()
     if _is_directory(path):
         return _open_directory(path)
-    if not path.suffix and not os.path.lexists(path) and "\0" not in str(path):
+    is_name = not path.suffix[1:2].isalpha()  # such as Qwen2.5-0.5B, which is no file's
+    if is_name and not os.path.lexists(path) and "\0" not in str(path):
         hint = (
             "moezoo reads local checkpoints only; `hf download NAME --local-dir DIR` fetches one."
         )

@@ -71,9 +71,10 @@ def test_containers_that_are_not_read_are_refused_with_the_way_out(
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_name_on_the_hub_is_answered_at_once_with_the_way_to_fetch_it() -> None:
-    with pytest.raises(CheckpointError, match=r"google/t5-none: no such file.*hf download"):
-        moezoo.upcycle("google/t5-none", "out", num_experts=2)
+@pytest.mark.parametrize("name", ["google/t5-none", "Qwen/Qwen2.5-0.5B", "org/Llama-3.2-1B"])
+def test_a_name_on_the_hub_is_answered_at_once_with_the_way_to_fetch_it(name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{name}: no such file.*hf download"):
+        moezoo.upcycle(name, "out", num_experts=2)
 
 
 def test_safetensors_beside_other_containers_load(tmp_path: Path) -> None:
