@@ -151,13 +151,14 @@ def _static(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> Lev
     missing = sorted(set(expected) - set(found))
     invented = sorted(set(found) - set(expected))
     changed = sorted(n for n in expected if n in found and expected[n] != found[n])
-    same_config = _comparable(made.config) == _comparable(plan.config)
+    here, there = _comparable(made.config), _comparable(plan.config)
+    other = sorted(n for n in {**here, **there} if here.get(n) != there.get(n))
     problems = {"lost": lost, "taken twice": twice, "missing": missing, "invented": invented,
                 "changed": changed}  # fmt: skip
-    passed = not any(problems.values()) and same_config
+    passed = not any(problems.values()) and not other
     problem = next(
         (f"{what} {names[0]}" for what, names in problems.items() if names),
-        "" if same_config else "config.json disagrees with the recipe",
+        f"config.json disagrees with the recipe in {', '.join(other[:4])}" if other else "",
     )
     summary = f"{len(found)} tensors accounted for" if passed else f"static: {problem}"
     if passed and plan.left_out:
@@ -177,13 +178,14 @@ def _unaccounted(plan: Plan, source: CheckpointSource) -> tuple[list[str], list[
     return lost, [name for name, times in taken.items() if times > 1]
 
 
-def _comparable(config: ModelConfig) -> object:
+def _comparable(config: ModelConfig) -> dict[str, Any]:
     """A config without what its file may say in other words, or is free to change."""
     if isinstance(config, DecoderConfig):
-        return config.comparable()
+        return dict(config.comparable())
     layers = config.decoder_layers
     free = {"capacity": None, "expert_capacity": None, "router_losses": None, "wo_scale": None}
-    return config.replace(**free, num_decoder_layers=layers)
+    told: dict[str, Any] = config.replace(**free, num_decoder_layers=layers).to_dict()
+    return told
 
 
 def _bytes(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> LevelResult:

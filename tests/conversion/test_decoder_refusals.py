@@ -506,4 +506,6 @@ def test_another_config_fails_the_first_level(tmp_path: Path) -> None:
     upcycle(source, tmp_path / "moe", num_experts=2)
     values = json.loads((tmp_path / "moe" / "config.json").read_text())
     edit_config(tmp_path / "moe", rms_norm_eps=values["rms_norm_eps"] * 2)
-    assert not verify(tmp_path / "moe", source, levels=(1,)).passed
+    found = verify(tmp_path / "moe", source, levels=(1,))
+    assert not found.passed
+    assert "config.json disagrees with the recipe in rms_norm_eps" in str(found.results[0].summary)
