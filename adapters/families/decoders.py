@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moezoo.adapters.families.base import Family, ModelConfig, Weights
-from moezoo.adapters.families.decoder_config import DecoderConfig, is_dense, read_decoder
+from moezoo.adapters.families.decoder_checks import read_decoder
+from moezoo.adapters.families.decoder_config import DecoderConfig, is_dense
 from moezoo.adapters.families.dense_decoders import DENSE
 from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.sparse_decoders import SPARSE, Fused, SparseKind

@@ -143,15 +143,8 @@ def run_training(
             return ends
 
         try:
-            fit(
-                state,
-                batches,
-                settings,
-                steps=steps,
-                objective=objective,
-                on_step=after,
-                nonfinite=nonfinite,
-            )
+            fit(state, batches, settings, steps=steps, objective=objective, on_step=after,
+                nonfinite=nonfinite)  # fmt: skip
         finally:
             log.close()
         return RunResult(state, losses, on_any_rank(stopped(), device))
