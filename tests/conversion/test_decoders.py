@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moezoo.adapters.checkpoint_source import open_checkpoint
 from moezoo.adapters.fused import part_name, slice_name
+from moezoo.adapters.hf import register
 from moezoo.adapters.plan import make_plan
 from moezoo.adapters.tensor_files import TensorFile, TensorPlan
 from moezoo.adapters.upcycle import downcycle, upcycle
@@ -121,6 +123,18 @@ def test_slices_of_the_mlp_add_up_to_it(family: str, tmp_path: Path) -> None:
     assert verify(tmp_path / "moe", source).passed
     after = downcycle(tmp_path / "moe")
     assert all(torch.equal(tensor, after[name]) for name, tensor in tensors(source).items())
+
+
+@torch.no_grad()
+def test_odd_widths_run_where_transformers_kernel_refuses_them(tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", intermediate_size=20, dtype=torch.bfloat16)
+    upcycle(source, tmp_path / "moe", num_experts=4, init="split")
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "moe")(ids())
+    register()
+    for way in ("moezoo", "eager"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", experts_implementation=way)
+        assert relative(model(ids()).logits.float(), logits(source)) < 5e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
