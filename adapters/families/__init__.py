@@ -21,6 +21,13 @@ _LAYOUTS = ("switch_transformers", "t5", "umt5")
 
 def family_of(values: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises ConfigError naming the architecture of another."""
+    if (decoder := decoder_family(values)) is not None and decoder.sparse is None:
+        raise ConfigError(
+            "not a model of the T5 family", field="model_type",
+            found=f"the decoder {decoder.title}",
+            hint="moezoo.upcycle(DIR, OUT, num_experts=8) converts its directory on disk; "
+            "transformers loads and runs it.",
+        )  # fmt: skip
     families = {t: name for name in registry.names() for t in registry.get(name).model_types}
     return registry.build(families[named_model_type(values, families)])
 

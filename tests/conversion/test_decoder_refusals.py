@@ -360,6 +360,16 @@ def test_a_decoder_without_a_row_is_told_the_way_out(
         assert word in line
 
 
+@pytest.mark.parametrize("way", ["live", "load"])
+def test_a_decoder_in_memory_is_told_to_go_by_its_directory(way: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    with pytest.raises(MoezooError, match=r"the decoder Llama\. moezoo\.upcycle\(DIR, OUT"):
+        if way == "load":
+            moezoo.load(source)
+        else:
+            upcycle(AutoModelForCausalLM.from_pretrained(source), num_experts=2)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "field"),
     [("llama", {"intermediate_size": 32}, "intermediate_size"), ("llama", {"hidden_act": "gelu"},
