@@ -14,7 +14,16 @@ import time
 NAMES = ("layer", "router", "components", "model", "decode", "int8", "load", "training")
 # When asked for: gigabytes on the disk; operators one by one; an environment of its own; a browser;
 # several processes.
-APART = ("conversion", "floor", "stacks", "report", "parallel", "experts_interface", "fast_paths")
+APART = (
+    "conversion",
+    "floor",
+    "stacks",
+    "report",
+    "parallel",
+    "experts_interface",
+    "sparse_generation",
+    "fast_paths",
+)
 
 
 def main() -> int:

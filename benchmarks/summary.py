@@ -53,6 +53,8 @@ def goals(folder: Path) -> list[Row]:
         "model": _model,
         "load": _load,
         "conversion": _conversion,
+        "experts_interface": _experts_interface,
+        "sparse_generation": _sparse_generation,
     }
     rows: list[Row] = []
     for name, found in parts.items():
@@ -115,6 +117,29 @@ def _layer(record: Any) -> list[Row]:
         what = f"layer over a dense network, {share:,} tokens per expert on"
         rows.append((what, f"<= {goal}", *_most(full, goal), more))
     return rows
+
+
+def _experts_interface(record: Any) -> list[Row]:
+    more = "[experts_interface](experts_interface.md)"
+    rows: list[Row] = []
+    for mode in ("forward", "training"):
+        ratios = [_over_best(r["s"]) for r in record["rows"] if r["mode"] == mode]
+        what = f"experts of Qwen3-MoE over transformers' best, {mode}, every size"
+        rows.append((what, ">= 1.0", *_least(ratios, 1.0), more))
+    return rows
+
+
+def _sparse_generation(record: Any) -> list[Row]:
+    more = "[sparse_generation](sparse_generation.md)"
+    ratios = [_over_best(r["s"]) for r in record["rows"] if r["dtype"] == "float32"]
+    what = "generation by a Qwen3-MoE over transformers' best"
+    return [(what, ">= 1.0", *_least(ratios, 1.0), more)]
+
+
+def _over_best(samples: dict[str, list[float]]) -> float:
+    """How many times longer than moezoo the fastest other one takes."""
+    best = min(median(times) for name, times in samples.items() if name != "moezoo")
+    return best / median(samples["moezoo"])
 
 
 def _router(record: Any) -> list[Row]:
