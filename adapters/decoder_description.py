@@ -81,6 +81,12 @@ def _meant(
     """The name that a strange one may stand for: of those that a file lacks, where it lacks as many
     as it has too many.
     """
+    if f"model.{name}" in known:
+        kind = family.dense if family.sparse is None else family.sparse
+        return (
+            f"A save of the base class alone: load it with transformers' {kind.architecture}, "
+            "which makes a new head where that is not tied, and save that."
+        )
     strange = [n for n in source.tensors if n not in known and not family.is_stray(n)]
     lacking = [n for n in known if n not in source.tensors]
     near = len(name) < 120 and len(strange) <= len(lacking)

@@ -166,3 +166,20 @@ def test_what_old_files_hold_of_rope_is_no_stranger(name: str, tmp_path: Path) -
     upcycle(source, tmp_path / "moe", num_experts=2)
     assert name not in load_file(tmp_path / "moe" / "model.safetensors")
     loaded(tmp_path / "moe")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+def test_a_save_of_the_base_class_is_sent_to_the_class_with_a_head(
+    family: str, tmp_path: Path
+) -> None:
+    dense_decoder(tmp_path / "dense", family, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense").model.save_pretrained(
+        tmp_path / "base"
+    )
+    with pytest.raises(MoezooError, match="save of the base class alone.*ForCausalLM") as refused:
+        upcycle(tmp_path / "base", tmp_path / "moe", num_experts=2)
+    (kind,) = [word.rstrip(",") for word in str(refused.value).split() if "ForCausalLM" in word]
+    assert kind == json.loads((tmp_path / "dense/config.json").read_text())["architectures"][0]
+    assert not (tmp_path / "moe").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "whole")
+    upcycle(tmp_path / "whole", tmp_path / "moe", num_experts=2)
