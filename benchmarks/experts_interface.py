@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.tables import machine, milliseconds, save, table
+from benchmarks.tables import machine, milliseconds, over_best, save, table
 from moezoo.adapters.hf import register
 
 WIDTH, HIDDEN = 512, 384
@@ -117,11 +116,9 @@ def measure(
 def cells(row: dict[str, Any]) -> list[str]:
     """A line of the page; the last cell is how many times the best other one takes longer."""
     times = row["s"]
-    best = min(OTHERS, key=lambda name: median(times.get(name, [float("inf")])))
     shown = [milliseconds(times[n]) if n in times else "" for n in ("moezoo", *OTHERS)]
-    ratio = f"{median(times[best]) / median(times['moezoo']):.2f}"
     sizes = [str(row[key]) for key in ("experts", "choices", "tokens", "mode")]
-    return [*sizes, *shown, ratio]
+    return [*sizes, *shown, f"{over_best(times):.2f}"]
 
 
 def page(record: dict[str, Any]) -> list[str]:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.tables import machine, milliseconds, samples, save, table
+from benchmarks.tables import machine, milliseconds, over_best, samples, save, table
 from moezoo.adapters.hf import register
 
 OTHERS = ("eager", "grouped_mm", "batched_mm")
@@ -74,9 +73,8 @@ def measure(model: Any, rows: int, seconds: float) -> dict[str, list[float]]:
 def cells(row: dict[str, Any]) -> list[str]:
     """A line of the page; the last cell is how many times the best other one takes longer."""
     times = row["s"]
-    best = min(median(times[name]) for name in OTHERS if name in times)
     shown = [milliseconds(times[n]) if n in times else "" for n in ("moezoo", *OTHERS)]
-    return [row["dtype"], str(row["rows"]), *shown, f"{best / median(times['moezoo']):.2f}"]
+    return [row["dtype"], str(row["rows"]), *shown, f"{over_best(times):.2f}"]
 
 
 def page(record: dict[str, Any]) -> list[str]:

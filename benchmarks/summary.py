@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.tables import table
+from benchmarks.tables import over_best, table
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- goals: python -m benchmarks.summary -->", "<!-- end of goals -->"
@@ -123,7 +123,7 @@ def _experts_interface(record: Any) -> list[Row]:
     more = "[experts_interface](experts_interface.md)"
     rows: list[Row] = []
     for mode in ("forward", "training"):
-        ratios = [_over_best(r["s"]) for r in record["rows"] if r["mode"] == mode]
+        ratios = [over_best(r["s"]) for r in record["rows"] if r["mode"] == mode]
         what = f"experts of Qwen3-MoE over transformers' best, {mode}, every size"
         rows.append((what, ">= 1.0", *_least(ratios, 1.0), more))
     return rows
@@ -131,15 +131,9 @@ def _experts_interface(record: Any) -> list[Row]:
 
 def _sparse_generation(record: Any) -> list[Row]:
     more = "[sparse_generation](sparse_generation.md)"
-    ratios = [_over_best(r["s"]) for r in record["rows"] if r["dtype"] == "float32"]
+    ratios = [over_best(r["s"]) for r in record["rows"] if r["dtype"] == "float32"]
     what = "generation by a Qwen3-MoE over transformers' best"
     return [(what, ">= 1.0", *_least(ratios, 1.0), more)]
-
-
-def _over_best(samples: dict[str, list[float]]) -> float:
-    """How many times longer than moezoo the fastest other one takes."""
-    best = min(median(times) for name, times in samples.items() if name != "moezoo")
-    return best / median(samples["moezoo"])
 
 
 def _router(record: Any) -> list[Row]:

@@ -77,6 +77,12 @@ def ratio(times: Sequence[float], over: Sequence[float]) -> str:
     return f"{median(times) / median(over):.2f} ({min(times) / min(over):.2f})"
 
 
+def over_best(times: Mapping[str, Sequence[float]]) -> float:
+    """How many times longer than "moezoo" the fastest of all others takes, of medians."""
+    best = min(median(values) for name, values in times.items() if name != "moezoo")
+    return best / median(times["moezoo"])
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]

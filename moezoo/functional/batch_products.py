@@ -44,8 +44,7 @@ def batch_products(
             _one_by_one(x[here], weight, run, out[here], training=training, fast=fast)
     if bias is not None:
         for batch in batches:
-            here = slice(batch.rows.start - start, batch.rows.stop - start)
-            by_expert(out[here], batch).add_(bias[batch.experts, None])
+            by_expert(out[batch.after(start)], batch).add_(bias[batch.experts, None])
     return out
 
 

@@ -33,6 +33,10 @@ class Batch(NamedTuple):
     def experts(self) -> slice:
         return slice(self.first, self.first + (self.size - 1) * self.step + 1, self.step)
 
+    def after(self, start: int) -> slice:
+        """Its rows among those from `start` on."""
+        return slice(self.rows.start - start, self.rows.stop - start)
+
 
 Strip = tuple[list[Batch], slice]
 _Group = tuple[list[int], int]  # experts a step apart, and how many rows each of them is given

@@ -255,13 +255,12 @@ class _Backward:
         up, down = self.networks.up, self.networks.down
         token_n, weight_n1 = self.plan.token[rows], self.weight_N1[rows]
         back_nO = self.grad.index_select(0, token_n)  # of weighed results
-        start = rows.start
         back_nF = batch_products(back_nO, down.transpose(1, 2), None, batches, training=True)
         hidden_nF, grad_nH = self._through_function(rows, h_nH, back_nF, weight_n1)
         weighed_nF = hidden_nF * weight_n1.to(hidden_nF.dtype)
         x_nD = self.x.index_select(0, token_n)
         for batch in batches:
-            here = slice(batch.rows.start - start, batch.rows.stop - start)
+            here = batch.after(rows.start)
             self._matrices(batch, back_nO[here], weighed_nF[here], grad_nH[here], x_nD[here])
             self._biases(batch, back_nO[here], grad_nH[here])
         if self.grad_x is not None:
