@@ -121,9 +121,10 @@ def _grouped(hit: list[int], counts: list[int], most: int, sharing: Sharing) -> 
         start = 0
         while len(members) - start >= max(threads, sharing.size):
             length = min(_steady(members, start, sharing), max(most // high, 1))
-            length -= length % threads
-            if sharing.onednn and length:
-                length = 1 << length.bit_length() - 1
+            each = length // threads
+            if sharing.onednn and each:  # few shapes
+                each = 1 << each.bit_length() - 1
+            length = each * threads
             if length < sharing.size:
                 start += 1
                 continue
