@@ -214,10 +214,11 @@ def one_rank_writes_scalars_or_all_say_what_is_missing(ranks: Ranks) -> None:
         assert made[0].closed
     name = "plain+none"
     words = [name if word == "OUT" else word for word in RUNS["plain"]]
+    deaf = ["--heartbeat", "0"]  # who is slower hears from the other one what is missing there
     absent = patch.dict(sys.modules, {"torch.utils.tensorboard": None})
     read = patch.object(session, "load_over_ranks", side_effect=AssertionError("it was read"))
     with absent, read:
-        code, out, err = over_ranks(ranks, *words, "--tensorboard")
+        code, out, err = over_ranks(ranks, *words, "--tensorboard", *deaf)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"moezoo: rank {ranks.rank}: --tensorboard needs tensorboard")
 
