@@ -79,6 +79,9 @@ PATHS = (
     FastPath("routed_mlp: fused", "functional.routed_mlp", "_fuses",
           ("gated experts, 1 token", "gated experts, 512 tokens",
            "gated experts, 512 tokens, training")),
+    FastPath("row_sums: a token's rows in one pass", "ops.row_sums", "is_eager",
+          ("layer of small experts, two of them", "layer of small experts, two of them, training",
+           "gated experts, 512 tokens")),
     FastPath("products: oneDNN where it is faster", "ops.products", "is_eager",
           ("layer, 512 tokens", "model, training", "64 tokens")),
     FastPath("stacked: dropout not called", "experts.stacked", "is_plain",
@@ -261,6 +264,7 @@ WHOLES: dict[str, Callable[[], Run]] = {
     "layer, dropout, training": lambda: _layer(512, train=True, dropout=0.1),
     "layer of small experts": lambda: _layer(2048, hidden=64),
     "layer of small experts, training": lambda: _layer(2048, hidden=64, train=True),
+    "layer of small experts, two of them": lambda: _layer(2048, hidden=64, router="top_k"),
     "layer of small experts, two of them, training": lambda: _layer(
         2048, hidden=64, train=True, router="top_k"
     ),

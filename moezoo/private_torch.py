@@ -136,14 +136,6 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b)
 
 
-def has_onednn_bfloat16() -> bool:
-    """Whether products of bfloat16 on this processor are oneDNN's."""
-    found: bool = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return found
-
-
 def onednn_product(x: Tensor, weight: Tensor, *, relu: bool) -> Tensor:
     """x (n, K) contiguous times weight (M, K) transposed by oneDNN, float32 on a CPU, with relu on
     top if wanted: the operator that `torch.compile` itself emits for a linear layer there.

@@ -222,10 +222,6 @@ def test_onednn_multiplies(relu: bool, transposed: bool) -> None:
     assert found.shape == (3, 8)
 
 
-def test_onednn_says_whether_it_multiplies_bfloat16() -> None:
-    assert private_torch.has_onednn_bfloat16() in (False, True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_of_softmax_is_autograds_and_may_be_written_in_place(
     dtype: torch.dtype,

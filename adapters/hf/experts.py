@@ -13,6 +13,7 @@ from moezoo.errors import ConfigError
 from moezoo.functional.gated_units import SiluGate
 from moezoo.functional.routed_mlp import Networks, Rows, routed_mlp
 from moezoo.ops.observed import is_observed
+from moezoo.private_torch import own_parameters
 
 NAME = "moezoo"
 _SHIPPED = ("transformers.", "torch.nn.modules.activation")
@@ -88,7 +89,7 @@ def _is_pure(module: Any) -> bool:
     gate = own.get("_apply_gate") or getattr(type(module), "_apply_gate", None)
     if not getattr(gate, "__module__", "").startswith(_SHIPPED):
         return False
-    if not _PROJECTIONS.issuperset(name for name, _ in module.named_parameters(recurse=False)):
+    if not own_parameters(module).keys() <= _PROJECTIONS:
         return False
     if "act_fn" in own and own["act_fn"] not in _FUNCTIONS:
         return False
@@ -99,4 +100,4 @@ def _is_pure(module: Any) -> bool:
 def _is_plain(part: nn.Module) -> bool:
     if not type(part).__module__.startswith(_SHIPPED) or isinstance(part, nn.RReLU):
         return False
-    return next(part.parameters(), None) is None and not is_observed(part)
+    return not own_parameters(part) and not is_observed(part)

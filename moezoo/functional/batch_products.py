@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moezoo.functional.expert_strips import Batch
+from moezoo.functional.expert_strips import Batch, Strip
 from moezoo.ops.backends import Grouped
-from moezoo.ops.products import batched_outer, batched_product, fast_products, product
+from moezoo.ops.products import (
+    batched_outer,
+    batched_product,
+    fast_products,
+    outer_product,
+    product,
+)
 
+HALVES = (torch.bfloat16, torch.float16)
 _GROUPED = Grouped()
 
 
@@ -20,39 +26,36 @@ def batch_products(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    batches: Sequence[Batch],
+    strip: Strip,
     *,
     out: Tensor | None = None,
     training: bool,
 ) -> Tensor:
-    """Rows of batches of experts times their matrices, plus biases."""
-    fast = fast_products(x, weight)
-    if len(batches) == 1 and batches[0].size == 1:
-        y = product(x, weight[batches[0].first], training=training, out=out, fast=fast)
-        return y if bias is None else y.add_(bias[batches[0].first])
-    start = batches[0].rows.start
-    runs = [list(run) for _, run in groupby(batches, lambda batch: batch.size > 1)]
-    if out is None and len(runs) == 1 and _takes_grouped(x, weight, runs[0]):
-        out = _grouped(x, weight, runs[0])
-        runs = []
-    out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
-    for run in runs:
-        here = slice(run[0].rows.start - start, run[-1].rows.stop - start)
-        if _takes_grouped(x[here], weight, run):
-            out[here] = _grouped(x[here], weight, run)
-        else:
-            _one_by_one(x[here], weight, run, out[here], training=training, fast=fast)
+    """The rows of a strip times the matrices of their experts, plus biases."""
+    if strip.is_single:
+        expert = strip.batches[0].first
+        y = product(x, weight[expert], training=training, out=out)
+        return y if bias is None else y.add_(bias[expert])
+    if _takes_grouped(x, weight) and strip.ends is not None:
+        # `torch.mm` for each, without the host between.
+        y = F.grouped_mm(x, weight[strip.experts].transpose(1, 2), offs=strip.ends)
+        out = y if out is None else out.copy_(y)
+    else:
+        out = x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
+        _one_by_one(x, weight, strip.batches, out, training=training)
     if bias is not None:
-        for batch in batches:
-            by_expert(out[batch.after(start)], batch).add_(bias[batch.experts, None])
+        for batch in strip.batches:
+            rows = out[batch.after(strip.rows.start)]
+            by_expert(rows, batch).add_(bias[batch.experts, None])
     return out
 
 
 def _one_by_one(
-    x: Tensor, weight: Tensor, run: Sequence[Batch], out: Tensor, *, training: bool, fast: bool
+    x: Tensor, weight: Tensor, batches: Sequence[Batch], out: Tensor, *, training: bool
 ) -> None:
-    numbers = [batch.rows.stop - batch.rows.start for batch in run]
-    parts = zip(run, torch.split(x, numbers), torch.split(out, numbers), strict=True)
+    fast = fast_products(x, weight)
+    numbers = [batch.rows.stop - batch.rows.start for batch in batches]
+    parts = zip(batches, torch.split(x, numbers), torch.split(out, numbers), strict=True)
     for batch, rows, y in parts:
         if batch.size > 1:
             matrices = weight[batch.experts]
@@ -61,24 +64,12 @@ def _one_by_one(
             product(rows, weight[batch.first], training=training, out=y, fast=fast)
 
 
-def _takes_grouped(x: Tensor, weight: Tensor, run: Sequence[Batch]) -> bool:
-    """Whether `product` is `torch.mm` for each of several experts by themselves, and torch has that
-    loop as one call.
-    """
-    if x.dtype not in (torch.bfloat16, torch.float16) or len(run) == 1 or run[0].size > 1:
+def _takes_grouped(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is `torch.mm`, of which torch has a loop over experts as one call."""
+    if x.dtype not in HALVES:
         return False
     aligned = x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
     return aligned and _GROUPED.refusal(x, weight) is None
-
-
-def _grouped(x: Tensor, weight: Tensor, batches: Sequence[Batch]) -> Tensor:
-    """Experts by themselves, in ascending order: `torch.mm` for each, without the host between."""
-    first, last = batches[0].first, batches[-1].first
-    numbers = [0] * (last + 1 - first)
-    for batch in batches:
-        numbers[batch.first - first] = batch.rows.stop - batch.rows.start
-    ends = torch.tensor(list(accumulate(numbers)), dtype=torch.int32)
-    return F.grouped_mm(x, weight[first : last + 1].transpose(1, 2), offs=ends)
 
 
 def by_expert(rows: Tensor, batch: Batch) -> Tensor:
@@ -88,4 +79,7 @@ def by_expert(rows: Tensor, batch: Batch) -> Tensor:
 
 def batch_outer(a: Tensor, b: Tensor, batch: Batch, grad: Tensor) -> None:
     """grad (E, M, K)[e] = a^T b over rows (S * n, M), (S * n, K) of each expert of the batch."""
+    if batch.size == 1:
+        outer_product(a, b, out=grad[batch.first])
+        return
     batched_outer(by_expert(a, batch), by_expert(b, batch), out=grad[batch.experts])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moezoo.functional.queues import occurrences, pairs_per_expert
 from moezoo.ops.eager import is_eager
+from moezoo.ops.row_sums import row_sums
 from moezoo.records import Assignment, Slots, SoftAssignment
 
 
@@ -102,14 +103,7 @@ def _collected(y_ND: Tensor, token_N: Tensor, rows_TK: Tensor) -> Tensor:
     if y_ND.requires_grad and is_eager():
         out: Tensor = _Collect.apply(y_ND, token_N, rows_TK)  # type: ignore[no-untyped-call]
         return out
-    return _collect(y_ND, rows_TK)
-
-
-def _collect(y_ND: Tensor, rows_TK: Tensor) -> Tensor:
-    taken = y_ND.index_select(0, rows_TK.reshape(-1))
-    if rows_TK.shape[1] == 1:
-        return taken
-    return taken.view(*rows_TK.shape, y_ND.shape[1]).sum(1)
+    return row_sums(y_ND, rows_TK)
 
 
 class _Spread(torch.autograd.Function):
@@ -133,7 +127,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, token_N: Tensor, rows_TK: Tensor) -> Tensor:
         ctx.save_for_backward(token_N, rows_TK)
-        return _collect(y_ND, rows_TK)
+        return row_sums(y_ND, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from moezoo.functional.batch_products import batch_outer, batch_products, by_expert
+from moezoo.functional.batch_products import HALVES, batch_outer, batch_products, by_expert
 from moezoo.functional.dispatch import combine, dispatch
-from moezoo.functional.expert_strips import Batch, Plan, lone_batches, planned
+from moezoo.functional.expert_strips import Batch, Plan, Strip, planned
 from moezoo.functional.gated_units import SiluGate
 from moezoo.ops.eager import is_eager, is_followed, plain_gradients
 from moezoo.ops.grouped_linear import grouped_linear
 from moezoo.ops.memory import large_empty, stacked_gradient
-from moezoo.ops.products import sharing
+from moezoo.ops.products import shared_rows
+from moezoo.ops.row_sums import row_sums
 from moezoo.records import Assignment
 
 Rows = Callable[[Tensor], Tensor]
@@ -66,12 +66,8 @@ def routed_mlp(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) ->
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out: Tensor = _Routed.apply(networks.function, x, expert, weight, *networks.tensors)  # type: ignore[no-untyped-call]
         return out
-    if x.shape[0] == 1 and x.dtype == torch.float32:
-        ids = expert[0].tolist()
-        if len(set(ids)) == len(ids):
-            return _lone(x, ids, weight, networks)
     plan = _planned(expert, networks, training=False)
-    return _collected(_results(x, plan, networks, None), plan, weight, x.dtype)
+    return row_sums(_results(x, plan, networks, None), plan.row, weight).to(x.dtype)
 
 
 def _fuses(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> bool:
@@ -79,9 +75,12 @@ def _fuses(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> boo
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    tensors = [x, expert, weight, *(t for t in networks.tensors if t is not None)]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
-    return plain and all(t.dtype == x.dtype for t in tensors[3:])
+    for tensor in (x, expert, weight, *networks.tensors):
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+            return False
+    return all(tensor is None or tensor.dtype == x.dtype for tensor in networks.tensors)
 
 
 def _composed(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> Tensor:
@@ -109,59 +108,29 @@ def _composed(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) -> 
 
 
 def _planned(expert: Tensor, networks: Networks, *, training: bool) -> Plan:
-    return planned(expert, networks.up.shape, sharing(networks.up, training=training))
+    up = networks.up
+    shared = shared_rows(up, training=training)
+    return planned(expert, up.shape, shared, longer=up.dtype in HALVES)
 
 
 def _results(x: Tensor, plan: Plan, networks: Networks, saved: list[Tensor] | None) -> Tensor:
     """The experts' rows (N, O), not weighed; what `function` was applied to goes to `saved`."""
-    rows, width = plan.pair.shape[0], networks.down.shape[1]
+    rows, width = plan.rows, networks.down.shape[1]
     training, whole = saved is not None, len(plan.strips) == 1 and plan.used == rows
     y_NO = None if whole else large_empty((rows, width), x.dtype)
     if y_NO is not None:
         y_NO[plan.used :].zero_()
-    for batches, here in plan.strips:
-        x_nD = x.index_select(0, plan.token[here])
-        h_nH = batch_products(x_nD, networks.up, networks.up_bias, batches, training=training)
+    for strip in plan.strips:
+        x_nD = plan.taken(x, strip.rows)
+        h_nH = batch_products(x_nD, networks.up, networks.up_bias, strip, training=training)
         if saved is not None:
             saved.append(h_nH)
         hidden_nF = networks.function(h_nH)
-        place = None if y_NO is None else y_NO[here]
+        place = None if y_NO is None else y_NO[strip.rows]
         y_nO = batch_products(
-            hidden_nF, networks.down, networks.down_bias, batches, out=place, training=training
+            hidden_nF, networks.down, networks.down_bias, strip, out=place, training=training
         )
     return y_nO if y_NO is None else y_NO
-
-
-def _lone(x: Tensor, ids: list[int], weight: Tensor, networks: Networks) -> Tensor:
-    """One token without a gradient: nothing to sort, and its row serves every expert."""
-    shared = sharing(networks.up, training=False)
-    batches, order = lone_batches(ids, networks.up.shape, shared)
-    h_KH = batch_products(
-        x.expand(len(order), -1).contiguous(),  # a row for each
-        networks.up,
-        networks.up_bias,
-        batches,
-        training=False,
-    )
-    y_KO = batch_products(
-        networks.function(h_KH), networks.down, networks.down_bias, batches, training=False
-    )
-    if order != list(range(len(ids))):
-        weight = weight[:, order]
-    return (weight.to(y_KO.dtype) @ y_KO).to(x.dtype)
-
-
-def _collected(y_NO: Tensor, plan: Plan, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The (weighted) sum over the rows of each token."""
-    tokens, choices = plan.row.shape
-    if dtype == torch.float32:
-        factor = None if weight_TK is None else weight_TK.to(dtype).contiguous()
-        if tokens == 1:
-            taken = y_NO.index_select(0, plan.row[0])
-            return taken.sum(0, keepdim=True) if factor is None else factor @ taken
-        return F.embedding_bag(plan.row, y_NO, mode="sum", per_sample_weights=factor)
-    taken = y_NO.index_select(0, plan.row.reshape(-1)).view(tokens, choices, y_NO.shape[1])
-    return (taken if weight_TK is None else taken * weight_TK[..., None]).sum(1).to(dtype)
 
 
 class _Routed(torch.autograd.Function):
@@ -176,7 +145,7 @@ class _Routed(torch.autograd.Function):
         y_NO = _results(x, plan, networks, saved)
         ctx.function, ctx.plan = function, plan
         ctx.save_for_backward(x, expert, weight, *tensors, *saved)
-        return _collected(y_NO, plan, weight, x.dtype)
+        return row_sums(y_NO, plan.row, weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,39 +196,40 @@ class _Backward:
         self.plan, self.x, self.networks, self.grad = plan, x, networks, grad.contiguous()
         self.wants_x, self.wants_weight, *wants_tensors = wants
         self.weight_N1 = weight.reshape(-1).index_select(0, plan.pair)[:, None]
-        if plan.spare is not None:
-            self.weight_N1.index_fill_(0, plan.spare, 0.0)
+        if plan.spares:
+            self.weight_N1[plan.spares] = 0.0
         self.grads = [
             _gradient(t, plan.hit) if t is not None and want else None
             for t, want in zip(networks.tensors, wants_tensors, strict=True)
         ]
         self.weight = weight
-        rows = plan.pair.shape[0]
+        rows = plan.rows
         self.grad_x = large_empty((rows, x.shape[1]), x.dtype) if self.wants_x else None
         self.grad_weight_N = weight.new_zeros(rows) if self.wants_weight else None
 
     def of(self, saved: list[Tensor]) -> list[Tensor | None]:
         """The gradients of x, weight, up, down and the biases."""
         plan = self.plan
-        for (batches, rows), h_nH in zip(plan.strips, saved, strict=True):
-            self._strip(batches, rows, h_nH)
+        for strip, h_nH in zip(plan.strips, saved, strict=True):
+            self._strip(strip, h_nH)
         grad_x = grad_weight = None
         if self.grad_x is not None:
             self.grad_x[plan.used :].zero_()
-            grad_x = _collected(self.grad_x, plan, None, self.x.dtype)
+            grad_x = row_sums(self.grad_x, plan.row)
         if self.grad_weight_N is not None:
-            grad_weight = self.grad_weight_N[plan.row].view(self.weight.shape)
+            taken = self.grad_weight_N.index_select(0, plan.row.view(-1))
+            grad_weight = taken.view(self.weight.shape)
         return [grad_x, grad_weight, *self.grads]
 
-    def _strip(self, batches: list[Batch], rows: slice, h_nH: Tensor) -> None:
-        up, down = self.networks.up, self.networks.down
-        token_n, weight_n1 = self.plan.token[rows], self.weight_N1[rows]
-        back_nO = self.grad.index_select(0, token_n)  # of weighed results
-        back_nF = batch_products(back_nO, down.transpose(1, 2), None, batches, training=True)
+    def _strip(self, strip: Strip, h_nH: Tensor) -> None:
+        up, down, rows = self.networks.up, self.networks.down, strip.rows
+        weight_n1 = self.weight_N1[rows]
+        back_nO = self.plan.taken(self.grad, rows)  # of weighed results
+        back_nF = batch_products(back_nO, down.transpose(1, 2), None, strip, training=True)
         hidden_nF, grad_nH = self._through_function(rows, h_nH, back_nF, weight_n1)
         weighed_nF = hidden_nF * weight_n1.to(hidden_nF.dtype)
-        x_nD = self.x.index_select(0, token_n)
-        for batch in batches:
+        x_nD = self.plan.taken(self.x, rows)
+        for batch in strip.batches:
             here = batch.after(rows.start)
             self._matrices(batch, back_nO[here], weighed_nF[here], grad_nH[here], x_nD[here])
             self._biases(batch, back_nO[here], grad_nH[here])
@@ -268,7 +238,7 @@ class _Backward:
                 grad_nH,
                 up.transpose(1, 2),
                 None,
-                batches,
+                strip,
                 out=self.grad_x[rows],
                 training=True,
             )

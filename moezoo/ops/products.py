@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
-from moezoo.private_torch import STEADY_ROWS, has_onednn_bfloat16, onednn_product
+from moezoo.private_torch import STEADY_ROWS, onednn_product
 
 _TALL = 8  # a head's output is that many times wider than its input, or more
 # oneDNN takes 13 us to begin: a product of a matrix in the cache and a few rows is over by then.
@@ -40,18 +40,6 @@ class Limits:
     def in_training(self) -> bool:
         """Whether products of many rows are oneDNN's, forward and backward."""
         return self.onednn[1] == self.onednn_transposed[1] == _ALWAYS
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """Which experts share a product: those with up to so many `rows`, `size` of them or more.
-    onednn: each shape costs, as the library compiles for it, and matrices that do not lie side by
-    side are copied.
-    """
-
-    rows: int
-    size: int = 2
-    onednn: bool = False
 
 
 # Measured with 768 x 3,072 weights that are not in the cache (benchmarks/layer.md). MKL, which
@@ -177,18 +165,17 @@ def outer_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
     return out
 
 
-def sharing(weight: Tensor, *, training: bool) -> Sharing:
-    """How experts of this stack (E, M, K) on a CPU do well to share a `batched_product`: MKL's in
-    float32 and float64, oneDNN's in bfloat16; others are loops.
+def shared_rows(weight: Tensor, *, training: bool) -> int:
+    """Up to how many rows experts of this stack (E, M, K) on a CPU do well to share a
+    `batched_product`: MKL's, in float32 and float64. Others are loops, and oneDNN's in bfloat16
+    takes as long as `torch.mm` for each.
     """
-    if weight.dtype == torch.bfloat16 and has_onednn_bfloat16():
-        return Sharing(16, size=4, onednn=True)
     mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     if weight.dtype not in (torch.float32, torch.float64) or not mkl:
-        return Sharing(0)
+        return 0
     if torch.get_num_threads() == 1:
-        return Sharing(4)  # there is nobody to wait for
-    return Sharing(8 if training else 16)
+        return 4  # there is nobody to wait for
+    return 8 if training else 16
 
 
 def batched_product(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:

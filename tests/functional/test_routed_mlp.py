@@ -15,7 +15,6 @@ from moezoo.functional import expert_strips
 from moezoo.functional import routed_mlp as module
 from moezoo.functional.expert_strips import planned
 from moezoo.functional.routed_mlp import Networks, routed_mlp
-from moezoo.ops.products import Sharing
 
 WIDTH, HIDDEN, OUT = 5, 3, 4
 
@@ -157,8 +156,7 @@ def test_a_plan_gives_every_pair_a_row_of_its_expert(data: st.DataObject) -> Non
     drawn = drawn[: len(drawn) // choices * choices]
     chosen = torch.tensor(drawn, dtype=torch.int64).view(-1, choices)
     threads = data.draw(st.integers(1, 4))
-    shared = data.draw(st.builds(Sharing, st.sampled_from([0, 4, 8, 16]), st.integers(2, 4),
-                                 st.booleans()))  # fmt: skip
+    shared = data.draw(st.sampled_from([0, 4, 8, 16]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         patch.setattr(expert_strips, "_FEW", data.draw(st.sampled_from([0, 1000])))
@@ -169,20 +167,25 @@ def test_a_plan_gives_every_pair_a_row_of_its_expert(data: st.DataObject) -> Non
     assert torch.equal(plan.token, plan.pair // choices)
     assert plan.hit == sorted({int(e) for e in flat if e < number})
     assert (flat[plan.pair[plan.used :]] == number).all()
-    spare = set() if plan.spare is None else set(plan.spare.tolist())
-    assert spare == set(range(len(plan.pair))) - set(plan.row.reshape(-1).tolist())
+    assert plan.rows == len(plan.pair)
+    assert set(plan.spares) == set(range(plan.rows)) - set(plan.row.reshape(-1).tolist())
     end = 0
-    for batches, rows in plan.strips:
-        assert rows == slice(batches[0].rows.start, batches[-1].rows.stop)
-        for batch in batches:
+    for strip in plan.strips:
+        assert strip.rows == slice(strip.batches[0].rows.start, strip.batches[-1].rows.stop)
+        alone = all(batch.size == 1 for batch in strip.batches)
+        assert (strip.ends is not None) is alone
+        if strip.ends is not None:
+            own = flat[plan.pair[strip.rows]]
+            experts = torch.arange(number)[strip.experts]
+            assert strip.ends.tolist() == [int((own <= e).sum()) for e in experts]
+        for batch in strip.batches:
             assert batch.rows.start == end
             end = batch.rows.stop
             experts = range(number)[batch.experts]
             assert len(experts) == batch.size
             if batch.size > 1:
-                assert batch.size % threads == 0 and batch.size >= shared.size
-                assert (end - batch.rows.start) // batch.size <= shared.rows
-                assert not shared.onednn or batch.step == 1
+                assert batch.size % threads == 0 and batch.size >= 2
+                assert (end - batch.rows.start) // batch.size <= shared
             each = (end - batch.rows.start) // batch.size
             owners = torch.tensor(experts).repeat_interleave(each)
             assert torch.equal(flat[plan.pair[batch.rows]], owners)

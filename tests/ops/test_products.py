@@ -11,12 +11,11 @@ from moezoo.ops.products import (
     LIMITS,
     Limits,
     Prepared,
-    Sharing,
     batched_outer,
     batched_product,
     outer_product,
     product,
-    sharing,
+    shared_rows,
     steady_product,
 )
 
@@ -107,18 +106,15 @@ def test_experts_share_a_product_where_a_library_computes_it_at_once(
     try:
         torch.set_num_threads(2)
         many = torch.empty(4, 3, 2)
-        assert sharing(many, training=True).rows < sharing(many, training=False).rows
+        assert 0 < shared_rows(many, training=True) < shared_rows(many, training=False)
         torch.set_num_threads(1)
-        assert sharing(many, training=False).rows == 4
+        assert shared_rows(many, training=False) == 4
     finally:
         torch.set_num_threads(threads)
-    assert sharing(many.half(), training=False) == Sharing(0)
-    monkeypatch.setattr(products, "has_onednn_bfloat16", lambda: True)
-    assert sharing(many.bfloat16(), training=False).onednn
-    monkeypatch.setattr(products, "has_onednn_bfloat16", lambda: False)
-    assert sharing(many.bfloat16(), training=False) == Sharing(0)
+    for half in (many.half(), many.bfloat16()):
+        assert shared_rows(half, training=False) == 0
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert sharing(many, training=False) == Sharing(0)
+    assert shared_rows(many, training=False) == 0
 
 
 @pytest.mark.parametrize(("threads", "outputs", "pieces"), [(1, 6, 2), (2, 8, 2), (3, 8, 4),
