@@ -18,7 +18,7 @@ from moezoo.adapters.formats.files import quoted
 from moezoo.adapters.plan import Move, Plan, make_plan
 from moezoo.adapters.upcycle.drawing import router_bytes
 from moezoo.adapters.upcycle.recipe import DTYPES, Recipe
-from moezoo.adapters.upcycle.scaling import scale_bytes
+from moezoo.adapters.upcycle.scaling import scale_bytes, widened
 from moezoo.adapters.upcycle.slicing import cut, period, slice_targets
 from moezoo.adapters.upcycle.tables import ROWS_OF_TOKENS, Step, same_table
 from moezoo.adapters.upcycle.watch import source_hashes
@@ -150,6 +150,8 @@ def _static(plan: Plan, source: CheckpointSource, made: CheckpointSource) -> Lev
     found = {name: (info.dtype, info.shape) for name, info in made.source.tensors.items()}
     missing = sorted(set(expected) - set(found))
     invented = sorted(set(found) - set(expected))
+    for name in _wide_routers(plan, made.source):
+        expected[name] = ("F32", expected[name][1])
     changed = sorted(n for n in expected if n in found and expected[n] != found[n])
     here, there = _comparable(made.config), _comparable(plan.config)
     other = sorted(n for n in {**here, **there} if here.get(n) != there.get(n))
@@ -243,23 +245,38 @@ def _compare(
 def _compare_routers(plan: Plan, made: Source) -> int:
     """Routers are what the seed draws; those fitted to sample text cannot be drawn again."""
     total = 0
-    for layer, router in plan.routers.items() if not plan.router_init.needs_inputs else ():
-        content = router_bytes(plan, layer, router, None)
-        if made.read(router.name) != content:
-            raise _Differs(router.name)
-        total += len(content)
-    for constants in plan.constants.values():
-        for constant in constants:
-            if bytes(made.read(constant.name)) != plan.constant(constant):
-                raise _Differs(constant.name)
-            total += constant.nbytes
+    wide = _wide_routers(plan, made)
+    drawn = {} if plan.router_init.needs_inputs else plan.routers
+    expected = [(r, router_bytes(plan, layer, r, None)) for layer, r in drawn.items()]
+    expected += [(c, plan.constant(c)) for held in plan.constants.values() for c in held]
+    for tensor, content in expected:
+        wanted = widened(content, tensor.dtype) if tensor.name in wide else bytes(content)
+        if bytes(made.read(tensor.name)) != wanted:
+            raise _Differs(tensor.name)
+        total += len(wanted)
     return total
+
+
+def _wide_routers(plan: Plan, made: Source) -> set[str]:
+    """What transformers keeps of routers in float32, whatever the rest is in, and saves so."""
+    if not isinstance(plan.config, DecoderConfig):
+        return set()
+    tensors = [*plan.routers.values(), *(c for held in plan.constants.values() for c in held)]
+    names = (t.name for t in tensors if t.dtype in ("F16", "BF16"))
+    return {n for n in names if n in made.tensors and made.info(n).dtype == "F32"}
 
 
 def _compare_shared(move: Move, source: Source, made: Source) -> int:
     """The part of an expert that every token passes is the dense one, scaled."""
     if move.shared is None:
         return 0
+    if move.source.dtype == move.shared.dtype:
+        reader = _Reader(made, move.shared.name)
+        for chunk in source.chunks(move.source.name, _CHUNK):
+            expected = scale_bytes(chunk, move.source.dtype, move.shared_scale)
+            if reader.take(len(expected)) != expected:
+                raise _Differs(move.shared.name)
+        return move.shared.nbytes
     from moezoo.adapters.upcycle import drawing
 
     if memoryview(made.read(move.shared.name)) != drawing.converted(

@@ -10,7 +10,7 @@ from typing import Any
 from moezoo.adapters.families.dense_decoders import DENSE
 from moezoo.adapters.families.dense_kind import DenseKind
 from moezoo.adapters.families.fields import gated_name
-from moezoo.adapters.families.sparse_decoders import SPARSE, SparseKind
+from moezoo.adapters.families.sparse_decoders import ALIASES, SPARSE, SparseKind
 from moezoo.frozen import FrozenDict, frozen, thawed
 
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -178,7 +178,24 @@ class DecoderConfig:
         rope = {"rope_theta": base, **told.get("rope_parameters", {})}
         rope.setdefault("rope_type", rope.pop("type", "default"))
         told["rope_parameters"] = rope
+        for name, value in self.dense_kind.only.items():
+            if told.get(name) == value:  # what a silent file means too
+                del told[name]
+        if self.sparse_kind is not None:
+            self._renumber(told, self.sparse_kind)
         return FrozenDict(frozen(told))
+
+    def _renumber(self, told: dict[str, Any], sparse: SparseKind) -> None:
+        """Say once what a sparse model's class calls by several names, and no window that it has
+        no layer for, as transformers writes it anew.
+        """
+        for name in (*sparse.experts, sparse.choices, *ALIASES):
+            told.pop(name, None)
+        told |= {"num_experts": self.num_experts, "choices": self.choices}
+        if told.get("use_sliding_window") is False:
+            told.pop("sliding_window", None)
+            if set(told.get("layer_types", ())) <= {"full_attention"}:
+                told.pop("layer_types", None)
 
 
 def is_dense(values: Mapping[str, Any]) -> bool:

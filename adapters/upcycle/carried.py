@@ -57,7 +57,8 @@ def carried_files(source: Path) -> list[str]:
     names = [
         name
         for name in (os.listdir(source) if source.is_dir() else ())
-        if name.upper().startswith(_TERMS) or any(fnmatchcase(name, known) for known in _CARRIED)
+        if (name.upper().startswith(_TERMS) or any(fnmatchcase(name, known) for known in _CARRIED))
+        and not (source / name).is_dir()
     ]
     templates = (source / _TEMPLATES).glob("*.jinja")
     return sorted([*names, *(f"{_TEMPLATES}/{file.name}" for file in templates)])

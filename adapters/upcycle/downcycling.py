@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -142,46 +142,53 @@ def _outputs(checkpoint: CheckpointSource, family: Family) -> Iterator[Output]:
             check_untrained(checkpoint.source, parts[0], value)
             continue
         if found and rest.startswith("shared."):
-            _check_shared(checkpoint, layer, rest, scale)
-            continue
+            continue  # compared with the experts below
         if not found or not rest.startswith("experts."):
             (target,) = family.disk_names(name)
             yield Output(TensorPlan(target, parts[0].dtype, parts[0].shape), parts[0])
             continue
         matrix = rest.removeprefix("experts.")
         (target,) = family.disk_names(f"{layer}.mlp.{matrix}.weight")
-        undo = 1.0 / scale if matrix == "wo" else 1.0
-        yield _dense_matrix(checkpoint, config, target, matrix, parts, undo)
+        shared = checkpoint.tensors.get(f"{layer}.mlp.shared.{matrix}.weight", (None,))[0]
+        factor = scale if matrix == "wo" else 1.0
+        yield _dense_matrix(checkpoint, target, matrix, parts, shared, factor)
 
 
 def _dense_matrix(
     checkpoint: CheckpointSource,
-    config: ModelConfig,
     target: str,
     matrix: str,
     parts: tuple[TensorInfo, ...],
-    undo: float,
+    shared: TensorInfo | None,
+    scale: float,
 ) -> Output:
+    config, undo = checkpoint.config, 1.0 / scale
     slices = config.d_ff // expert_width(config)
     assert matrix in matrix_names(config)
     copies = len(parts) // slices
     for first in range(0, len(parts), copies):
         for part in parts[first + 1 : first + copies]:
-            _check_equal(checkpoint.source, parts[first], part)
+            if not _equals(checkpoint.source, part, parts[first]):
+                raise _differs(checkpoint, parts[first], part)
     shape = (config.d_model, config.d_ff) if matrix == "wo" else (config.d_ff, config.d_model)
     plan = TensorPlan(target, parts[0].dtype, shape)
+    if shared is not None and _is_dense(checkpoint, matrix, parts[::copies], shared, scale):
+        return Output(plan, shared)
     exact = undo == 1.0 or math.frexp(undo)[0] == 0.5
     if slices == 1 and exact:
         return Output(plan, parts[0], undo)
 
     def joined() -> memoryview:
-        import torch
-
-        chosen = [checkpoint.source.tensor(part.name) for part in parts[::copies]]
-        whole = torch.cat(chosen, dim=1 if matrix == "wo" else 0)
-        return tensor_bytes(whole if undo == 1.0 else whole / (1.0 / undo))
+        whole = _joined(checkpoint.source, parts[::copies], matrix)
+        return tensor_bytes(whole if undo == 1.0 else whole / scale)
 
     return Output(plan, make=joined)
+
+
+def _joined(source: Source, parts: Sequence[TensorInfo], matrix: str) -> Tensor:
+    import torch
+
+    return torch.cat([source.tensor(part.name) for part in parts], dim=1 if matrix == "wo" else 0)
 
 
 def check_untrained(source: Source, info: TensorInfo, value: float = 0.0) -> None:
@@ -200,35 +207,48 @@ def _trained(source: Source, info: TensorInfo, value: float) -> TensorMismatch:
     )
 
 
-def _check_shared(checkpoint: CheckpointSource, layer: str, rest: str, scale: float) -> None:
-    """Raise TensorMismatch unless what every token passes is the layer that the experts are."""
+def _is_dense(
+    checkpoint: CheckpointSource,
+    matrix: str,
+    parts: Sequence[TensorInfo],
+    shared: TensorInfo,
+    scale: float,
+) -> bool:
+    """Whether what every token passes is the dense matrix itself, and not scaled like the experts.
+
+    Raises TensorMismatch where it is not the layer that the experts are, or slices of.
+    """
     config, source = checkpoint.config, checkpoint.source
     assert isinstance(config, DecoderConfig) and config.sparse_kind is not None
-    matrix = rest.removeprefix("shared.").removesuffix(".weight")
-    (shared,) = checkpoint.tensors[f"{layer}.mlp.{rest}"]
-    expert = checkpoint.tensors[f"{layer}.mlp.experts.{matrix}"][0]
-    if expert.shape != shared.shape:
-        return  # slices: their sum is not compared with the whole
-    ratio = 1.0
-    if matrix == "wo" and scale == config.sparse_kind.routed:
-        ratio = config.sparse_kind.shared_scale / scale
-    for one, other in zip(source.chunks(expert.name), source.chunks(shared.name), strict=True):
-        if scale_bytes(one, expert.dtype, ratio) != other:
-            raise _differs(source, expert, shared)
+    scaled = config.sparse_kind.shared_scale if matrix == "wo" else 1.0
+    for held in dict.fromkeys((1.0, scaled)):
+        # What was rounded is the expert: in float16 a small weight's half has no bit for its last.
+        if len(parts) == 1:
+            same = _equals(source, parts[0], shared, scale / held)
+        else:
+            whole = source.tensor(shared.name)
+            same = bool((_joined(source, parts, matrix) == whole * (scale / held)).all())
+        if same:
+            return held == 1.0
+    raise _differs(checkpoint, parts[0], shared)
 
 
-def _check_equal(source: Source, one: TensorInfo, other: TensorInfo) -> None:
-    for ours, theirs in zip(source.chunks(one.name), source.chunks(other.name), strict=True):
-        if ours != theirs:
-            raise _differs(source, one, other)
+def _equals(source: Source, info: TensorInfo, of: TensorInfo, scale: float = 1.0) -> bool:
+    """Whether a tensor is another one, scaled."""
+    return info.dtype == of.dtype and all(
+        ours == scale_bytes(theirs, of.dtype, scale)
+        for ours, theirs in zip(source.chunks(info.name), source.chunks(of.name), strict=True)
+    )
 
 
-def _differs(source: Source, one: TensorInfo, other: TensorInfo) -> TensorMismatch:
+def _differs(checkpoint: CheckpointSource, one: TensorInfo, other: TensorInfo) -> TensorMismatch:
+    shares = isinstance(checkpoint.config, DecoderConfig) and checkpoint.config.shares
+    hint = "" if shares else " `moezoo export --expert N` takes one."
     return TensorMismatch(
         f"the experts differ: {quoted(one.name)} and {quoted(other.name)}",
-        path=source.path,
+        path=checkpoint.path,
         key=other.name,
-        hint="It was trained, or not copied; `moezoo export --expert N` takes one.",
+        hint=f"It was trained, merged, or not copied.{hint}",
     )
 
 

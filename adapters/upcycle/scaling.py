@@ -44,6 +44,15 @@ def constant_bytes(dtype: str, nbytes: int, value: float) -> bytes:
     return struct.pack(code, value)[-size:] * (nbytes // size)
 
 
+def widened(content: bytes | memoryview, dtype: str) -> bytes:
+    """Little-endian F16 or BF16 as F32."""
+    if dtype == "F16":
+        values = array.array("f", struct.unpack(f"<{len(content) // 2}e", content))
+        return _little(values)
+    words = array.array("I", (word << 16 for word in _read("H", content)))
+    return _little(words)
+
+
 @dataclass(frozen=True)
 class _Masks:
     """Constants for a chunk: one word pattern each, repeated over all words."""

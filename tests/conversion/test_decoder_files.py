@@ -44,7 +44,8 @@ def hub(path: Path) -> Path:
     """A directory as a hub's cache lays it: links into a folder of blobs."""
     blobs, snapshot = path / "models--org--tiny/blobs", path / "models--org--tiny/snapshots/1a2b"
     dense_decoder(blobs)
-    (blobs / "additional_chat_templates").mkdir()
+    for folder in ("additional_chat_templates", "LICENSES"):
+        (blobs / folder).mkdir()
     for name in (*_CARRIED, "modeling_own.py", "params.json"):
         (blobs / name).write_text(f"the text of {name}")
     (blobs / "README.md").write_text(_CARD)
