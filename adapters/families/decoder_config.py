@@ -84,12 +84,14 @@ class DecoderConfig:
 
     @property
     def d_ff(self) -> int:
-        """The hidden width of the dense MLP."""
+        """The hidden width of the dense MLP, an expert's where nothing tells of another."""
         if self.dense_values is not None:
             return DecoderConfig(self.dense_values).d_ff
         sparse = self.sparse_kind
         if sparse is None:
             return self.dense_kind.width(self.full)
+        if len(self.decoder_sparse) == self.num_layers:
+            return self.expert_d_ff
         wide = self.values.get(sparse.dense_width)
         return int(wide or self.values["intermediate_size"])
 

@@ -107,6 +107,8 @@ def known_scale(checkpoint: CheckpointSource) -> float | None:
     if checkpoint.config.wo_scale is not None:
         return checkpoint.config.wo_scale
     made = checkpoint.description.values.get("moezoo_provenance")
+    if isinstance(checkpoint.config, DecoderConfig):
+        made = _scaling(made)
     scale = made.get("wo_scale") if isinstance(made, Mapping) else None
     if scale is None:
         return None
@@ -118,6 +120,15 @@ def known_scale(checkpoint: CheckpointSource) -> float | None:
             found=repr(scale)[:80],
         )
     return float(scale)
+
+
+def _scaling(made: Any) -> Any:
+    """The provenance that tells the factor: of the upcycling, which what came after has kept."""
+    while isinstance(made, Mapping) and "wo_scale" not in made:
+        before = made.get("made_from")
+        first = before[0] if isinstance(before, list) and len(before) == 1 else None
+        made = first.get("provenance") if isinstance(first, Mapping) else None
+    return made
 
 
 def _restored(checkpoint: CheckpointSource, outputs: Iterator[Output]) -> Iterator[Output]:
@@ -163,8 +174,8 @@ def _dense_matrix(
     scale: float,
 ) -> Output:
     config, undo = checkpoint.config, 1.0 / scale
-    slices = config.d_ff // expert_width(config)
     assert matrix in matrix_names(config)
+    slices = slices_of(checkpoint)
     copies = len(parts) // slices
     for first in range(0, len(parts), copies):
         for part in parts[first + 1 : first + copies]:
@@ -183,6 +194,21 @@ def _dense_matrix(
         return tensor_bytes(whole if undo == 1.0 else whole / scale)
 
     return Output(plan, make=joined)
+
+
+def slices_of(checkpoint: CheckpointSource) -> int:
+    """Into how many experts a dense layer was cut; 1: each is whole. Raises ConfigError where they
+    are of a width that no cut gives, as in models that were no dense ones.
+    """
+    config = checkpoint.config
+    width = expert_width(config)
+    slices, rest = divmod(config.d_ff, width)
+    if rest or not slices or config.num_experts % slices:
+        raise ConfigError(
+            f"no dense model has its layers: {config.num_experts} experts are {width} wide, "
+            f"and a dense MLP {config.d_ff}", field="source", path=checkpoint.path,
+        )  # fmt: skip
+    return slices
 
 
 def _joined(source: Source, parts: Sequence[TensorInfo], matrix: str) -> Tensor:
@@ -226,8 +252,8 @@ def _is_dense(
         if len(parts) == 1:
             same = _equals(source, parts[0], shared, scale / held)
         else:
-            whole = source.tensor(shared.name)
-            same = bool((_joined(source, parts, matrix) == whole * (scale / held)).all())
+            whole = source.tensor(shared.name) * (scale / held)
+            same = whole.equal(_joined(source, parts, matrix))
         if same:
             return held == 1.0
     raise _differs(checkpoint, parts[0], shared)
@@ -235,7 +261,7 @@ def _is_dense(
 
 def _equals(source: Source, info: TensorInfo, of: TensorInfo, scale: float = 1.0) -> bool:
     """Whether a tensor is another one, scaled."""
-    return info.dtype == of.dtype and all(
+    return (info.dtype, info.shape) == (of.dtype, of.shape) and all(
         ours == scale_bytes(theirs, of.dtype, scale)
         for ours, theirs in zip(source.chunks(info.name), source.chunks(of.name), strict=True)
     )

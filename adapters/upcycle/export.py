@@ -13,7 +13,12 @@ from moezoo.adapters.families.decoders import constant_of
 from moezoo.adapters.formats import TensorInfo, open_source
 from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.tensor_files import TensorPlan
-from moezoo.adapters.upcycle.downcycling import dense_config, known_scale, upcycled_scale
+from moezoo.adapters.upcycle.downcycling import (
+    dense_config,
+    known_scale,
+    slices_of,
+    upcycled_scale,
+)
 from moezoo.adapters.upcycle.drawing import cast
 from moezoo.adapters.upcycle.folding import FOLD, fold_factor, folded_config
 from moezoo.adapters.upcycle.recipe import DTYPES
@@ -64,7 +69,7 @@ def export(
         if fold:
             config = _folded(config, expert)
         if expert is not None:
-            _refuse_shared(checkpoint)
+            _refuse_part(checkpoint)
             config = dense_config(checkpoint)
             if not 0 <= expert < checkpoint.config.num_experts:
                 raise ConfigError(
@@ -105,14 +110,19 @@ def _folded(config: ModelConfig, expert: int | None) -> ModelConfig:
     return folded_config(config)
 
 
-def _refuse_shared(checkpoint: CheckpointSource) -> None:
-    """One expert is no layer where every token passes another besides."""
+def _refuse_part(checkpoint: CheckpointSource) -> None:
+    """One expert is no layer where every token passes another besides, nor where it is a slice."""
     config = checkpoint.config
     if isinstance(config, DecoderConfig) and config.shares:
         raise ConfigError(
             f"{config.model_type} adds what all tokens pass to what an expert gives",
             field="expert", path=checkpoint.path,
             hint="`moezoo downcycle` gives the dense model of one that was not trained.",
+        )  # fmt: skip
+    if (slices := slices_of(checkpoint)) > 1:
+        raise ConfigError(
+            f"an expert is one of {slices} slices of a dense layer", field="expert",
+            path=checkpoint.path, hint="`moezoo downcycle` joins them.",
         )  # fmt: skip
 
 

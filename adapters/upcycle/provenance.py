@@ -117,7 +117,9 @@ def rewritten(
         behind = known(sources[0]) | dropped
     version = {"moezoo_version": moezoo.__version__}
     told = source_config(config)
-    dense = {} if told is None else {"source_config": told}
+    dense: dict[str, Any] = {} if told is None else {"source_config": told}
+    if isinstance(config, DecoderConfig) and config.decoder_sparse and config.wo_scale is not None:
+        dense["wo_scale"] = config.wo_scale  # which its config.json has no word for
     return {**version, **operation, **behind, **dense, "made_from": made_from}
 
 
@@ -153,7 +155,7 @@ def rewritten_card(
     checkpoints: Sequence[CheckpointSource],
 ) -> str:
     """README.md of a checkpoint of the tensors `outputs`, made from others (`rewritten`)."""
-    told = ("moezoo_version", "made_from", "source_config")
+    told = ("moezoo_version", "made_from", "source_config", "wo_scale")
     operation = {k: v for k, v in made.items() if k not in told}
     sparse = bool(config.encoder_sparse or config.decoder_sparse)
     rows = {

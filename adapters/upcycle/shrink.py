@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def shrink(
 
     With fewer experts the router weighs those that remain in another way, which a factor on their
     `wo` makes up for (`regating.wo_factors`). Equal experts of equal rows merge exactly: shrinking
-    what `grow` made to what it was, or a fresh upcycling to any number, gives the function back.
+    what `grow` made to what it was, or a fresh upcycling to any number, gives the function back. A
+    decoder that chose all twins of an expert then chooses the one that they have become.
 
     Raises ConfigError for a dense model, an unknown method, a trace of another model, or a router
     that chooses, or needs, more experts than remain.
@@ -60,7 +62,11 @@ def shrink(
         raise ConfigError("prune needs a routing trace", field="trace", hint=hint)
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
-        layers = _sparse_layers(config, num_experts)
+        twins = joint = 1
+        if isinstance(config, DecoderConfig) and method == "merge":
+            twins = _twins(checkpoint.description.values.get("moezoo_provenance"))
+            joint = _joint(config, twins, num_experts)
+        layers = _sparse_layers(config, num_experts, joint)
         use = {layer: _use(trace, layer, config.num_experts) for layer in layers}
         groups = {
             layer: joined(distances(checkpoint, layer), num_experts)
@@ -76,13 +82,17 @@ def shrink(
         target = config.replace(
             num_experts=num_experts, wo_scale=_scale(known_scale(checkpoint), mean)
         )
+        if isinstance(config, DecoderConfig):
+            target = target.replace(choices=config.choices // joint)
         family = layout_for(target, dtypes=checkpoint.dtypes)
-        operation = {
+        operation: dict[str, Any] = {
             "operation": "shrink",
             "method": method,
             "groups": {layer: [list(group) for group in made] for layer, made in groups.items()},
             "wo_factors": factors,
         }
+        if twins > joint:
+            operation["twins"] = twins // joint
         return rewrite(
             checkpoint,
             out,
@@ -98,7 +108,27 @@ def _scale(known: float | None, mean: float) -> float | None:
     return known if mean == 1.0 else (known or 1.0) * mean
 
 
-def _sparse_layers(config: ModelConfig, num_experts: int) -> list[str]:
+def _twins(made: Any) -> int:
+    """Of how many twins each expert is one, by the provenance of a decoder; 1 if none grew it."""
+    if not isinstance(made, Mapping):
+        return 1
+    operation, sources = made.get("operation"), made.get("made_from")
+    first = sources[0] if isinstance(sources, list) and sources else None
+    before = first.get("provenance") if isinstance(first, Mapping) else None
+    if operation == "export":
+        return _twins(before)
+    count = made.get("factor" if operation == "grow" else "twins", 1)
+    count = count if type(count) is int and count > 0 else 1
+    return count * _twins(before) if operation == "grow" else count
+
+
+def _joint(config: DecoderConfig, twins: int, num_experts: int) -> int:
+    """How many twins become one expert, so that a token which chose all of them chooses it."""
+    joint, rest = divmod(config.num_experts, max(num_experts, 1))
+    return 1 if rest or not joint or twins % joint or config.choices % joint else joint
+
+
+def _sparse_layers(config: ModelConfig, num_experts: int, joint: int) -> list[str]:
     """Their names. Raises ConfigError where there is nothing to reduce to `num_experts`."""
     layers = [f"encoder.blocks.{i}.mlp" for i in config.encoder_sparse]
     layers += [f"decoder.blocks.{i}.mlp" for i in config.decoder_sparse]
@@ -111,10 +141,10 @@ def _sparse_layers(config: ModelConfig, num_experts: int) -> list[str]:
             expected=f"1 to {config.num_experts - 1}",
             found=num_experts,
         )
-    if isinstance(config, DecoderConfig) and num_experts < config.choices:
+    if isinstance(config, DecoderConfig) and num_experts < (choices := config.choices // joint):
         raise ConfigError(
-            f"every token goes to {config.choices} experts", field="num_experts",
-            expected=f">= {config.choices}", found=num_experts, hint="Keep as many.",
+            f"every token goes to {choices} experts", field="num_experts",
+            expected=f">= {choices}", found=num_experts, hint="Keep as many.",
         )  # fmt: skip
     if isinstance(config, DecoderConfig) and config.sparse_kind is not None:
         config.sparse_kind.check_number(num_experts)
