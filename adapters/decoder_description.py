@@ -8,7 +8,7 @@ from typing import Any
 from moezoo.adapters.description import Description, named_file, same_bytes
 from moezoo.adapters.families import DecoderConfig, DecoderFamily, Weights, decoder_family
 from moezoo.adapters.families.decoders import EMBEDDINGS, lost_field
-from moezoo.adapters.foreign import refuse_foreign_tensors
+from moezoo.adapters.foreign import refuse_foreign_tensors, refuse_plugged
 from moezoo.adapters.formats import Source
 from moezoo.adapters.formats.files import quoted, read_json
 from moezoo.adapters.fused import split_fused
@@ -29,6 +29,7 @@ def describe_decoder(source: Source, *, drop_heads: bool = False) -> Description
     family = decoder_family(values)
     if family is None:
         return None
+    named_file(path, refuse_plugged, values)
     config = named_file(path, family.read, values, Weights(frozenset(), own_head=False))
     refuse_foreign_tensors(source.tensors, source.path, known="Llama or its kin")
     try:

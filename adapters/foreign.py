@@ -18,6 +18,7 @@ _SPARSE = (
 )
 _STACKS = "Put its config.json beside it; moezoo.plug takes the live model."
 _MERGE = "Merge it into its model first: merge_and_unload() of peft, then save_pretrained."
+PLUGGED = "moezoo_plugged"  # what was plugged where, in config.json
 _FLOATING = "Use the model's weights in float32, bfloat16 or float16."
 # Classes of transformers by how their names begin, for configs without a model_type.
 _BY_CLASS = {
@@ -72,6 +73,15 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
     sparse = any("experts" in name and type(n) is int and n > 1 for name, n in values.items())
     hint = f"Did you mean {near!r}?" if near else _SPARSE if sparse else _PLUG
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
+
+
+def refuse_plugged(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the config.json of a model that `moezoo.plug` put experts into."""
+    if PLUGGED in values:
+        raise ConfigError(
+            "a model that moezoo.plug put experts into, which the verbs do not read",
+            field=PLUGGED, hint="moezoo.load(DIR) gives the live one, moezoo.report its page.",
+        )  # fmt: skip
 
 
 def refuse_foreign_tensors(names: Iterable[str], path: object, *, known: str = "") -> None:

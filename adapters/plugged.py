@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moezoo.adapters.foreign import PLUGGED as FIELD
 from moezoo.adapters.formats import open_source
 from moezoo.adapters.formats.base import dtype_name, tensor_bytes
 from moezoo.adapters.plug import plug, plugs_of
@@ -19,8 +20,6 @@ from moezoo.adapters.tensor_files import TensorPlan, write_tensors
 from moezoo.adapters.writer import replacing_directory
 from moezoo.errors import CheckpointError, ConfigError, TensorMismatch
 from moezoo.quantization import is_quantized
-
-FIELD = "moezoo_plugged"
 
 
 def save_plugged(

@@ -113,7 +113,7 @@ def refuse_beside_plugged(**given: Any) -> None:
     """Refuse what is for moezoo's own models alone. Raises ConfigError."""
     for name, value in given.items():
         if value:
-            hint = f"Leave {name} out."
+            hint = "moezoo.load(DIR) alone gives the model, whose own methods run it."
             raise ConfigError(f"a plugged model has no {name}", field=name, found=value, hint=hint)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moezoo.adapters.foreign import refuse_plugged
 from moezoo.adapters.hf.routers import sparse_layers
+from moezoo.adapters.plugged import read_plugged
 from moezoo.errors import CheckpointError, ConfigError
 from moezoo.recording import Tape, record
 
@@ -55,24 +57,34 @@ def record_text(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     what = "its tokenizer"
+    refuse_plugged(read_plugged(path) or {})
     try:
         words: Any = AutoTokenizer.from_pretrained(tokenizer or path, local_files_only=True)
         what = "it"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype="auto", experts_implementation="moezoo"
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model: Any
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, dtype="auto", experts_implementation="moezoo",
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # of any of its parts: a file, a field, a shape
         reason = f"transformers cannot load {what}: {' '.join(str(error).split())[:200]}"
         hint = "Name a directory that has one: --tokenizer DIR." if what != "it" else None
         raise CheckpointError(reason, path=path, hint=hint) from None
     finally:
         if shown:
             logging.enable_progress_bar()
+    if lacking := sorted(map(str, loading["missing_keys"])):
+        rest = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        reason = f"the weights lack {lacking[0]!r}{rest}, which transformers draws at random"
+        raise CheckpointError(reason, path=path, key=lacking[0], hint="Download it again.")
     if not sparse_layers(model):
         hint = "moezoo.plug puts experts into a live model."
         reason = f"{type(model).__name__} has no experts to report on"
         raise ConfigError(reason, field="source", hint=hint)
     rows = _rows(words, texts, batches * batch_size, length)
+    if rows.max() >= (count := model.get_input_embeddings().weight.shape[0]):
+        reason = f"the tokenizer gives the id {int(rows.max())}, the model has {count} rows"
+        raise ConfigError(reason, field="tokenizer", hint="Name the model's own: --tokenizer DIR.")
     with torch.no_grad(), record(model.eval()) as tape:
         seen = []
         for ids in watch(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):

@@ -27,11 +27,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table."""
+    from moezoo.cli.decoder_info import decoder_facts, decoder_table
     from moezoo.cost import BYTES, cost
     from moezoo.errors import ConfigError
 
     if arguments.length < 1:
         raise ConfigError("--length is at least 1", field="length", found=arguments.length)
+    decoder = decoder_facts(arguments.model, drop_heads=arguments.drop_heads)
+    if decoder is not None:
+        table = decoder_table(arguments.model, decoder)
+        print(json.dumps(decoder, indent=2) if arguments.json else table)
+        return 0
     config, task = model_of(arguments.model, drop_heads=arguments.drop_heads)
     router = config.router if isinstance(config.router, dict) else {"name": config.router}
     total = cost(config, task=task, length=arguments.length)

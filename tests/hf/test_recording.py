@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import moezoo
-from moezoo import capacity, cli, traces
+from moezoo import capacity, traces
 from moezoo.errors import ConfigError, NonFiniteInput
 
 from .sparse_classes import EXPERTS, TOKENS, WIDTH, inputs, names, tiny, tiny_block
@@ -285,62 +284,3 @@ def test_hooks_go_with_the_block_and_bad_input_is_named() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="no MoE layer"), moezoo.record(dense):
         pass
-
-
-@pytest.fixture
-def mixtral(tmp_path: Path) -> Path:
-    """A directory as people download it, with a tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<unk>", "</s>", *"the quick brown fox jumps over a lazy dog".split()]
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", eos_token="</s>"
-    )
-    model_of("mixtral").save_pretrained(tmp_path / "mixtral")
-    tokenizer.save_pretrained(tmp_path / "mixtral")
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog\n\n" * 40)
-    return tmp_path
-
-
-def report(folder: Path, *more: str) -> int:
-    return cli.main(["report", str(folder / "mixtral"), "--text", str(folder / "text.txt"), *more])
-
-
-def test_the_command_reports_a_mixtral(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--length", "16", "--batches", "2", "--batch-size", "3", "--json"]
-    assert report(mixtral, *arguments, "--out", str(mixtral / "page.html")) == 0
-    document = json.loads(capsys.readouterr().out)
-    first, second = document["layers"]
-    (stream,) = document["streams"]
-    assert first["name"] == "model.layers.0.mlp"
-    assert first["tokens"] == 2 * 3 * 16 and stream["sequences"] == [16] * 6
-    assert sum(second["load"]) == 2 * 2 * 3 * 16
-    assert set(stream["pieces"]) <= {"</s>", *"the quick brown fox jumps over a lazy dog".split()}
-    assert "model.layers.1.mlp" in (mixtral / "page.html").read_text()
-
-
-def test_the_command_says_what_is_missing(
-    mixtral: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert report(mixtral, "--length", "100000") == 2
-    assert "the text has 400 tokens, a sequence has 100000" in capsys.readouterr().err
-    for file in (mixtral / "mixtral").glob("tokenizer*"):
-        file.unlink()
-    assert report(mixtral) == 3
-    said = capsys.readouterr().err
-    assert "transformers cannot load its tokenizer" in said and "--tokenizer DIR" in said
-    assert report(mixtral, "--tokenizer", str(mixtral / "nowhere")) == 3
-
-
-def test_a_dense_model_has_nothing_to_report(
-    mixtral: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=8,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(mixtral / "mixtral")
-    assert report(mixtral, "--length", "8") == 2
-    assert "LlamaForCausalLM has no experts to report on" in capsys.readouterr().err
