@@ -16,6 +16,7 @@ from moezoo.adapters.names import HEAD, is_head
 from moezoo.errors import ConfigError, TensorMismatch, nearest
 
 _MAX_CONFIG_BYTES = 1 << 20
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", ".base_layer")
 Places = dict[str, dict[int | None, str]]
 
 
@@ -67,6 +68,11 @@ def _described(
                 f"unexpected tensor {quoted(name)}", path=source.path, key=name[:120],
                 hint=_meant(name, known, source, family),
             )  # fmt: skip
+    if dropped and not config.tied and HEAD not in source.tensors:
+        raise TensorMismatch(
+            f"a head such as {quoted(dropped[0])} and none for tokens", path=source.path,
+            key=HEAD, hint=f"Weights of another class: {_other_class(family)}",
+        )  # fmt: skip
     if dropped and not drop_heads:
         raise TensorMismatch(
             f"the sparse model has no head such as {quoted(dropped[0])} ({len(dropped)} tensors)",
@@ -83,16 +89,35 @@ def _meant(
     as it has too many.
     """
     if f"model.{name}" in known:
-        kind = family.dense if family.sparse is None else family.sparse
+        return f"A save of the base class alone: {_other_class(family)}"
+    if around := _wrapper(name, known):
         return (
-            f"A save of the base class alone: load it with transformers' {kind.architecture}, "
-            "which makes a new head where that is not tied, and save that."
+            f"Names with {around!r} are of a wrapper (DDP, FSDP, torch.compile, peft) or a larger "
+            "model: save the one inside with save_pretrained."
         )
     strange = [n for n in source.tensors if n not in known and not family.is_stray(n)]
     lacking = [n for n in known if n not in source.tensors]
     near = len(name) < 120 and len(strange) <= len(lacking)
     match = nearest(name, lacking[:500]) if near else None
     return f"Did you mean {match!r}?" if match else None
+
+
+def _wrapper(name: str, known: Mapping[str, object]) -> str:
+    """What a wrapper has put before, or into, the name of a tensor that is known without."""
+    for inside in _WRAPPERS:
+        if name.replace(inside, "") in known:
+            return inside
+    parts = name.split(".")
+    cut = next((i for i in range(1, len(parts)) if ".".join(parts[i:]) in known), 0)
+    return ".".join([*parts[:cut], ""]) if cut else ""
+
+
+def _other_class(family: DecoderFamily) -> str:
+    kind = family.dense if family.sparse is None else family.sparse
+    return (
+        f"load it with transformers' {kind.architecture}, "
+        "which makes a new head where that is not tied, and save that."
+    )
 
 
 def _by_disk_name(

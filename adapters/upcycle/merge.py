@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from moezoo.adapters.checkpoint_source import CheckpointSource, open_checkpoint
 from moezoo.adapters.families import DecoderConfig
-from moezoo.adapters.formats.base import tensor_bytes, torch_dtype
+from moezoo.adapters.formats.base import tensor_bytes
 from moezoo.adapters.formats.files import read_json
 from moezoo.adapters.plan import Move, Plan, make_plan
 from moezoo.adapters.upcycle.calibration import Calibration, LayerInputs, layer_inputs
-from moezoo.adapters.upcycle.drawing import router_bytes
+from moezoo.adapters.upcycle.drawing import cast, router_bytes
+from moezoo.adapters.upcycle.finite import check_finite
 from moezoo.adapters.upcycle.recipe import Recipe
 from moezoo.adapters.upcycle.rewrite import Output, rewrite
 from moezoo.adapters.upcycle.scaling import scale_bytes
@@ -178,16 +179,19 @@ def _mean(move: Move, branches: Sequence[CheckpointSource]) -> memoryview:
     import torch
 
     parts = [_of(move, branch) for branch in branches]
-    wanted = torch_dtype(move.targets[0].dtype)
-    if all(torch.equal(part, parts[0]) for part in parts[1:]):
-        return tensor_bytes(parts[0].to(wanted))
-    return tensor_bytes(torch.stack([part.double() for part in parts]).mean(0).to(wanted))
+    mean = parts[0]
+    if not all(torch.equal(part, mean) for part in parts[1:]):
+        mean = torch.stack([part.double() for part in parts]).mean(0)
+    return tensor_bytes(cast(mean, move.targets[0].dtype, move.source.name))
 
 
 def _expert(move: Move, branch: CheckpointSource, dtype: str) -> bytes | memoryview:
-    content = tensor_bytes(_of(move, branch).to(torch_dtype(dtype)))
+    content = tensor_bytes(cast(_of(move, branch), dtype, move.source.name))
     return scale_bytes(content, dtype, move.scale)
 
 
 def _of(move: Move, branch: CheckpointSource) -> Tensor:
-    return branch.source.tensor(branch.tensors[move.parameter][0].name)
+    info = branch.tensors[move.parameter][0]
+    tensor = branch.source.tensor(info.name)
+    check_finite(tensor_bytes(tensor), info.dtype, info.name, branch.path)
+    return tensor

@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moezoo.adapters.upcycle import upcycle
 from moezoo.adapters.upcycle.calibration import read_calibration
@@ -184,3 +185,51 @@ def test_a_save_of_the_base_class_is_sent_to_the_class_with_a_head(
     assert not (tmp_path / "moe").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "whole")
     upcycle(tmp_path / "whole", tmp_path / "moe", num_experts=2)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_classifier_without_a_head_for_tokens_is_sent_to_the_class_with_one(
+    drop: bool, tmp_path: Path
+) -> None:
+    """No config.json helps: one that ties the head would make another model of it."""
+    dense_decoder(tmp_path / "dense")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "scored")
+    with pytest.raises(MoezooError, match="and none for tokens.*load it with") as refused:
+        upcycle(tmp_path / "scored", tmp_path / "moe", num_experts=2, drop_heads=drop)
+    assert "LlamaForCausalLM" in str(refused.value) and "drop" not in str(refused.value)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_merge_names_the_model_and_the_weight_that_it_cannot_take(tmp_path: Path) -> None:
+    one, other = (dense_decoder(tmp_path / name) for name in "ab")
+    held = load_file(other / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value, said in ((1e6, f"a weight of '{name}' leaves the range of F16"),
+                        (float("nan"), f"b: '{name}' holds NaN or infinity")):  # fmt: skip
+        held[name][2, 3] = value
+        save_file(held, other / "model.safetensors", {"format": "pt"})
+        with pytest.raises(MoezooError, match=said):
+            merge([one, other], tmp_path / "moe", replace(_BRANCHES, dtype="float16"))
+        assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("around", "of"),
+    [
+        ("module.", "module.model.norm.weight"),
+        ("_orig_mod.", "model._orig_mod.norm.weight"),
+        ("base_model.model.", "base_model.model.model.norm.weight"),
+        ("language_model.", "language_model.model.norm.weight"),
+        ("_fsdp_wrapped_module.", "model._fsdp_wrapped_module.norm.weight"),
+    ],
+)
+def test_names_of_a_wrapper_are_told_as_such(around: str, of: str, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense")
+    before = "model.norm.weight"
+    held = load_file(source / "model.safetensors")
+    named = {of if n == before else n: t for n, t in held.items()}
+    save_file(named, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoezooError, match=f"{of}'.*Names with '{around}' are of a wrapper"):
+        upcycle(source, tmp_path / "moe", num_experts=2)
+    assert not (tmp_path / "moe").exists()
