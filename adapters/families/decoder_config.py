@@ -176,6 +176,7 @@ class DecoderConfig:
         free = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache",
                 "moezoo_provenance", "architectures", *(self.dense_kind.ignored))  # fmt: skip
         told = {name: value for name, value in self.full.items() if name not in free}
+        told.pop("rope_scaling", None)
         base = told.pop("rope_theta", None)  # which new files say among the parameters
         rope = {"rope_theta": base, **told.get("rope_parameters", {})}
         rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -209,11 +210,15 @@ def is_dense(values: Mapping[str, Any]) -> bool:
 def _rope(said: Mapping[str, Any], theta: float) -> dict[str, Any]:
     """RoPE with the base that a file leaves to its class; as transformers 5 writes it where a file
     says more, because not every class reads an old one's `rope_scaling`, which wins in one that has
-    both.
+    both. What an old file says stays beside it, for transformers 4 reads nothing else.
     """
-    base = said.get("rope_theta", theta)
-    more = thawed(said.get("rope_scaling") or said.get("rope_parameters"))
-    return {"rope_parameters": {"rope_theta": base, **more}} if more else {"rope_theta": base}
+    base, old = said.get("rope_theta", theta), thawed(said.get("rope_scaling"))
+    more = old or thawed(said.get("rope_parameters"))
+    if not more:
+        return {"rope_theta": base}
+    whole = {"rope_theta": base, **more}
+    kept = {"rope_theta": whole["rope_theta"], "rope_scaling": old} if old else {}
+    return {"rope_parameters": whole, **kept}
 
 
 def _ropes(said: Mapping[str, Any], theta: float) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Upcycled decoders that transformers loaded and saved anew: in its words, shards and dtypes."""
+"""Upcycled decoders that transformers, old or new, loads and saves: words, shards and dtypes."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from moezoo.adapters.upcycle import downcycle, upcycle
 from moezoo.adapters.verify import verify
 from moezoo.errors import MoezooError
-from tests.conversion.decoders import FAMILIES, dense_decoder, edit_config
+from tests.conversion.decoders import FAMILIES, dense_decoder, edit_config, logits, relative
 
 
 def resaved(path: Path, out: Path, dtype: torch.dtype) -> Path:
@@ -117,3 +119,24 @@ def test_a_shared_expert_that_was_trained_beside_slices_is_not_dropped(
     with pytest.raises(MoezooError, match="the experts differ.*trained, merged, or not") as caught:
         downcycle(tmp_path / "moe", tmp_path / "again")
     assert "export" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}]
+)
+def test_scaling_of_an_old_file_is_told_to_old_and_new_classes(
+    scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers 4 reads `rope_scaling` and `rope_theta`, and drops other words in silence."""
+    source = dense_decoder(tmp_path / "dense")
+    edit_config(source, rope_parameters=..., rope_scaling=scaling, rope_theta=777.0)
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    made = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert (made["rope_scaling"], made["rope_theta"]) == (scaling, 777.0)
+    assert made["rope_parameters"] == {"rope_theta": 777.0, **scaling}
+    assert relative(logits(tmp_path / "moe"), logits(source)) < 1e-5
+    again = resaved(tmp_path / "moe", tmp_path / "again", torch.float32)
+    assert verify(again, source).passed
+    downcycle(again, tmp_path / "back")
+    told = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert told["rope_scaling"] == scaling and "rope_parameters" not in told
