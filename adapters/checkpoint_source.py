@@ -154,7 +154,8 @@ def _refuse_depth(description: Description, task: str, source: Source) -> None:
     absurd config must not cost time or memory.
     """
     config = description.config
-    layers = config.num_layers + (0 if task == "encoder" else config.decoder_layers)
+    one_stack = task == "encoder" or isinstance(config, DecoderConfig)
+    layers = config.num_layers + (0 if one_stack else config.decoder_layers)
     if layers > len(description.places):
         raise TensorMismatch(
             "config.json names more layers than the checkpoint has weights",

@@ -6,6 +6,7 @@ A container's reader is imported when one is found: all of them would take longe
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,7 @@ _IN_DIRECTORY: tuple[tuple[str, Callable[[Path, Path], Source]], ...] = (
     ("flax_model.msgpack", lambda path, file: _flax(path, file=file)),
     ("flax_model.msgpack.index.json", lambda path, file: _flax(path, index=file)),
 )
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)(\.safetensors|\.bin|\.msgpack)\Z")
 _ADAPTER = "adapter_config.json"
 _TO_SAFETENSORS = "save_pretrained(OUT) of transformers 4.x writes safetensors: "
 _FOREIGN = (
@@ -120,6 +122,8 @@ def _open_directory(path: Path) -> Source:
         )
     unfinished = (path / "metrics.jsonl").is_file()
     hint = "A training run that has not ended: go on with --resume." if unfinished else None
+    if (path / "snapshots").is_dir():
+        hint = "The cache of a hub: name a folder in its snapshots."
     raise CheckpointError("no weights here", path=path, expected=f"one of {wanted}", hint=hint)
 
 
@@ -136,6 +140,10 @@ def _refuse_foreign(path: Path) -> None:
 def _open_file(path: Path) -> Source:
     start = read_start(path, 64)
     refuse_pointer(path, start)
+    shard = _SHARD.match(path.name)
+    if shard and int(shard[2]) > 1 and (path.parent / f"{shard[1]}{shard[3]}.index.json").is_file():
+        hint = f"Name the folder, {path.parent}."
+        raise CheckpointError(f"this is one of {int(shard[2])} shards", path=path, hint=hint)
     if path.name.endswith(".index.json"):
         if ".msgpack." in path.name:
             return _flax(path, index=path)

@@ -233,3 +233,18 @@ def test_names_of_a_wrapper_are_told_as_such(around: str, of: str, tmp_path: Pat
     with pytest.raises(MoezooError, match=f"{of}'.*Names with '{around}' are of a wrapper"):
         upcycle(source, tmp_path / "moe", num_experts=2)
     assert not (tmp_path / "moe").exists()
+
+
+def test_the_folder_of_a_cache_and_one_shard_are_told_where_the_model_is(tmp_path: Path) -> None:
+    snapshot = hub(tmp_path)
+    with pytest.raises(MoezooError, match="no weights here.*a folder in its snapshots"):
+        upcycle(tmp_path / "models--org--tiny", tmp_path / "moe", num_experts=2)
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    for size, count in (("8KB", 3), ("1GB", 1)):
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        file = sorted((tmp_path / size).glob("*.safetensors"))[0]
+        if count > 1:
+            with pytest.raises(MoezooError, match=f"one of {count} shards.*{tmp_path / size}"):
+                upcycle(file, tmp_path / "moe", num_experts=2)
+        else:
+            upcycle(file, tmp_path / "moe", num_experts=2)
