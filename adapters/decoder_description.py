@@ -35,7 +35,9 @@ def describe_decoder(source: Source, *, drop_heads: bool = False) -> Description
     refuse_foreign_tensors(source.tensors, source.path, known="Llama or its kin")
     try:
         _refuse_size(source, "num_hidden_layers", config.num_layers)
-        split_fused(source, family.fused(config))
+        fused = family.fused(config)
+        _refuse_memory(source, fused)
+        split_fused(source, fused)
         _refuse_size(source, "num_experts", len(config.decoder_sparse) * config.num_experts)
         return _described(source, family, config, values, drop_heads=drop_heads)
     except TensorMismatch as error:
@@ -140,6 +142,18 @@ def _refuse_size(source: Source, field: str, number: int) -> None:
         raise TensorMismatch(
             f"{field}: config.json names more of them than the checkpoint has weights",
             path=source.path, key=field, found=number,
+        )  # fmt: skip
+
+
+def _refuse_memory(source: Source, fused: Mapping[str, object]) -> None:
+    """Refuse experts by the names that they have in a model that transformers has loaded."""
+    ends = (".experts.gate_up_proj", ".experts.down_proj")
+    name = next((n for n in source.tensors if n.endswith(ends) and n not in fused), None)
+    if name is not None:
+        raise TensorMismatch(
+            f"{quoted(name)} holds experts as transformers has them in memory", path=source.path,
+            key=name[:120], hint="Load it, m; new = AutoModelForCausalLM.from_config(m.config); "
+            "new.load_state_dict(m.state_dict()); new.save_pretrained(OUT) has published names.",
         )  # fmt: skip
 
 

@@ -140,3 +140,20 @@ def test_scaling_of_an_old_file_is_told_to_old_and_new_classes(
     downcycle(again, tmp_path / "back")
     told = json.loads((tmp_path / "back" / "config.json").read_text())
     assert told["rope_scaling"] == scaling and "rope_parameters" not in told
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "lfm2"])
+def test_names_of_a_model_in_memory_are_sent_to_be_saved_by_others(
+    family: str, tmp_path: Path
+) -> None:
+    source = dense_decoder(tmp_path / "dense", family)
+    upcycle(source, tmp_path / "moe", num_experts=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    with pytest.raises(MoezooError, match="as transformers has them in memory.*from_config"):
+        downcycle(tmp_path / "memory", tmp_path / "back")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    new = AutoModelForCausalLM.from_config(loaded.config)
+    new.load_state_dict(loaded.state_dict())
+    new.save_pretrained(tmp_path / "again")
+    assert verify(tmp_path / "again", source, levels=[1, 2]).passed
