@@ -79,6 +79,7 @@ def export(
                     found=expert,
                 )
         if vocab_size is not None:
+            _refuse_lost_ids(config, vocab_size)
             config = config.replace(vocab_size=vocab_size)
         wanted = None if dtype is None else DTYPES[dtype]
         family = layout_for(config, layout, dtypes={wanted} if wanted else checkpoint.dtypes)
@@ -124,6 +125,20 @@ def _refuse_part(checkpoint: CheckpointSource) -> None:
             f"an expert is one of {slices} slices of a dense layer", field="expert",
             path=checkpoint.path, hint="`moezoo downcycle` joins them.",
         )  # fmt: skip
+
+
+def _refuse_lost_ids(config: ModelConfig, vocab_size: int) -> None:
+    """A SwitchConfig knows its special ids; transformers makes no decoder that pads with no row."""
+    if not isinstance(config, DecoderConfig):
+        return
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        found = config.full.get(name)
+        for number in found if isinstance(found, tuple) else [found]:
+            if type(number) is int and number >= vocab_size:
+                raise ConfigError(
+                    f"{name} would have no row", field="vocab_size", expected=f"> {number}",
+                    found=vocab_size, hint="Keep more rows, or change it in config.json first.",
+                )  # fmt: skip
 
 
 def _check(wo_scale: float | None, vocab_size: int | None) -> None:

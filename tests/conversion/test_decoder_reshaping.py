@@ -123,3 +123,16 @@ def test_a_published_model_that_no_dense_one_is_in_is_refused(
         with pytest.raises(MoezooError, match="no dense model has|experts differ|adds what all"):
             verb(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("field", "found"), [("pad_token_id", 60), ("eos_token_id", [2, 50])])
+def test_a_special_id_keeps_its_row(field: str, found: Any, tmp_path: Path) -> None:
+    source = dense_decoder(tmp_path / "dense", **{field: found})
+    for path in (source, tmp_path / "moe"):
+        with pytest.raises(MoezooError, match=f"{field} would have no row; expected > [56]0"):
+            export(path, tmp_path / "small", vocab_size=50)
+        assert not (tmp_path / "small").exists()
+        if path is source:
+            upcycle(source, tmp_path / "moe", num_experts=2)
+    export(source, tmp_path / "less", vocab_size=61 if field == "pad_token_id" else 51)
+    loaded(tmp_path / "less")
