@@ -39,6 +39,11 @@ NEAR = {
     "adapters/families/": ["tests/properties/test_decoders.py"],
     "adapters/tensor_files.py": ["tests/properties/test_decoders.py"],
     "adapters/upcycle/grow.py": ["tests/properties/test_decoders.py"],
+    "adapters/upcycle/shrink.py": ["tests/conversion/test_decoder_reshaping.py"],
+    "adapters/upcycle/downcycling.py": [
+        "tests/conversion/test_decoder_reshaping.py",
+        "tests/conversion/test_decoder_resaved.py",
+    ],
     "adapters/upcycle/folding.py": ["tests/conversion/test_settled.py"],
     "adapters/upcycle/target.py": ["tests/conversion/test_settled.py"],
     "moezoo/training/recipes.py": ["tests/conversion/test_settled.py"],
