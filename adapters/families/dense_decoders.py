@@ -192,7 +192,8 @@ _KINDS = (
                   "shared_intermediate_size": 1024, "position_embedding_type": None,
                   "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
                   "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
-                  "mamba_conv_bias": True, "mamba_proj_bias": False},
+                  "mamba_conv_bias": True, "mamba_proj_bias": False,
+                  "time_step_limit": [0.0, {"__float__": "Infinity"}]},  # as it writes an infinity
         mlp="shared_mlp",
         matrix={"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "output_linear"},
         width=shared_width,

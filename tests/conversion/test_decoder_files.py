@@ -38,6 +38,7 @@ _OLD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lfm2": ({}, {"layer_types": ..., "full_attn_idxs": [1], "block_ff_dim": 36,
                   "intermediate_size": ...}),
     "cohere2": ({}, {"sliding_window_pattern": 2, "layer_types": ...}),
+    "granitemoehybrid": ({}, {"time_step_limit": ..., "layer_types": ["mamba", "attention"]}),
 }  # fmt: skip
 
 

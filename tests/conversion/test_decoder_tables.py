@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -42,8 +43,8 @@ _OF_ROPE = {"partial_rotary_factor", "rope_type", "type"}
 
 
 def fields(model_type: str) -> dict[str, Any]:
-    """What the class of a `model_type` assumes where config.json is silent."""
-    made: dict[str, Any] = CONFIG_MAPPING[model_type]().to_dict()
+    """What the class of a `model_type` assumes where config.json is silent, as it writes it."""
+    made: dict[str, Any] = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
     return {name: value for name, value in made.items() if name not in {"model_type", "dtype"}}
 
 
