@@ -15,12 +15,13 @@ KINDS = {
     "model": "encoder and decoder, no head",
     "encoder": "encoder alone",
 }
+_LENGTH = 512
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("model", help="a name of `moezoo list`, or a checkpoint directory")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
+    parser.add_argument("--length", type=int, help="tokens per sequence (512), for FLOPs")
     add_drop_heads(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -31,13 +32,18 @@ def run(arguments: argparse.Namespace) -> int:
     from moezoo.cost import BYTES, cost
     from moezoo.errors import ConfigError
 
-    if arguments.length < 1:
-        raise ConfigError("--length is at least 1", field="length", found=arguments.length)
+    given = arguments.length
+    if given is not None and given < 1:
+        raise ConfigError("--length is at least 1", field="length", found=given)
     decoder = decoder_facts(arguments.model, drop_heads=arguments.drop_heads)
     if decoder is not None:
+        if given is not None:
+            reason = "--length is for FLOPs, which are not counted of a decoder"
+            raise ConfigError(reason, field="length", found=given, hint="Leave it out.")
         table = decoder_table(arguments.model, decoder)
         print(json.dumps(decoder, indent=2) if arguments.json else table)
         return 0
+    arguments.length = _LENGTH if given is None else given
     config, task = model_of(arguments.model, drop_heads=arguments.drop_heads)
     router = config.router if isinstance(config.router, dict) else {"name": config.router}
     total = cost(config, task=task, length=arguments.length)

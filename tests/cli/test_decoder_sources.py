@@ -34,6 +34,8 @@ def test_info_counts_what_a_decoder_holds(
         assert found["sparse_layers"] == ([0, 1] if experts else [])
     assert cli.main(["info", str(tmp_path / "dense")]) == 0
     assert "none: a dense model" in capsys.readouterr().out
+    assert cli.main(["info", str(tmp_path / "moe"), "--length", "9"]) == 2
+    assert "not counted of a decoder" in capsys.readouterr().err
     assert cli.main(["info", str(tmp_path / "moe")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["experts", "per", "token", "2"] in rows
