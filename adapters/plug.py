@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from moezoo.adapters.padding import Mask, carriers_of
 from moezoo.adapters.sparse import Sparse
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.functional.shards import refuse_sharded
+from moezoo.layer import MoE
 
 _PLUGS = "_moezoo_plugs"
 Where = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -78,7 +79,8 @@ def plug(
         carrier.attach(model, owner)
     _leave_nested_tensors(model, names)
     said = make if isinstance(make, Sparse) else type(make).__name__
-    vars(model)[_PLUGS] = (*plugs_of(model), Plug(names, said, mask, causal))
+    before = [replace(done, names=_outside(names, done.names)) for done in plugs_of(model)]
+    vars(model)[_PLUGS] = (*filter(_names_any, before), Plug(names, said, mask, causal))
     return names
 
 
@@ -95,9 +97,28 @@ class Plug:
 
 
 def plugs_of(model: nn.Module) -> tuple[Plug, ...]:
-    """The calls of `plug` that a model has seen, in order."""
+    """The calls of `plug` that a model has seen, in order, with what is still there of them: a
+    module that was put back in the place of experts is not.
+    """
     found: tuple[Plug, ...] = vars(model).get(_PLUGS, ())
-    return found
+    modules = model.named_modules(remove_duplicate=False)
+    sparse = [f"{name}." for name, module in modules if isinstance(module, MoE)]
+    kept = [
+        replace(done, names=[n for n in done.names if any(s.startswith(f"{n}.") for s in sparse)])
+        if isinstance(done.make, Sparse)
+        else done
+        for done in found
+    ]
+    return tuple(filter(_names_any, kept))
+
+
+def _outside(names: list[str], earlier: list[str]) -> list[str]:
+    """Those of the names of earlier plugs that nothing was put into the place of."""
+    return [n for n in earlier if not any(f"{n}.".startswith(f"{now}.") for now in names)]
+
+
+def _names_any(done: Plug) -> bool:
+    return bool(done.names)
 
 
 def _refuse_tied(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
@@ -128,7 +149,7 @@ def _chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{outer}.") for outer, _ in chosen)
-        names.append(name)
+        names += [name] if name else []
         if name and not inside and matches(name, module):
             chosen.append((name, module))
     if not chosen:

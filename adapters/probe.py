@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from moezoo.errors import ConfigError
+from moezoo.ops.observed import is_plain_tensor
 
 _TOLERANCE = 1e-4
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FAILURES = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError)
 _HINT = "Choose its MLP, or pass a `make` of your own that returns a moezoo.SparseMLP."
 
@@ -72,12 +74,9 @@ def stranger_of(module: nn.Module) -> nn.Module:
     """A copy of a module in evaluation and float32 with other weights: zeros hide what is
     multiplied by them.
 
-    Raises ConfigError for weights on "meta".
+    Raises ConfigError for weights on "meta", quantised ones, and those that are made of others.
     """
-    if any(p.is_meta for p in module.parameters()):
-        hint = "Plug in once the weights are there."
-        reason = f"{type(module).__name__} has weights on 'meta': it cannot be tried"
-        raise ConfigError(reason, field="make", hint=hint)
+    _check_weights(module)
     made = copy.deepcopy(module).eval()
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in made.parameters()):
         made = made.float()
@@ -85,6 +84,29 @@ def stranger_of(module: nn.Module) -> nn.Module:
         if parameter.is_floating_point():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Refuse a module of which no copy with other weights can be made. Raises ConfigError."""
+    found, kind = dict(module.named_parameters()), type(module).__name__
+    if any(p.is_meta for p in found.values()):
+        hint = "Plug in once the weights are there."
+        raise ConfigError(
+            f"{kind} has weights on 'meta': it cannot be tried", field="make", hint=hint
+        )
+    for name, p in found.items():
+        coded = p.is_floating_point() and p.dtype not in _DTYPES
+        if coded or not is_plain_tensor(p):
+            what = p.dtype if coded else type(p).__name__
+            hint = "Plug first, and quantise then."
+            reason = f"{name!r} of {kind} is quantised ({what}): it cannot be tried"
+            raise ConfigError(reason, field="make", hint=hint)
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                hint = "Make it permanent: prune.remove, or remove_weight_norm, of torch.nn.utils."
+                reason = f"{name!r} of {type(part).__name__} is computed from other weights"
+                raise ConfigError(reason, field="make", hint=hint)
 
 
 def _left_out(signature: inspect.Signature, given: int) -> dict[str, None]:

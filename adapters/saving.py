@@ -70,8 +70,7 @@ def save(
     config = getattr(model, "config", None)
     task = next((name for name, kind in TASKS.items() if class_of(model) is kind), None)
     if not isinstance(config, SwitchConfig) or task is None:
-        hint = "Save other modules with safetensors.torch.save_model."
-        found = type(model).__name__
+        found, hint = type(model).__name__, _way_out(model)
         raise ConfigError("only moezoo models can be saved", field="model", found=found, hint=hint)
     if is_quantized(model):
         hint = "Save the model before moezoo.quantize; quantise again after loading."
@@ -107,6 +106,14 @@ def save(
     with replacing_directory(path, overwrite=overwrite, bytes_needed=total) as stage:
         begin(stage)
         write(stage)
+
+
+def _way_out(model: nn.Module) -> str:
+    """How to save what is none of moezoo's models."""
+    inside = next((name for name, part in model.named_modules() if plugs_of(part)), None)
+    if inside is None:
+        return "Save other modules with safetensors.torch.save_model."
+    return f"Save its {inside!r}, which is what was plugged, or plug the whole."
 
 
 def refuse_beside_plugged(**given: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from moezoo.experts.stacked import StackedExperts
 from moezoo.layer import MoE
 from moezoo.sparse_mlp import SparseMLP
 
+_PLAIN = (bool, int, float, str, type(None))  # defaults of arguments that are compared, and kept
 UNIT_SWITCH = {"name": "switch", "weight": "unit"}
 
 
@@ -117,7 +120,7 @@ class Sparse:
             causal=self.causal,
             batch_first=batch_first,
         )
-        made.names = tuple(inspect.signature(mlp.forward).parameters)[: 1 + residual]
+        made.take_words_of(mlp, 1 + residual)
         made.after = nn.Dropout(form.after) if form is not None and form.after else None
         weight = next(mlp.parameters(), torch.zeros((), device="cpu"))
         made.moe.router.to(weight.device, weight.dtype)
@@ -132,15 +135,27 @@ class Sparse:
 
 class PluggedMLP(SparseMLP):
     """A `SparseMLP` in the place of an MLP that drops out its result or adds it to a residual, and
-    is called by the words that the MLP had for its arguments (`names`).
+    is called by the words that the MLP had for its arguments (`names`); `others` are further ones,
+    with the values that the MLP was tried with.
     """
 
     after: nn.Dropout | None
     names: tuple[str, ...] = ()
+    others: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.register_forward_pre_hook(_in_order, with_kwargs=True)
+
+    def take_words_of(self, mlp: nn.Module, inputs: int) -> None:
+        """Be called as an MLP whose first `inputs` arguments are tokens."""
+        found = inspect.signature(mlp.forward).parameters.values()
+        self.names = tuple(p.name for p in found)[:inputs]
+        self.others = {
+            p.name: p.default if isinstance(p.default, _PLAIN) else p.empty
+            for p in list(found)[inputs:]
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
 
     def forward(
         self,
@@ -166,12 +181,34 @@ class PluggedMLP(SparseMLP):
 def _in_order(
     layer: PluggedMLP, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments that are given by the words of the MLP, by their places."""
+    """Arguments that are given by the words of the MLP, by their places; further ones, of which
+    experts know nothing, have to be what it was tried with. Raises ConfigError.
+    """
+    inputs, taken = len(layer.names), _own_words(layer)
+    further = dict(zip(layer.others, args[inputs:], strict=False))
+    further |= {n: kwargs[n] for n in layer.others if n in kwargs and n not in taken}
+    for name, value in further.items():
+        if not _is_same(value, layer.others[name]):
+            hint = "Pass a `make` of your own that knows what it is for."
+            reason = f"experts take no {name!r}, and the MLP that was replaced is called with one"
+            raise ConfigError(reason, field="make", hint=hint)
     named = [name for name in layer.names[len(args) :] if name in kwargs]
-    if not named:
+    if not named and not further:
         return None
-    rest = {name: value for name, value in kwargs.items() if name not in named}
-    return (*args, *(kwargs[name] for name in named)), rest
+    rest = {n: value for n, value in kwargs.items() if n not in named and n not in further}
+    beyond = args[inputs + len(layer.others) :]
+    return (*args[:inputs], *(kwargs[name] for name in named), *beyond), rest
+
+
+def _own_words(layer: PluggedMLP) -> tuple[str, ...]:
+    """What a layer takes by itself, whatever the MLP took by that word."""
+    return ("mask", "token_ids") if layer.moe.router.needs_token_ids else ("mask",)
+
+
+def _is_same(value: object, default: object) -> bool:
+    return value is default or (
+        type(value) is type(default) and isinstance(value, _PLAIN) and value == default
+    )
 
 
 def _stacked(mlp: nn.Module, form: Form, width: int, num_experts: int) -> StackedExperts:

@@ -16,7 +16,7 @@ from moezoo.errors import ConfigError
 from moezoo.functional.drawn import DrawnLinear
 from moezoo.ops.eager import autocasts, is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
-from moezoo.ops.observed import is_plain
+from moezoo.ops.observed import is_plain, is_plain_tensor
 from moezoo.ops.products import fast_products, steady_product
 from moezoo.private_torch import softmax_gradient
 
@@ -29,8 +29,11 @@ def gate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_plain_gate(module: nn.Module) -> bool:
-    """Whether a gate is a linear map that nobody observes: its weights may be read."""
-    return is_plain(module, nn.Linear, DrawnLinear)
+    """Whether a gate is a linear map that nobody observes, nor has quantised: its weights may be
+    read.
+    """
+    plain = is_plain(module, nn.Linear, DrawnLinear)
+    return plain and is_plain_tensor(cast(Tensor, module.weight))
 
 
 def gate(module: nn.Module, x_TD: Tensor) -> Tensor:

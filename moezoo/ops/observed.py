@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import FunctionType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moezoo.private_torch import is_compiled_in_place, is_hooked, is_made_by_compile
 
@@ -38,6 +38,13 @@ def is_observed(module: nn.Module, *methods: str, whole: bool = False) -> bool:
     if whole and not functions.isdisjoint(own):
         return True
     return any(name in own or not _is_as_written(kind, name) for name in methods)
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor holds the values that its dtype says, and no class of its own decides what
+    operators do with them (quantised, sharded and fake ones).
+    """
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def is_compiled(module: nn.Module) -> bool:

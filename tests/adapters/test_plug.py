@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,39 @@ def test_experts_are_called_by_the_words_of_the_mlp() -> None:
     assert torch.equal(routing.real, mask.flatten())
     with pytest.raises(moezoo.MoezooError, match="is called with one"):
         layer(x, mask)
+
+
+class Scaled(nn.Module):
+    """An MLP with arguments that experts know nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(
+        self, x: Tensor, scale: float = 1.0, *, gate: Tensor | None = None, token_ids: Any = None
+    ) -> Tensor:
+        y: Tensor = scale * self.inner(x)
+        y = y if gate is None else gate * y
+        return y if token_ids is None else 2.0 * y
+
+
+def test_arguments_that_change_what_the_mlp_does_are_not_dropped() -> None:
+    mlp, x = Scaled(), torch.randn(2, 5, 8)
+    layer = sparse(4)(mlp).eval()
+    for found in (layer(x, 1.0), layer(x, scale=1.0, gate=None), layer(x=x, token_ids=None)):
+        torch.testing.assert_close(found, mlp(x))
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    for args, kwargs, name in (
+        ((x, 2.0), {}, "scale"),
+        ((x,), {"scale": 2.0}, "scale"),
+        ((x,), {"gate": torch.ones(8)}, "gate"),
+        ((x,), {"token_ids": ids}, "token_ids"),
+    ):
+        with pytest.raises(moezoo.MoezooError, match=f"take no '{name}', .* is called with one"):
+            layer(*args, **kwargs)
+    hashed = sparse(4, router={"name": "hash", "vocab_size": 9}, capacity="dropless")(mlp)
+    torch.testing.assert_close(hashed(x, token_ids=ids), mlp(x))
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softsign()])  # stacked, and one by one

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune, weight_norm
 
 import moezoo
 from moezoo.adapters.sparse import sparse
 
+from ..observed.observers import code
 from .plugged import GPT2, SIZES, T5, Mine, hugging_face
 
 VIT = {
@@ -90,6 +92,29 @@ def test_zeros_hide_nothing_and_a_trial_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(moezoo.MoezooError, match="'meta'"), torch.device("meta"):
         sparse(2)(nn.Sequential(nn.Linear(8, 8)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_weights_that_cannot_be_drawn_anew_are_refused() -> None:
+    def mlp() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    coded, narrow, pruned, normed = mlp(), mlp(), mlp(), mlp()
+    code(coded[0])
+    narrow[2].weight = nn.Parameter(narrow[2].weight.detach().to(torch.float8_e4m3fn))
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    weight_norm(normed[2])
+    for module, reason in (
+        (coded, r"'0.weight' of Sequential is quantised \(Coded\)"),
+        (narrow, r"'2.weight' of Sequential is quantised \(torch.float8_e4m3fn\)"),
+        (pruned, "'weight' of Linear is computed from other weights.*prune.remove"),
+        (normed, "'weight' of Linear is computed from other weights"),
+    ):
+        with pytest.raises(moezoo.MoezooError, match=reason):
+            sparse(2)(module)
+    prune.remove(pruned[0], "weight")
+    x, layer = torch.randn(5, 8), sparse(2)(pruned).eval()
+    torch.testing.assert_close(layer(x), pruned(x))
 
 
 def test_routers_that_see_later_tokens_are_refused_in_decoders() -> None:

@@ -103,6 +103,42 @@ def test_a_checkpoint_of_transformers_is_loaded_into_a_plugged_model(
     assert torch.equal(logits(moezoo.load(tmp_path / "plugged")), logits(model))
 
 
+def test_only_what_is_still_plugged_is_in_the_folder(tmp_path: Path) -> None:
+    model, x = Mine().eval(), torch.randn(2, 3, 8)
+    dense = [block.mlp for block in model.blocks]
+    moezoo.plug(model, "blocks.*.mlp", sparse(4))
+    model.blocks[0].mlp = dense[0]
+    moezoo.save(model, tmp_path / "one")
+    assert torch.equal(load_plugged(tmp_path / "one", Mine())(x), model(x))
+    model.blocks[1].mlp = dense[1]
+    with pytest.raises(ConfigError, match="only moezoo models"):
+        moezoo.save(model, tmp_path / "none")
+    moezoo.plug(model, "blocks.1.mlp", sparse(2, router=POOLED))
+    moezoo.save(model, tmp_path / "again")
+    (entry,) = json.loads((tmp_path / "again" / "config.json").read_text())["moezoo_plugged"]
+    assert (entry["modules"], entry["sparse"]["num_experts"]) == (["blocks.1.mlp"], 2)
+    assert torch.equal(load_plugged(tmp_path / "again", Mine())(x), model(x))
+
+
+def test_a_module_in_two_places_is_saved_as_plugged_in_both(tmp_path: Path) -> None:
+    model, x = Mine().eval(), torch.randn(2, 3, 8)
+    fresh = Mine()
+    for one in (model, fresh):
+        one.blocks[1].mlp = one.blocks[0].mlp
+    moezoo.plug(model, "blocks.*.mlp", sparse(4))
+    moezoo.save(model, tmp_path / "plugged")
+    again = load_plugged(tmp_path / "plugged", fresh)
+    assert again.blocks[0].mlp is again.blocks[1].mlp
+    assert torch.equal(again(x), model(x))
+
+
+def test_the_part_that_was_plugged_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Mine())
+    moezoo.plug(model[1], "blocks.*.mlp", sparse(4))
+    with pytest.raises(ConfigError, match="Save its '1', which is what was plugged"):
+        moezoo.save(model, tmp_path / "plugged")
+
+
 def test_what_a_config_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     router = moezoo.routers.build("switch", d_model=8, num_experts=4)
     for make, mask, word in (

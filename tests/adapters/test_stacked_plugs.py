@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import moezoo
 from moezoo import sparse
@@ -142,6 +143,29 @@ def test_an_mlp_that_somebody_observes_is_copied_as_it_is() -> None:
     mlp[0].register_forward_hook(lambda module, args, out: 2.0 * out)
     layer: Any = sparse(3, d_model=4)(mlp).eval()
     assert isinstance(layer.moe.experts, ModuleExperts)
+
+
+class Doubled(nn.Module):
+    """A weight that is twice a parameter."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    ],
+    ids=["weight_norm", "one's own"],
+)
+def test_a_parametrisation_is_kept(parametrise: Any) -> None:
+    mlp, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(5, 4)
+    parametrise(mlp[0])
+    layer: Any = sparse(3)(mlp).eval()
+    assert all(parametrize.is_parametrized(expert[0]) for expert in layer.moe.experts.each)
+    torch.testing.assert_close(layer(x), mlp(x))
 
 
 class Added(nn.Module):

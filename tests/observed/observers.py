@@ -7,8 +7,43 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
+
+
+class Coded(Tensor):
+    """A weight of eight bits as other tools put it in the place of a parameter's data: it has a
+    floating dtype, and knows `F.linear` alone.
+    """
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> Coded:
+        made: Coded = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        return made
+
+    def __init__(self, weight: Tensor) -> None:
+        self.scale = weight.abs().amax(1, keepdim=True) / 127.0
+        self.rounded = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.rounded * weight.scale, *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"a coded weight knows no {func}")
+
+
+def code(layer: nn.Linear) -> None:
+    """Give a linear layer a coded weight."""
+    layer.weight = nn.Parameter(Coded(layer.weight.detach()), requires_grad=False)
+
 
 Change = Callable[[Any, Any], Any]
 

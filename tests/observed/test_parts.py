@@ -18,7 +18,7 @@ from moezoo.layer import MoE
 from moezoo.ops.observed import is_compiled, is_observed, is_plain
 from moezoo.recording import record
 
-from .observers import ALL, QUICK
+from .observers import ALL, QUICK, code
 
 CALLS = [(rows, grad) for rows in (1, 3) for grad in (False, True)]
 ROUTERS = [name for name in routers.names() if name not in ("random", "hash", "soft")]
@@ -221,6 +221,16 @@ def test_gates_of_eight_bits_are_called() -> None:
     assert type(moe.router.classifier) is not nn.Linear
     for call, expected in zip(CALLS, plain, strict=True):
         torch.testing.assert_close(out(moe, *call), expected, atol=0.3, rtol=0.3)
+
+
+@pytest.mark.parametrize("router", ["switch", "top_k", "streamed_switch"])
+def test_gates_that_another_tool_rounds_are_called(router: str) -> None:
+    coded, plain = layer(router), layer(router)
+    code(coded.router.classifier)
+    weight = coded.router.classifier.weight
+    plain.router.classifier.weight.data = weight.rounded * weight.scale
+    for call in CALLS:
+        torch.testing.assert_close(out(coded, *call), out(plain, *call))
 
 
 def test_a_gate_in_half_precision_that_is_offloaded_is_refused_by_name() -> None:
