@@ -42,6 +42,13 @@ def save_plugged(
     if is_quantized(model):
         hint = "Save the model before moezoo.quantize; quantise again after loading."
         raise ConfigError("a quantised model cannot be saved", field="model", hint=hint)
+    adapted = next(
+        (n for n, part in model.named_modules() if hasattr(part, "get_base_layer")), None
+    )
+    if adapted is not None:
+        hint = "Save the adapter by save_pretrained of PEFT, or the model after merge_and_unload()."
+        reason = f"{adapted!r} holds an adapter, which config.json cannot say"
+        raise ConfigError(reason, field="model", hint=hint)
     values = {**_config_of(model), FIELD: _described(model)}
     tensors = {}
     for name, tensor in _own_tensors(model).items():

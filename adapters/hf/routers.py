@@ -24,6 +24,8 @@ from moezoo.routers.base import Router
 
 Seen = Callable[[Routing], None]
 _MASK, _TOKENS = "attention_mask", ("input_ids", "inputs_embeds")
+# Where PEFT, torch.compile, FSDP and checkpoint_wrapper have what they wrap.
+_WRAPPED = ("base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # The logarithms of scores that routers take of logits, up to a factor per token.
 _SCORES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda logits: logits,  # softmax
@@ -37,7 +39,7 @@ def sparse_layers(model: nn.Module) -> Mapping[str, Watched]:
     that of the experts where it holds several.
     """
     found = {name: module for name, module in model.named_modules() if _is_experts(module)}
-    around = [name.rpartition(".")[0] for name in found]
+    around = [_around(name) for name in found]
     return {
         outer if outer and around.count(outer) == 1 else name: SparseLayer(name, model, module)
         for (name, module), outer in zip(found.items(), around, strict=True)
@@ -49,8 +51,10 @@ class SparseLayer:
 
     def __init__(self, name: str, model: nn.Module, experts: Any) -> None:
         self.name, self.model, self.experts = name, model, experts
-        around = model.get_submodule(name.rpartition(".")[0])
-        self.beside = [part for part in around.children() if not _is_experts(part)]
+        around = model.get_submodule(_around(name))
+        self.beside = [
+            part for part in around.children() if not any(map(_is_experts, part.modules()))
+        ]
         self.router = ReadRouter(experts)
 
     def watch(self, seen: Seen, *, checked: bool) -> Iterable[Handle]:
@@ -215,6 +219,13 @@ def _score_of(logits_TE: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> int | 
         spread = (gap_TK - gap_TK.nanmean(dim, keepdim=True)).abs()
         spreads.append(float(spread.nan_to_num().mean()))
     return spreads.index(min(spreads))
+
+
+def _around(name: str) -> str:
+    """The name of the module around experts, past what is wrapped around them alone."""
+    while name.rpartition(".")[2] in _WRAPPED:
+        name = name.rpartition(".")[0]
+    return name.rpartition(".")[0]
 
 
 def _is_experts(module: Any) -> bool:

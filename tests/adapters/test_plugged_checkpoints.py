@@ -132,6 +132,22 @@ def test_a_module_in_two_places_is_saved_as_plugged_in_both(tmp_path: Path) -> N
     assert torch.equal(again(x), model(x))
 
 
+def test_adapters_are_merged_before_a_plugged_model_is_saved(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = llama()
+    moezoo.plug(model, "model.layers.*.mlp", sparse(4))
+    lora = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.wo"])
+    adapted = peft.get_peft_model(model, lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = logits(adapted)
+    with pytest.raises(ConfigError, match="holds an adapter.*merge_and_unload"):
+        moezoo.save(model, tmp_path / "plugged")
+    moezoo.save(adapted.merge_and_unload(), tmp_path / "plugged")
+    torch.testing.assert_close(logits(moezoo.load(tmp_path / "plugged")), expected)
+
+
 def test_the_part_that_was_plugged_is_named(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Mine())
     moezoo.plug(model[1], "blocks.*.mlp", sparse(4))

@@ -152,7 +152,7 @@ class Around(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-@pytest.mark.parametrize("way", ["own", "parallel", "peft", "peft generates"])
+@pytest.mark.parametrize("way", ["own", "parallel", "peft", "peft generates", "peft's experts"])
 def test_a_wrapper_hides_neither_padding_nor_the_configured_loss(
     way: str, dtype: torch.dtype
 ) -> None:
@@ -163,7 +163,10 @@ def test_a_wrapper_hides_neither_padding_nor_the_configured_loss(
     elif way == "parallel":
         model = torch.nn.DataParallel(model)
     else:
-        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        own = ["experts.gate_up_proj", "experts.down_proj"] if "experts" in way else None
+        lora = peft.LoraConfig(
+            r=2, target_modules=["q_proj"], target_parameters=own, task_type="CAUSAL_LM"
+        )
         model = peft.get_peft_model(model, lora)
     with moezoo.record(model) as tape:
         if way == "own":
@@ -174,6 +177,7 @@ def test_a_wrapper_hides_neither_padding_nor_the_configured_loss(
             model(**batch)
     (first, *_), _ = tape.by_layer.values()
     assert torch.equal(first.real, MASK.bool().flatten())
+    assert all(name.endswith(".mlp") for name in tape.by_layer)
     with torch.no_grad():
         wanted = CONFIGS["mixtral"].router_aux_loss_coef
         torch.testing.assert_close(tape.loss(), tape.loss({"load_balance": wanted}))
