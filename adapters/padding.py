@@ -151,12 +151,11 @@ class Padding:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cached = any(given.get(name) is not None for name in _CACHES)
+        cached = cache_of(given) is not None
         if callable(self.argument):
             mask = self.argument(given)
         else:
-            mask = given.get(self.argument)
-            mask = None if mask is None else real_of(mask, self.argument)
+            mask = real_of(given.get(self.argument), self.argument, cache_of(given))
         self.masked = self.masked or mask is not None
         self.recalled.clear()  # of an earlier backward
         self._stack().append((mask, cached))
@@ -238,11 +237,36 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def real_of(mask: Tensor, name: str) -> Tensor:
-    """True for real tokens, of a mask whose name says what its values mean.
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache of earlier tokens among the arguments of a model, or None."""
+    return next((found for name in _CACHES if (found := given.get(name)) is not None), None)
+
+
+def real_of(given: object, name: str, cache: Any = None) -> Tensor | None:
+    """True for real tokens, of a mask whose name says what its values mean; `cache` is what the
+    model is called with besides.
 
     Raises ConfigError for numbers that are neither 0 and 1 nor, of padding, additive.
     """
+    mask: Any = given.get("full_attention") if isinstance(given, Mapping) else given
+    if mask is None or mask.dim() == 4:
+        return None if mask is None else _real_of_attention(mask, cache)
+    return _real_of_padding(mask, name)
+
+
+def _real_of_attention(mask: Tensor, cache: Any) -> Tensor:
+    """Of what attends to what (B, 1, L, columns), as transformers makes it for a static cache: a
+    token is real if it may attend to itself, in the column behind those that the cache holds.
+    """
+    rows, columns = mask.shape[2:]
+    start = cache.get_seq_length() if hasattr(cache, "get_seq_length") else columns - rows
+    place_L = torch.arange(rows, device=mask.device) + start
+    place_BL1 = place_L[None, :, None].expand(mask.shape[0], rows, 1)
+    own_BL = mask[:, 0].gather(2, place_BL1).squeeze(2)
+    return own_BL > -1e3 if mask.is_floating_point() else own_BL.bool()
+
+
+def _real_of_padding(mask: Tensor, name: str) -> Tensor:
     padding = "padding" in name
     if not mask.is_floating_point():
         return ~mask.bool() if padding else mask.bool()

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from moezoo.adapters.padding import modules_around, parameters_of
+from moezoo.adapters.padding import cache_of, modules_around, parameters_of, real_of
 from moezoo.errors import NonFiniteInput
 from moezoo.recording import Handle, Watched, register_reader
 from moezoo.records import Assignment, Routing
@@ -106,7 +106,11 @@ class _Call:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _given(model, args, kwargs)
         mask = given.get(_MASK)
-        self.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self.mask = mask.bool()
+        else:
+            whole = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() == 4)
+            self.mask = real_of(mask, _MASK, cache_of(given)) if whole else None
         new = next((t for name in _TOKENS if (t := given.get(name)) is not None), None)
         self.length = None if new is None else new.shape[1]
 

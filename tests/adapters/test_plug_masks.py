@@ -75,6 +75,45 @@ def test_a_plugged_decoder_with_a_cache_generates_what_the_dense_one_does() -> N
     assert torch.equal(model.generate(input_ids=ids(), attention_mask=left, **options), expected)
 
 
+SMALL_GEMMA = {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 4}
+STATIC: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES, "model.layers.*.mlp"),
+    "gemma": ("Gemma3ForCausalLM", "Gemma3TextConfig",
+              {**SIZES, **SMALL_GEMMA, "num_hidden_layers": 6}, "model.layers.*.mlp"),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "decoder_start_token_id": 0},
+           "*.DenseReluDense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATIC)
+@torch.no_grad()
+def test_a_static_cache_hides_no_padding(name: str) -> None:
+    kind, config, sizes, where = STATIC[name]
+    model: Any = hugging_face(kind, config, **sizes, eos_token_id=49, pad_token_id=0)
+    given = {"input_ids": ids(), "attention_mask": MASK.flip(1), "cache_implementation": "static"}
+    expected = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    moezoo.plug(model, where, sparse(4))
+    with moezoo.record(model) as tape:
+        found = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(found, expected)
+    for layer, (first, *others) in tape.by_layer.items():
+        if "decoder" not in layer:
+            assert torch.equal(first.real, MASK.flip(1).bool().flatten())
+        assert all(bool(r.real.all()) and r.real.numel() == 2 for r in others)
+
+
+@torch.no_grad()
+def test_a_mask_of_what_attends_to_what_tells_which_tokens_are_real() -> None:
+    model = hugging_face("LlamaModel", "LlamaConfig", **SIZES)
+    moezoo.plug(model, "layers.*.mlp", sparse(2))
+    allowed = torch.ones(6, 6).tril().bool() & MASK.flip(1).bool()[:, None, None]
+    for mask in (allowed, torch.where(allowed, 0.0, -1e4)):
+        with moezoo.record(model) as tape:
+            model(input_ids=ids(), attention_mask=mask)
+        for (routing,) in tape.by_layer.values():
+            assert torch.equal(routing.real, MASK.flip(1).bool().flatten())
+
+
 RECOMPUTED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES, "model.layers.*.mlp"),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h.*.mlp"),

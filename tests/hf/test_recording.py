@@ -133,11 +133,14 @@ def test_padding_is_in_no_number_with_and_without_a_cache() -> None:
     assert torch.equal(routing.real, MASK.bool().flatten())
     stats = tape.stats()["model.layers.0.mlp"]
     assert stats.tokens == int(MASK.sum()) and sum(stats.load) == 2 * int(MASK.sum())
-    with torch.no_grad(), moezoo.record(model) as tape:
-        model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
-    tokens = [r.assignment.num_tokens for r in tape.by_layer["model.layers.0.mlp"]]
-    assert tokens == [14, 2, 2]
-    assert all(r.real.all() for r in tape.by_layer["model.layers.0.mlp"][1:])
+    options = {"max_new_tokens": 3, "do_sample": False}
+    for cache in ("dynamic", "static"):
+        with torch.no_grad(), moezoo.record(model) as tape:
+            model.generate(IDS, attention_mask=MASK, cache_implementation=cache, **options)
+        first, *others = tape.by_layer["model.layers.0.mlp"]
+        assert torch.equal(first.real, MASK.bool().flatten())
+        assert [r.assignment.num_tokens for r in others] == [2, 2]
+        assert all(r.real.all() for r in others)
 
 
 class Around(torch.nn.Module):
