@@ -13,8 +13,9 @@ from moezoo.adapters.causality import check_plugged
 from moezoo.adapters.padding import Mask, carriers_of
 from moezoo.adapters.sparse import Sparse
 from moezoo.errors import ConfigError, did_you_mean
-from moezoo.functional.shards import refuse_sharded
+from moezoo.functional.shards import refuse_sharded, unwrapped
 from moezoo.layer import MoE
+from moezoo.private_torch import is_made_by_compile
 
 _PLUGS = "_moezoo_plugs"
 Where = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -54,6 +55,7 @@ def plug(
         reason = "make gives the replacement of a module; one module cannot stand in many places"
         raise ConfigError(reason, field="make", found=type(make).__name__, hint=hint)
     refuse_sharded(model, "plugging")
+    _refuse_ddp(model)
     chosen = _chosen(model, where)
     made: dict[int, nn.Module] = {}
     for name, module in chosen:
@@ -79,8 +81,10 @@ def plug(
         carrier.attach(model, owner)
     _leave_nested_tensors(model, names)
     said = make if isinstance(make, Sparse) else type(make).__name__
-    before = [replace(done, names=_outside(names, done.names)) for done in plugs_of(model)]
-    vars(model)[_PLUGS] = (*filter(_names_any, before), Plug(names, said, mask, causal))
+    holder, prefix = inside_of(model)
+    own = [name.removeprefix(prefix) for name in names]
+    before = [replace(done, names=_outside(own, done.names)) for done in plugs_of(holder)]
+    vars(holder)[_PLUGS] = (*filter(_names_any, before), Plug(own, said, mask, causal))
     return names
 
 
@@ -94,6 +98,22 @@ class Plug:
     make: Sparse | str
     mask: Mask
     causal: bool | None
+
+
+def inside_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model that `torch.compile` and DataParallel hold, and what its names begin with there."""
+    prefix, found = "", model
+    while is_made_by_compile(found) or isinstance(found, nn.DataParallel):
+        name = "module" if isinstance(found, nn.DataParallel) else "_orig_mod"
+        prefix, found = f"{prefix}{name}.", getattr(found, name)
+    return found, prefix
+
+
+def _refuse_ddp(model: nn.Module) -> None:
+    if unwrapped(model) is not model:
+        hint = "Plug before DistributedDataParallel, and make the optimizer then."
+        reason = "the gradients of new weights would differ between ranks"
+        raise ConfigError(reason, field="model", hint=hint)
 
 
 def plugs_of(model: nn.Module) -> tuple[Plug, ...]:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from moezoo.errors import ConfigError
 from moezoo.ops.observed import is_plain_tensor
@@ -94,6 +95,9 @@ def _check_weights(module: nn.Module) -> None:
         raise ConfigError(
             f"{kind} has weights on 'meta': it cannot be tried", field="make", hint=hint
         )
+    if any(map(is_lazy, found.values())):
+        hint = "Call the model once before."
+        raise ConfigError(f"{kind} has weights without a shape", field="make", hint=hint)
     for name, p in found.items():
         coded = p.is_floating_point() and p.dtype not in _DTYPES
         if coded or not is_plain_tensor(p):

@@ -15,7 +15,7 @@ from moezoo.adapters.families import layout_for
 from moezoo.adapters.formats.base import dtype_name, tensor_bytes
 from moezoo.adapters.generation import NAME, written_generation
 from moezoo.adapters.names import SHARED, disk_names
-from moezoo.adapters.plug import plugs_of
+from moezoo.adapters.plug import inside_of, plugs_of
 from moezoo.adapters.plugged import save_plugged
 from moezoo.adapters.tensor_files import Pieces, TensorFiles, TensorPlan
 from moezoo.adapters.together import replacing_together
@@ -62,7 +62,9 @@ def save(
     or TargetExists when writing is refused or fails; what was at `path` is then unchanged.
     """
     model = unwrapped(model)
-    if plugs_of(model):
+    inside, _ = inside_of(model)
+    if plugs_of(inside):
+        model = inside
         refuse_beside_plugged(layout=None if layout == "auto" else layout)
         refuse_sharded(model, "saving a plugged model")
         save_plugged(model, path, overwrite=overwrite, max_shard_size=max_shard_size)

@@ -233,6 +233,9 @@ class MoE(Component):
     def _check_input(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():
             raise DtypeError("x must be floating", field="x", expected="floating", found=x.dtype)
+        if x.is_nested:
+            reason = "a layer takes no nested tensor"
+            raise ShapeError(reason, field="x", hint="Pad it, and pass a mask.")
         if x.dim() < 1 or x.shape[-1] != self.router.d_model:
             wanted, found = f"(..., {self.router.d_model})", tuple(x.shape)
             raise ShapeError("x has the wrong shape", field="x", expected=wanted, found=found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import moezoo
 from moezoo.experts import ModuleExperts, StackedExperts
@@ -65,3 +66,11 @@ def test_a_config_says_so_too() -> None:
     config = moezoo.SwitchConfig(**sizes, num_experts=4, group=64, capacity="transformers")
     with pytest.raises(moezoo.MoezooError, match="counts by sequence"):
         moezoo.build(config, device="meta")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    rows = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
+    with pytest.raises(moezoo.MoezooError, match="takes no nested tensor.*Pad it"):
+        moezoo.SparseMLP(4, 8, 3)(rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune, weight_norm
 
@@ -112,9 +113,21 @@ def test_weights_that_cannot_be_drawn_anew_are_refused() -> None:
     ):
         with pytest.raises(moezoo.MoezooError, match=reason):
             sparse(2)(module)
+    with pytest.raises(moezoo.MoezooError, match="weights without a shape"):
+        sparse(2)(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 8)))
     prune.remove(pruned[0], "weight")
     x, layer = torch.randn(5, 8), sparse(2)(pruned).eval()
     torch.testing.assert_close(layer(x), pruned(x))
+
+
+def test_a_model_inside_ddp_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Mine())
+        with pytest.raises(moezoo.MoezooError, match="Plug before DistributedDataParallel"):
+            moezoo.plug(wrapped, "*.mlp", sparse(2))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_routers_that_see_later_tokens_are_refused_in_decoders() -> None:

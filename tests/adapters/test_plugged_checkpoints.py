@@ -25,6 +25,10 @@ def llama(**options: Any) -> nn.Module:
     return hugging_face("LlamaForCausalLM", "LlamaConfig", **SIZES, **options)
 
 
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=ids(), attention_mask=MASK).logits
@@ -153,6 +157,17 @@ def test_the_part_that_was_plugged_is_named(tmp_path: Path) -> None:
     moezoo.plug(model[1], "blocks.*.mlp", sparse(4))
     with pytest.raises(ConfigError, match="Save its '1', which is what was plugged"):
         moezoo.save(model, tmp_path / "plugged")
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_wrapper_is_looked_through(tmp_path: Path, wrap: Any, before: bool) -> None:
+    model, x = Mine().eval(), torch.randn(2, 3, 8)
+    wrapped = wrap(model)
+    names = moezoo.plug(model if before else wrapped, "*.mlp", sparse(4))
+    assert before or all(isinstance(wrapped.get_submodule(n), moezoo.SparseMLP) for n in names)
+    moezoo.save(wrapped, tmp_path / "plugged")
+    assert torch.equal(load_plugged(tmp_path / "plugged", Mine())(x), model(x))
 
 
 def test_what_a_config_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
