@@ -17,6 +17,7 @@ from moezoo.functional.activations import activation as activation_of
 from moezoo.ops.observed import is_observed
 
 _TOLERANCE = 1e-7  # in float64: the gelus are 1e-4 apart, spellings of one of them 1e-9
+_FAR = 1e4  # where relu6 and other limits of hidden units show
 _MARK = 3.0
 
 
@@ -82,9 +83,9 @@ def form_of(mlp: nn.Module, d_model: int, call: Callable[..., Tensor] = called) 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         trial = stranger_of(mlp).double().cpu()
         x = torch.randn(5, d_model, dtype=torch.float64)
-        expected = call(trial, mlp, x)
+        expected, far = call(trial, mlp, x), call(trial, mlp, _FAR * x)
         for form in _candidates(maps, d_model):
-            if _agree(form(trial, x), expected):
+            if _agree(form(trial, x), expected) and _agree(form(trial, _FAR * x), far):
                 return _with_dropout(form, trial, x, expected, lambda: call(trial, mlp, x))
     return None
 

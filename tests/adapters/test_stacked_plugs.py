@@ -128,14 +128,15 @@ def test_dropout_stays_where_it_is(by: str) -> None:
         nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.LayerNorm(4)),
         nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()),
         nn.Linear(4, 4),
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU6(), nn.Linear(6, 4)),
     ],
-    ids=["activation", "norm", "more", "less"],
+    ids=["activation", "norm", "more", "less", "limit"],
 )
 def test_another_mlp_is_copied_as_it_is(mlp: nn.Module) -> None:
     layer: Any = sparse(3, d_model=4)(mlp).eval()
     assert isinstance(layer.moe.experts, ModuleExperts)
-    x = torch.randn(5, 4)
-    torch.testing.assert_close(layer(x), mlp(x))
+    for x in (torch.randn(5, 4), 100.0 * torch.randn(5, 4)):
+        torch.testing.assert_close(layer(x), mlp(x))
 
 
 def test_an_mlp_that_somebody_observes_is_copied_as_it_is() -> None:
