@@ -217,7 +217,7 @@ class Padding:
             return None
         mask, cached = held
         assert mask is not None and isinstance(layer, SparseMLP)
-        x = args[0]
+        x = args[0] if args else kwargs["x"]
         wanted = x.shape[:-1] if layer.batch_first or x.dim() != 3 else x.shape[1::-1]
         flat = x.dim() == 2 and mask.dim() == 2 and x.shape[0] % max(mask.shape[0], 1) == 0
         length = x.shape[0] // max(mask.shape[0], 1) if flat else wanted[-1]
@@ -225,8 +225,12 @@ class Padding:
             mask = mask[:, mask.shape[1] - length :]  # cached tokens are not routed again
         if flat and mask.shape[1] == length:  # OPT's layers flatten (B, L, D)
             mask = mask.reshape(-1)
+        if mask.dim() > len(wanted) and mask.shape[-1] == length:  # several texts of an example
+            mask = mask.flatten(0, mask.dim() - len(wanted))
         if mask.shape != wanted:
             hint = "Pass mask=False to plug, or a function that gives the mask of these tokens."
+            if mask.shape == wanted[::-1]:
+                hint = "Pass batch_first=False to sparse: its tokens are (L, B, D)."
             reason = "the model's mask does not fit the tokens of a plugged layer"
             found = tuple(mask.shape)
             raise ShapeError(reason, field="mask", expected=tuple(wanted), found=found, hint=hint)

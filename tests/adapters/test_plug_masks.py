@@ -335,6 +335,54 @@ def test_the_mask_can_be_named_given_and_refused() -> None:
     assert torch.equal(reals(model, x, MASK)[0], MASK.bool().flatten())
 
 
+def test_several_texts_of_an_example_have_their_masks() -> None:
+    sizes = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model: Any = hugging_face("BertForMultipleChoice", "BertConfig", **sizes)
+    given = {"input_ids": torch.stack([ids(1), ids(2), ids(3)], 1)}
+    mask = torch.stack([MASK, MASK.flip(0), MASK], 1)
+    expected = model(**given, attention_mask=mask).logits
+    moezoo.plug(model, "bert.encoder.layer.?", sparse(2))
+    with moezoo.record(model) as tape:
+        found = model(**given, attention_mask=mask).logits
+    torch.testing.assert_close(found, expected)
+    for (routing,) in tape.by_layer.values():
+        assert torch.equal(routing.real, mask.bool().flatten())
+
+
+class TimeFirst(nn.Module):
+    """Takes (B, L, D), and calls its MLP with (L, B, D), by a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp: nn.Module = Named()
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.mlp(x=x.transpose(0, 1)).transpose(0, 1)
+        return y
+
+
+class Named(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_tokens_before_texts_are_said_to_be_so() -> None:
+    x, model = torch.randn(2, 6, 8), TimeFirst()
+    moezoo.plug(model, "mlp", sparse(2))
+    with pytest.raises(moezoo.MoezooError, match="Pass batch_first=False to sparse"):
+        model(x, MASK)
+    for make in (
+        sparse(2, batch_first=False),
+        lambda old: moezoo.SparseMLP(8, 16, 2, batch_first=False),
+    ):
+        model = TimeFirst()
+        moezoo.plug(model, "mlp", make)
+        assert torch.equal(reals(model, x, MASK)[0], MASK.bool().flatten())
+
+
 def test_floats_are_read_by_what_their_argument_is_called() -> None:
     x = torch.randn(2, 6, 8)
     assert torch.equal(reals(mine(), x, MASK.float())[0], MASK.bool().flatten())
