@@ -27,10 +27,10 @@ def describe_decoder(source: Source, *, drop_heads: bool = False) -> Description
     """
     path = source.directory / "config.json"
     values = read_json(path, most=_MAX_CONFIG_BYTES) if path.is_file() else {}
+    named_file(path, refuse_plugged, values)
     family = decoder_family(values)
     if family is None:
         return None
-    named_file(path, refuse_plugged, values)
     config = named_file(path, family.read, values, Weights(frozenset(), own_head=False))
     refuse_foreign_tensors(source.tensors, source.path, known="Llama or its kin")
     try:

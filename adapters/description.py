@@ -16,7 +16,7 @@ from moezoo.adapters.families import (
     long_t5_refusal,
 )
 from moezoo.adapters.families.fields import refuse_quantized
-from moezoo.adapters.foreign import refuse_foreign_tensors, refuse_plugged
+from moezoo.adapters.foreign import refuse_foreign_tensors
 from moezoo.adapters.formats.base import Source
 from moezoo.adapters.formats.files import quoted, read_json
 from moezoo.adapters.names import (
@@ -76,7 +76,6 @@ def describe(source: Source, *, drop_heads: bool = False) -> Description:
     inside_another = bool(prefix) and source.path.is_file()
     configured = path.is_file() and not inside_another
     values: Mapping[str, Any] = read_json(path, most=_MAX_CONFIG_BYTES) if configured else {}
-    named_file(path, refuse_plugged, values)
     family = named_file(path, family_of, values) if configured else None
     named_file(path, refuse_quantized, values)
     refuse_foreign_tensors(source.tensors, source.path)

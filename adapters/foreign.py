@@ -50,6 +50,14 @@ _TENSORS = (
 )
 
 
+def refuse_plugged(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the config.json of a model that `moezoo.plug` has put experts into."""
+    if PLUGGED in values:
+        hint = "In Python moezoo.load(DIR) gives it, moezoo.record looks in; no command takes it."
+        reason = "a model that moezoo.plug has put experts into"
+        raise ConfigError(reason, field=PLUGGED, hint=hint)
+
+
 def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
     """The `model_type` of a config.json, or the one that its class stands for where it has none.
 
@@ -73,15 +81,6 @@ def named_model_type(values: Mapping[str, Any], known: Iterable[str]) -> str:
     sparse = any("experts" in name and type(n) is int and n > 1 for name, n in values.items())
     hint = f"Did you mean {near!r}?" if near else _SPARSE if sparse else _PLUG
     raise ConfigError("not a model of the T5 family", field="model_type", found=shown, hint=hint)
-
-
-def refuse_plugged(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the config.json of a model that `moezoo.plug` put experts into."""
-    if PLUGGED in values:
-        raise ConfigError(
-            "a model that moezoo.plug put experts into, which the verbs do not read",
-            field=PLUGGED, hint="moezoo.load(DIR) gives the live one, moezoo.report its page.",
-        )  # fmt: skip
 
 
 def refuse_foreign_tensors(names: Iterable[str], path: object, *, known: str = "") -> None:

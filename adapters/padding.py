@@ -39,6 +39,9 @@ def carriers_of(model: nn.Module, layers: Sequence[str], mask: Mask = None) -> d
     Raises ConfigError for a name that there is not, and for a model whose argument "mask" may be
     either kind.
     """
+    if not (mask is None or mask is False or isinstance(mask, str) or callable(mask)):
+        wanted = "the name of an argument, a function of all of them, False or None"
+        raise ConfigError("cannot find a mask with this", field="mask", expected=wanted, found=mask)
     carriers: dict[str, Padding] = {}
     for layer in layers if mask is not False else ():
         found = _owner(model, layer, mask)

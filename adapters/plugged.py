@@ -99,10 +99,11 @@ def load_plugged(
         modules = frozenset(entry["modules"])
         make = sparse(**entry["sparse"])
         where = partial(_is_named, modules)
-        names = plug(made, where, make, mask=entry["mask"], causal=entry["causal"])
-        if missing := sorted(modules.difference(names)):
+        there = {name for name, _ in made.named_modules(remove_duplicate=False)}
+        if missing := sorted(modules - there):
             reason = f"the model has no module {missing[0]!r} to put experts into"
             raise ConfigError(reason, field="model", found=type(made).__name__)
+        plug(made, where, make, mask=entry["mask"], causal=entry["causal"])
     _fill(made, path, dtype)
     return made.to(device=device).eval()
 
@@ -128,6 +129,7 @@ def _checked(entries: Any, path: Path) -> list[dict[str, Any]]:
     for entry in given:
         fine = isinstance(entry, dict) and entry.keys() == {"modules", "sparse", "mask", "causal"}
         fine = fine and isinstance(entry["modules"], list) and isinstance(entry["sparse"], dict)
+        fine = fine and all(isinstance(name, str) for name in entry["modules"])
         if not fine or entry["sparse"].keys() != options:
             wanted = f"a list of modules, sparse ({', '.join(sorted(options))}), mask and causal"
             found = repr(entry)[:80]

@@ -11,7 +11,7 @@ from moezoo.adapters.families.decoders import DecoderFamily, decoder_family, fam
 from moezoo.adapters.families.native import NativeFamily
 from moezoo.adapters.families.switch import SwitchFamily, float16_refusal
 from moezoo.adapters.families.t5 import LongT5Family, T5Family, UMT5Family, long_t5_refusal
-from moezoo.adapters.foreign import named_model_type
+from moezoo.adapters.foreign import named_model_type, refuse_plugged
 from moezoo.config import SwitchConfig
 from moezoo.errors import ConfigError, did_you_mean
 
@@ -21,6 +21,7 @@ _LAYOUTS = ("switch_transformers", "t5", "umt5")
 
 def family_of(values: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises ConfigError naming the architecture of another."""
+    refuse_plugged(values)
     if (decoder := decoder_family(values)) is not None and decoder.sparse is None:
         raise ConfigError(
             "not a model of the T5 family", field="model_type",

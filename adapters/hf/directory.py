@@ -54,10 +54,10 @@ def record_text(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    refuse_plugged(read_plugged(path) or {})
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     what = "its tokenizer"
-    refuse_plugged(read_plugged(path) or {})
     try:
         words: Any = AutoTokenizer.from_pretrained(tokenizer or path, local_files_only=True)
         what = "it"

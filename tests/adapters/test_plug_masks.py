@@ -323,6 +323,8 @@ def test_the_mask_can_be_named_given_and_refused() -> None:
     assert reals(mine(mask=False), x, attention_mask=MASK) == [None, None]
     with pytest.raises(moezoo.MoezooError, match="no argument 'masks'"):
         mine(mask="masks")
+    with pytest.raises(moezoo.MoezooError, match="cannot find a mask with this"):
+        mine(mask=True)
 
     class Unclear(Block):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

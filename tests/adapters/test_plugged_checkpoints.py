@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 import moezoo
 from moezoo import sparse
+from moezoo.adapters.checkpoint import read_config
 from moezoo.adapters.plugged import load_plugged
 from moezoo.errors import CheckpointError, ConfigError, TargetExists, TensorMismatch
 from moezoo.experts import ModuleExperts
 
-from .plugged import GPT2, MASK, SIZES, Mine, hugging_face, ids
+from .plugged import GPT2, MASK, SIZES, T5, Mine, hugging_face, ids
 
 POOLED = {"name": "top_k", "k": 2}
 
@@ -188,6 +190,22 @@ def test_what_a_config_cannot_say_is_refused_before_anything_is_written(tmp_path
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_what_takes_folders_of_other_kinds_says_what_this_one_is(tmp_path: Path, kind: str) -> None:
+    from moezoo.adapters.hf.directory import record_text
+
+    model = llama() if kind == "llama" else hugging_face("T5EncoderModel", "T5Config", **T5)
+    moezoo.plug(model, re.compile(r".*(mlp|DenseReluDense)"), sparse(4))
+    moezoo.save(model, tmp_path / "plugged")
+    for take in (
+        read_config,
+        lambda path: moezoo.upcycle(path, tmp_path / "out", num_experts=4),
+        lambda path: record_text(path, ["some text"]),
+    ):
+        with pytest.raises(ConfigError, match="a model that moezoo.plug has put experts into"):
+            take(tmp_path / "plugged")
+
+
 def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "plugged"
     model = llama()
@@ -204,7 +222,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 
     (entry,) = values["moezoo_plugged"]
     says(moezoo_plugged=[{**entry, "modules": ["model.layers.7.mlp"]}])
-    with pytest.raises(ConfigError, match="model.layers.7.mlp|matches no module"):
+    with pytest.raises(ConfigError, match="no module 'model.layers.7.mlp'"):
         moezoo.load(folder)
     says(moezoo_plugged=[{**entry, "modules": [*entry["modules"], "model.layers.7.mlp"]}])
     with pytest.raises(ConfigError, match="no module 'model.layers.7.mlp'"):
@@ -215,7 +233,13 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     says(moezoo_plugged=[{**entry, "sparse": {**entry["sparse"], "num_experts": 3}}])
     with pytest.raises(TensorMismatch, match="wrong shape"):
         moezoo.load(folder)
-    for wrong in ({}, [3], [{"modules": []}], [{**entry, "sparse": {}}]):
+    for wrong in (
+        {},
+        [3],
+        [{"modules": []}],
+        [{**entry, "sparse": {}}],
+        [{**entry, "modules": [1]}],
+    ):
         says(moezoo_plugged=wrong)
         with pytest.raises(ConfigError, match="does not say what was plugged"):
             moezoo.load(folder)

@@ -72,5 +72,5 @@ def test_a_plugged_decoder_is_named_as_such(
         (tmp_path / "out").write_text("a text")
     assert cli.main([words[0], str(tmp_path / "plugged"), *rest]) == 2
     said = capsys.readouterr().err
-    assert "a model that moezoo.plug put experts into" in said and "moezoo.load(DIR)" in said
+    assert "a model that moezoo.plug has put experts into" in said and "moezoo.load(DIR)" in said
     assert words[0] == "report" or not (tmp_path / "out").exists()
