@@ -13,10 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from moezoo.errors import ConfigError
 from moezoo.ops.observed import is_plain_tensor
+from moezoo.sparse_mlp import SparseMLP
 
 _TOLERANCE = 1e-4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FAILURES = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError)
+_PATCHED = "Its forward is patched: take the patch or the hooks off, and put them on again then."
 _HINT = "Choose its MLP, or pass a `make` of your own that returns a moezoo.SparseMLP."
 
 
@@ -31,6 +33,7 @@ def check_row_wise(mlp: nn.Module, d_model: int) -> None:
         x = _tokens(stranger, d_model)
         y, rows = called(stranger, mlp, x), called(stranger, mlp, x.flatten(0, 1))
         turned = called(stranger, mlp, x.flatten(0, 1).flip(0))
+        _check_copy(stranger, mlp, x)
     if y.shape != x.shape or rows.shape != x.flatten(0, 1).shape:
         _refuse(mlp, f"makes {tuple(y.shape)} of {tuple(x.shape)}")
     if not (_agree(rows, y.flatten(0, 1)) and _agree(turned.flip(0), rows)):
@@ -48,6 +51,7 @@ def check_sum(mlp: nn.Module, d_model: int) -> None:
         y = called(stranger, mlp, x, nothing)
         rows = called(stranger, mlp, x.flatten(0, 1).flip(0), nothing.flatten(0, 1))
         whole = called(stranger, mlp, x, residual)
+        _check_copy(stranger, mlp, x, residual)
     if y.shape != x.shape or rows.shape != x.flatten(0, 1).shape:
         _refuse(mlp, f"makes {tuple(y.shape)} of {tuple(x.shape)}")
     if not _agree(rows.flip(0), y.flatten(0, 1)):
@@ -66,9 +70,25 @@ def check_twin(
         stranger = stranger_of(layer)
         x = [_tokens(stranger, d_model) for _ in range(inputs)]
         dense = called(stranger, layer, *x, whole=False)
-        plugged = called(twin_of(stranger).eval(), layer, *x, whole=False)
+        twin, seen = twin_of(stranger).eval(), []
+        for part in twin.modules():
+            if isinstance(part, SparseMLP):
+                part.register_forward_hook(lambda *_: seen.append(1))
+        plugged = called(twin, layer, *x, whole=False)
+    if not seen:
+        _refuse(layer, "does not call what is put in the place of its MLP", hint=_PATCHED)
     if dense.shape != plugged.shape or not _agree(plugged, dense):
         _refuse(layer, "computes something else with experts in the place of its MLP")
+
+
+def _check_copy(stranger: nn.Module, mlp: nn.Module, *inputs: Tensor) -> None:
+    """Refuse a module whose copy computes with the weights of the module itself."""
+    weights = [p for p in mlp.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        y = called(stranger, mlp, *inputs)
+        found = torch.autograd.grad(y.sum(), weights, allow_unused=True) if y.requires_grad else ()
+    if any(gradient is not None for gradient in found):
+        _refuse(mlp, "computes with the same weights when it is copied", hint=_PATCHED)
 
 
 def stranger_of(module: nn.Module) -> nn.Module:
@@ -149,6 +169,8 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool(gap <= _TOLERANCE * size)  # False for NaN
 
 
-def _refuse(module: nn.Module, what: str, cause: Exception | None = None) -> NoReturn:
+def _refuse(
+    module: nn.Module, what: str, cause: Exception | None = None, hint: str = _HINT
+) -> NoReturn:
     reason = f"{type(module).__name__} is no MLP that moezoo knows: it {what[:120]}"
-    raise ConfigError(reason, field="make", hint=_HINT) from cause
+    raise ConfigError(reason, field="make", hint=hint) from cause

@@ -120,6 +120,40 @@ def test_weights_that_cannot_be_drawn_anew_are_refused() -> None:
     torch.testing.assert_close(layer(x), pruned(x))
 
 
+def patched(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda *args, **kwargs: before(*args, **kwargs)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("by", ["closure", "accelerate"])
+def test_a_patched_layer_that_would_go_on_with_its_mlp_is_refused(by: str) -> None:
+    model = hugging_face("BertModel", "BertConfig", **SIZES)
+    for layer in model.encoder.layer:
+        if by == "closure":
+            patched(layer)
+        else:
+            hooks = pytest.importorskip("accelerate.hooks")
+            hooks.add_hook_to_module(layer, hooks.ModelHook())
+    with pytest.raises(moezoo.MoezooError, match="does not call what is put .* is patched"):
+        moezoo.plug(model, "encoder.layer.?", sparse(2))
+    assert not any(isinstance(part, moezoo.SparseMLP) for part in model.modules())
+
+
+def test_a_patched_mlp_whose_copies_would_share_its_weights_is_refused() -> None:
+    model, x = Mine().eval(), torch.randn(2, 3, 8)
+    patched(model.blocks[1].mlp)
+    with pytest.raises(moezoo.MoezooError, match="same weights when it is copied"):
+        moezoo.plug(model, "blocks.*.mlp", sparse(2))
+    del model.blocks[1].mlp.forward
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(model.blocks[1].mlp, hooks.ModelHook())  # which copies take along
+    expected = model(x)
+    moezoo.plug(model, "blocks.*.mlp", sparse(2))
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_model_inside_ddp_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
