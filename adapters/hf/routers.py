@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moezoo.adapters.padding import cache_of, modules_around, parameters_of, real_of
 from moezoo.errors import NonFiniteInput
+from moezoo.ops.eager import is_transformed
 from moezoo.recording import Handle, Watched, register_reader
 from moezoo.records import Assignment, Routing
 from moezoo.routers.base import Router
@@ -170,9 +171,10 @@ class _Call:
 
 def _unseen() -> AbstractContextManager[object]:
     """Where operators save their tensors by themselves: activation checkpointing counts those of a
-    block, and recomputes it when recording is over.
+    block, and recomputes it when recording is over. `torch.func` knows no such hooks.
     """
-    return nullcontext() if is_compiling() else saved_tensors_hooks(_same, _same)
+    plain = is_compiling() or is_transformed()
+    return nullcontext() if plain else saved_tensors_hooks(_same, _same)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import moezoo.adapters.hf  # noqa: F401  (registers "moezoo")
+import moezoo
+import moezoo.adapters.hf  # registers "moezoo"
 from moezoo.adapters.hf import experts
 
 SMALL = {
@@ -131,3 +132,21 @@ def test_it_may_be_set_later(folder: Path, calls: list[int]) -> None:
     model.set_experts_implementation("moezoo")
     model(IDS)
     assert len(calls) == 2
+
+
+def test_router_losses_are_differentiated_by_torch_func(folder: Path) -> None:
+    model = load(folder, "moezoo")
+    ids = torch.randint(2, 50, (2, 6))
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        with moezoo.record(model) as tape:
+            out = torch.func.functional_call(model, parameters, (ids,), {"labels": ids})
+        total: Tensor = out.loss + tape.loss({"load_balance": 0.1, "z": 0.01})
+        return total
+
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = torch.func.grad(loss)(own)
+    model.zero_grad()
+    loss(dict(model.named_parameters())).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
