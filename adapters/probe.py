@@ -64,7 +64,8 @@ def check_twin(
     layer: nn.Module, d_model: int, twin_of: Callable[[Any], nn.Module], inputs: int = 1
 ) -> None:
     """Refuse a layer that computes something else once `twin_of` has replaced its MLP by a mixture
-    of one expert; `inputs` hidden states (B, L, D) are what it is called with.
+    of one expert, or drops out elsewhere; `inputs` hidden states (B, L, D) are what it is called
+    with.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         stranger = stranger_of(layer)
@@ -75,10 +76,21 @@ def check_twin(
             if isinstance(part, SparseMLP):
                 part.register_forward_hook(lambda *_: seen.append(1))
         plugged = called(twin, layer, *x, whole=False)
+        for part in stranger.modules():
+            if isinstance(part, nn.Dropout):
+                part.register_forward_hook(_mark)
+        dropped, trained = (called(one, layer, *x, whole=False) for one in (stranger, twin))
     if not seen:
         _refuse(layer, "does not call what is put in the place of its MLP", hint=_PATCHED)
     if dense.shape != plugged.shape or not _agree(plugged, dense):
         _refuse(layer, "computes something else with experts in the place of its MLP")
+    if dropped.shape != trained.shape or not _agree(trained, dropped):
+        _refuse(layer, "drops out elsewhere with experts in the place of its MLP")
+
+
+def _mark(module: nn.Module, args: object, out: Tensor) -> Tensor:
+    """A change that no linear map passes on as it is."""
+    return out * torch.linspace(1.0, 2.0, out.shape[-1], dtype=out.dtype, device=out.device)
 
 
 def _check_copy(stranger: nn.Module, mlp: nn.Module, *inputs: Tensor) -> None:

@@ -90,7 +90,13 @@ class Sparse:
         if spread is None:
             return self._mixture(module, self.batch_first)
         width = _width(spread.mlp(module))
-        check_twin(module, width, lambda layer: _of_one(spread, layer), spread.inputs)
+        try:
+            check_twin(module, width, lambda layer: _of_one(spread, layer), spread.inputs)
+        except ConfigError as refusal:
+            try:  # an MLP may hold its parts by the same names, and more of them
+                return self._mixture(module, self.batch_first)
+            except ConfigError:
+                raise refusal from None
         return spread.twin(module, self._mixture(spread.mlp(module), spread.batch_first(module)))
 
     def _mixture(self, mlp: nn.Module, batch_first: bool) -> SparseMLP:

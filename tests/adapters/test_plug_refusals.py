@@ -154,6 +154,27 @@ def test_a_patched_mlp_whose_copies_would_share_its_weights_is_refused() -> None
     assert all(p.grad is not None for p in model.parameters())
 
 
+class Fairseq(nn.Module):
+    """An MLP, with the names that layers of BART and OPT have for the parts of theirs."""
+
+    def __init__(self, p: float = 0.25, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16, bias=bias), nn.Linear(16, 8, bias=bias)
+        self.activation_fn, self.dropout_module = nn.GELU(), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.dropout_module(self.activation_fn(self.fc1(x))))
+        return y
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dropout_of_an_mlp_with_the_names_of_a_layer_stays_where_it_is(bias: bool) -> None:
+    mlp, x = Fairseq(bias=bias), torch.randn(5, 8)
+    layer: Any = sparse(2)(mlp).eval()
+    assert isinstance(layer, moezoo.SparseMLP) and layer.moe.experts.dropout.p == 0.25
+    torch.testing.assert_close(layer(x), mlp.eval()(x))
+
+
 def test_a_model_inside_ddp_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
