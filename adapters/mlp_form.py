@@ -157,13 +157,15 @@ def _with_drawn(
 
 
 def _linear_maps(module: nn.Module) -> list[LinearMap] | None:
-    """The two or three linear layers that hold all the parameters of a module, as they are: none
-    whose weight is made of others, as a parametrisation's, or needs a scale.
+    """The two or three linear layers that hold all the tensors of a module, as they are: none whose
+    weight is made of others, as a parametrisation's, or needs a scale.
     """
     layers = [part for part in module.modules() if isinstance(part, nn.Linear) or is_conv1d(part)]
     held = [id(p) for layer in layers for p in layer.parameters()]
     own, every = set(held), {id(p) for p in module.parameters()}
     if len(layers) not in (2, 3) or own != every or len(held) != len(own):  # a tied one is another
+        return None
+    if next(module.buffers(), None) is not None:  # which may be 1 today
         return None
     if not {"weight", "bias"}.issuperset(
         n for layer in layers for n, _ in layer.named_parameters()

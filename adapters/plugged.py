@@ -201,6 +201,11 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a state dict, those that are one in memory by the first of their names."""
     seen: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            hint = "Save the model before it is quantised."
+            found = type(value).__name__
+            raise ConfigError(f"{name} is no tensor", field=name, found=found, hint=hint)
     return {name: t for name, t in state.items() if seen.setdefault(id(t), name) == name}
 
 

@@ -100,6 +100,10 @@ class Sparse:
         return spread.twin(module, self._mixture(spread.mlp(module), spread.batch_first(module)))
 
     def _mixture(self, mlp: nn.Module, batch_first: bool) -> SparseMLP:
+        if isinstance(mlp, torch.jit.ScriptModule):
+            hint = "Plug in before torch.jit.script."
+            reason = "a scripted module cannot be taken for an MLP"
+            raise ConfigError(reason, field="make", found=type(mlp).__name__, hint=hint)
         width = _width(mlp) if self.d_model is None else self.d_model
         residual = _takes_residual(mlp)
         if residual:

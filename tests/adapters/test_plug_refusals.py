@@ -96,6 +96,7 @@ def test_zeros_hide_nothing_and_a_trial_leaves_no_trace() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
 def test_weights_that_cannot_be_drawn_anew_are_refused() -> None:
     def mlp() -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -115,6 +116,8 @@ def test_weights_that_cannot_be_drawn_anew_are_refused() -> None:
             sparse(2)(module)
     with pytest.raises(moezoo.MoezooError, match="weights without a shape"):
         sparse(2)(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 8)))
+    with pytest.raises(moezoo.MoezooError, match="a scripted module cannot be taken"):
+        sparse(2)(torch.jit.script(mlp()))
     prune.remove(pruned[0], "weight")
     x, layer = torch.randn(5, 8), sparse(2)(pruned).eval()
     torch.testing.assert_close(layer(x), pruned(x))

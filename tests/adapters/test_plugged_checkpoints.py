@@ -154,6 +154,17 @@ def test_adapters_are_merged_before_a_plugged_model_is_saved(tmp_path: Path) -> 
     torch.testing.assert_close(logits(moezoo.load(tmp_path / "plugged")), expected)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_what_torch_quantised_is_not_saved(tmp_path: Path) -> None:
+    model = Mine()
+    model.blocks[0].mlp.append(nn.LayerNorm(8))
+    moezoo.plug(model, "blocks.*.mlp", sparse(4))
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    with pytest.raises(ConfigError, match="is no tensor.*before it is quantised"):
+        moezoo.save(model, tmp_path / "plugged")
+
+
 def test_the_part_that_was_plugged_is_named(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Mine())
     moezoo.plug(model[1], "blocks.*.mlp", sparse(4))

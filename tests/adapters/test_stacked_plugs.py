@@ -169,6 +169,22 @@ def test_a_parametrisation_is_kept(parametrise: Any) -> None:
     torch.testing.assert_close(layer(x), mlp(x))
 
 
+class Levelled(nn.Sequential):
+    """An MLP with a factor that is 1 until a file says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+        self.register_buffer("level", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.level * super().forward(x)
+
+
+def test_a_buffer_is_kept() -> None:
+    layer: Any = sparse(3)(Levelled())
+    assert [tuple(buffer.shape) for buffer in layer.moe.experts.buffers()] == [()] * 3
+
+
 class Added(nn.Module):
     """What a second argument is for."""
 
