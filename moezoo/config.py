@@ -13,7 +13,7 @@ from typing import Any
 
 from moezoo.errors import ConfigError, did_you_mean
 from moezoo.frozen import frozen, thawed
-from moezoo.registry import meant
+from moezoo.registry import Spec, meant
 
 ACTIVATIONS = (
     "relu",
@@ -98,6 +98,8 @@ class SwitchConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str) and ":" in value and field.type.startswith("ComponentSpec"):
+                value = Spec.parse(value, kind=field.name).to_json()
             if isinstance(value, (dict, list, tuple)):
                 object.__setattr__(self, field.name, frozen(value))
         self._check_types()

@@ -17,7 +17,7 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from typing import Any, Generic, TypeVar
@@ -36,12 +36,20 @@ class Spec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, value: object, *, kind: str = "component") -> Spec:
-        """A spec from a name, a mapping with `name`, or a spec. Raises ConfigError."""
+    def parse(
+        cls, value: object, *, kind: str = "component", unnamed: Sequence[str] | None = None
+    ) -> Spec:
+        """A spec from a name, `name:value`, `name:option=value,...`, a mapping with `name`, or a
+        spec. Raises ConfigError.
+
+        Args:
+            unnamed: options whose values may stand without a name, in order; None: `k` of routers,
+                `factor` of capacity policies.
+        """
         if isinstance(value, Spec):
             return value
         if isinstance(value, str):
-            return cls(value)
+            return _from_text(value, kind, _unnamed(kind) if unnamed is None else unnamed)
         if isinstance(value, Mapping):
             options = dict(value)
             name = options.pop("name", None)
@@ -64,6 +72,36 @@ class Spec:
 
 # What people write as a bare number: a capacity factor, or the choices per token.
 _NUMBERS = {"capacity": ("switch", "factor"), "router": ("top_k", "k")}
+
+
+def _unnamed(kind: str) -> Sequence[str]:
+    found = _NUMBERS.get(kind.split()[0])
+    return () if found is None else found[1:]
+
+
+def _from_text(text: str, kind: str, options: Sequence[str]) -> Spec:
+    name, colon, rest = text.partition(":")
+    chosen: dict[str, Any] = {}
+    for position, part in enumerate(rest.split(",") if colon else ()):
+        option, equals, value = part.partition("=")
+        if not equals:
+            if position >= len(options):
+                raise ConfigError(
+                    f"{kind} {name!r} takes {len(options)} options without a name", field=kind,
+                    found=rest[:80], hint="Say name:option=value.",
+                )  # fmt: skip
+            option, value = options[position], part
+        chosen[option.strip()] = _value(value.strip())
+    return Spec(name, chosen)
+
+
+def _value(text: str) -> int | float | str:
+    if re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def meant(kind: str, value: object) -> str | None:

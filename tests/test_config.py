@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import moezoo
+from moezoo.errors import ConfigError
 
 OPTIONS: dict[str, Any] = {
     "num_experts": 4,
@@ -80,6 +81,14 @@ def test_nothing_in_a_config_can_be_changed(change: Callable[[Any], object]) -> 
     with pytest.raises(TypeError, match=r"config\.replace"):
         change(config)
     assert config == moezoo.SwitchConfig(**OPTIONS)
+
+
+def test_components_in_the_words_of_a_command_line_are_those_in_json() -> None:
+    said = {"router": "top_k:2", "capacity": "switch:1.5", "experts": "stacked:dropout=0.4"}
+    assert moezoo.SwitchConfig(**{**OPTIONS, **said}) == moezoo.SwitchConfig(**OPTIONS)
+    assert moezoo.SwitchConfig(router="top_k:k=2").router == {"name": "top_k", "k": 2}
+    with pytest.raises(ConfigError, match="takes 0 options without a name; found 0.4"):
+        moezoo.SwitchConfig(experts="stacked:0.4")
 
 
 def test_a_config_keeps_what_it_was_given_when_the_callers_values_change() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moezoo
+from moezoo.errors import ConfigError
 from moezoo.experts import ModuleExperts, StackedExperts
 
 BIASED = {name for name in moezoo.routers.names() if moezoo.routers.registry.takes(name, "bias")}
@@ -74,3 +75,16 @@ def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
     rows = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
     with pytest.raises(moezoo.MoezooError, match="takes no nested tensor.*Pad it"):
         moezoo.SparseMLP(4, 8, 3)(rows)
+
+
+def test_components_are_given_in_the_words_of_a_command_line() -> None:
+    layer = moezoo.SparseMLP(8, 16, 4, router="top_k:2", capacity="switch:1.5")
+    assert layer.moe.router.k == 2 and "1.5" in repr(layer.moe.capacity)
+    made = moezoo.sparse(4, router="top_k:k=3")(
+        torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    )
+    assert made.moe.router.k == 3
+    with pytest.raises(ConfigError, match="no option 'kk'"):
+        moezoo.SparseMLP(8, 16, 4, router="top_k:kk=2")
+    with pytest.raises(ConfigError, match="'k' of router 'top_k' has the wrong type"):
+        moezoo.SparseMLP(8, 16, 4, router="top_k:two")

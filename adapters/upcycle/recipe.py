@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +68,9 @@ class Recipe:
                 spec = component_spec(value, registry)
                 registry.check_options(spec)
                 object.__setattr__(self, name, spec.to_json())
-        # Named here, because their registries come with torch.
-        for name, options in (("router", ("k",)), ("capacity", ("factor",))):
+        for name in ("router", "capacity"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _spec(value, name, options).to_json())
+                object.__setattr__(self, name, Spec.parse(value, kind=name).to_json())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, defaults left out; `from_dict` gives an equal recipe back."""
@@ -130,35 +128,7 @@ def component_spec(value: object, registry: Registry[Any]) -> Spec:
     if isinstance(value, str) and ":" in value:
         component = registry.get(value.partition(":")[0])
         options = list(inspect.signature(component).parameters)
-    return _spec(value, registry.kind, options)
-
-
-def _spec(value: object, kind: str, options: Sequence[str]) -> Spec:
-    """A spec whose values without a name are of these options."""
-    if not isinstance(value, str) or ":" not in value:
-        return Spec.parse(value, kind=kind)
-    name, _, text = value.partition(":")
-    chosen: dict[str, Any] = {}
-    for position, part in enumerate(text.split(",")):
-        option, equals, number = part.partition("=")
-        if not equals:
-            if position >= len(options):
-                raise ConfigError(
-                    f"{kind} {name!r} takes {len(options)} options without a name", field=kind,
-                    found=text[:80], hint="Say name:option=value.",
-                )  # fmt: skip
-            option, number = options[position], part
-        chosen[option.strip()] = _value(number.strip())
-    return Spec(name, chosen)
-
-
-def _value(text: str) -> int | float | str:
-    if re.fullmatch(r"[+-]?\d{1,18}", text):
-        return int(text)
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return Spec.parse(value, kind=registry.kind, unnamed=options)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moezoo.errors import RoutingError
+
 _STRIP = 2**18  # numbers of hidden units of a strip with several experts: 1 MiB in float32
 _LONGER = 16  # times for products that are one call for many experts
 _MANY = 96  # rows of an expert that are a strip of their own
@@ -139,15 +141,23 @@ def planned(expert: Tensor, shape: torch.Size, shared: int, *, longer: bool = Fa
 def _sorted(flat_N: Tensor, number: int) -> tuple[Numbers, dict[int, int]]:
     """Pairs by expert, those without one last, and how many each expert has that has any."""
     if flat_N.shape[0] > _FEW:
+        _refuse_negative(int(flat_N.min()))
         flat_N = flat_N.clamp(max=number)
         found = enumerate(flat_N.bincount(minlength=number).tolist()[:number])
         return flat_N.sort(stable=True).indices, {index: count for index, count in found if count}
     ids: list[int] = flat_N.tolist()
+    _refuse_negative(min(ids, default=0))
     counts: dict[int, int] = {}
     for index in sorted(ids):
         if index < number:
             counts[index] = counts.get(index, 0) + 1
     return sorted(range(len(ids)), key=ids.__getitem__), counts
+
+
+def _refuse_negative(lowest: int) -> None:
+    if lowest < 0:
+        hint = "What no expert here takes has the number of experts as its own."
+        raise RoutingError("experts are numbered from 0", field="expert", found=lowest, hint=hint)
 
 
 def _grouped(counts: dict[int, int], most: int, shared: int) -> list[_Group]:

@@ -59,6 +59,8 @@ def routed_mlp(x: Tensor, expert: Tensor, weight: Tensor, networks: Networks) ->
 
     Returns:
         (T, O) in the dtype of x. Twice differentiable.
+
+    Raises RoutingError for numbers below 0, where the host looks at them.
     """
     if not _fuses(x, expert, weight, networks):
         return _composed(x, expert, weight, networks)

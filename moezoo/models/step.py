@@ -15,7 +15,7 @@ from moezoo.models.cache import DecoderCache
 from moezoo.models.decoding import Decoding
 from moezoo.models.stack import Stack
 from moezoo.ops.eager import is_eager
-from moezoo.ops.observed import is_observed
+from moezoo.ops.observed import is_observed, is_plain_tensor
 
 
 class Step(ABC):
@@ -48,15 +48,15 @@ class Step(ABC):
     @classmethod
     def fits(cls, model: Decoding, memory: Tensor) -> bool:
         """Whether it computes what the modules would: no gradient is wanted and operators run at
-        once, outside autocast, on weights that are where the memory is; and each module that it
-        passes by is of a kind that it knows, in evaluation, and observed by nobody.
+        once, outside autocast, on plain weights that are where the memory is; and each module that
+        it passes by is of a kind that it knows, in evaluation, and observed by nobody.
         """
         if memory.device.type != cls.device or torch.is_grad_enabled() or not is_eager():
             return False
         if torch.is_autocast_enabled(cls.device) or type(model.decoder) is not Stack:
             return False
         weights = (weight for part in cls._parts(model) for weight in part.parameters())
-        if not all(weight.device == memory.device for weight in weights):
+        if not all(is_plain_tensor(w) and w.device == memory.device for w in weights):
             return False
         if not all(map(cls._is_plain, cls._passed_by(model))):
             return False

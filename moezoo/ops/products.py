@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moezoo.ops.eager import is_eager
 from moezoo.ops.memory import in_huge_pages, large_empty
+from moezoo.ops.observed import is_plain_tensor
 from moezoo.private_torch import STEADY_ROWS, onednn_product
 
 _TALL = 8  # a head's output is that many times wider than its input, or more
@@ -69,8 +70,12 @@ def limits() -> Limits:
 
 
 def fast_products(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` applies: float32 in main memory, outside autocast and tracing."""
+    """Whether `product` applies: float32 in main memory, of no class with operators of its own,
+    outside autocast and tracing.
+    """
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if not (is_plain_tensor(x) and is_plain_tensor(weight)):
         return False
     if not (x.is_cpu and weight.is_cpu) or not is_eager():
         return False

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moezoo.ops.eager import is_eager
+from moezoo.ops.observed import is_plain_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of a loop that torch has by hand
 
@@ -29,7 +30,8 @@ def row_sums(y: Tensor, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         return taken if weight is None else taken * weight
     if tokens == 1 and weight is not None:
         return weight.to(dtype) @ y.index_select(0, rows[0]).to(dtype)
-    if y.is_cpu and dtype in _DTYPES and y.numel() and rows.numel() and is_eager():
+    plain = y.is_cpu and is_plain_tensor(y) and is_eager()
+    if plain and dtype in _DTYPES and y.numel() and rows.numel():
         factor = None if weight is None else weight.to(dtype).contiguous()
         return F.embedding_bag(rows, y.to(dtype), mode="sum", per_sample_weights=factor)
     taken = y.index_select(0, rows.reshape(-1)).view(tokens, choices, y.shape[1])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from moezoo.errors import RoutingError
 from moezoo.functional import expert_strips
 from moezoo.functional import routed_mlp as module
 from moezoo.functional.expert_strips import planned
@@ -190,6 +191,14 @@ def test_a_plan_gives_every_pair_a_row_of_its_expert(data: st.DataObject) -> Non
             owners = torch.tensor(experts).repeat_interleave(each)
             assert torch.equal(flat[plan.pair[batch.rows]], owners)
     assert end == plan.used
+
+
+@pytest.mark.parametrize("number", [1, 3, 200])
+def test_numbers_below_0_are_refused(number: int) -> None:
+    x, expert, weight = tokens(0, number, 3, 2)
+    expert[0, 1] = -1
+    with pytest.raises(RoutingError, match="experts are numbered from 0; found -1"):
+        routed_mlp(x, expert, weight, drawn(0, 3, biased=False, turned=False))
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -16,7 +16,7 @@ from moezoo.models import stepper
 from tests.models.test_step import scores
 from tests.models.tiny import source, tiny
 
-from .observers import QUICK, compiled
+from .observers import QUICK, code, compiled
 
 MLP = "decoder.blocks.1.mlp"
 PARTS = [
@@ -156,3 +156,17 @@ def test_what_is_observed_is_not_rounded() -> None:
     done = moezoo.quantize(model)
     assert "decoder.blocks.0.mlp.wi" not in done.quantized
     assert "has hooks" in done.skipped["decoder.blocks.0.mlp.wi.weight"]
+
+
+@torch.no_grad()
+def test_weights_with_operators_of_their_own_are_left_to_them() -> None:
+    """As a quantising tool makes them, in float32: they know `F.linear`, and no product of ours."""
+    coded, plain = tiny().eval(), tiny().eval()
+    for name, module in coded.named_modules():
+        if isinstance(module, nn.Linear):
+            code(module)
+            rounded = module.weight.rounded * module.weight.scale
+            plain.get_submodule(name).weight.copy_(rounded)
+    ids = source()
+    torch.testing.assert_close(coded(ids, labels=ids).logits, plain(ids, labels=ids).logits)
+    torch.testing.assert_close(scores(coded, steps=3, rows=2), scores(plain, steps=3, rows=2))
