@@ -51,6 +51,23 @@ def record_text(
     Raises ConfigError for a model that is none of transformers' causal ones or has no experts that
     are read, and for a text that is too short; CheckpointError where transformers cannot load it.
     """
+    words, model = _loaded(path, tokenizer)
+    rows = _rows(words, texts, batches * batch_size, length)
+    if rows.max() >= (count := model.get_input_embeddings().weight.shape[0]):
+        reason = f"the tokenizer gives the id {int(rows.max())}, the model has {count} rows"
+        raise ConfigError(reason, field="tokenizer", hint="Name the model's own: --tokenizer DIR.")
+    with torch.no_grad(), record(model.eval()) as tape:
+        seen = []
+        for ids in watch(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
+            # The mask tells where sequences end.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            seen.append(ids.flatten())
+    by_layer: dict[str, list[Tensor | None]] = {name: list(seen) for name in tape.check().by_layer}
+    return Recorded(tape, by_layer, lambda number: str(words.convert_ids_to_tokens(number)))
+
+
+def _loaded(path: str | Path, tokenizer: str | Path | None) -> tuple[Any, Any]:
+    """The tokenizer and the sparse model. Raises as `record_text`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -81,18 +98,7 @@ def record_text(
         hint = "moezoo.plug puts experts into a live model."
         reason = f"{type(model).__name__} has no experts to report on"
         raise ConfigError(reason, field="source", hint=hint)
-    rows = _rows(words, texts, batches * batch_size, length)
-    if rows.max() >= (count := model.get_input_embeddings().weight.shape[0]):
-        reason = f"the tokenizer gives the id {int(rows.max())}, the model has {count} rows"
-        raise ConfigError(reason, field="tokenizer", hint="Name the model's own: --tokenizer DIR.")
-    with torch.no_grad(), record(model.eval()) as tape:
-        seen = []
-        for ids in watch(rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
-            # The mask tells where sequences end.
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            seen.append(ids.flatten())
-    by_layer: dict[str, list[Tensor | None]] = {name: list(seen) for name in tape.check().by_layer}
-    return Recorded(tape, by_layer, lambda number: str(words.convert_ids_to_tokens(number)))
+    return words, model
 
 
 def _rows(words: Any, texts: Iterable[str], most: int, length: int) -> Tensor:
